@@ -1,0 +1,1114 @@
+"""ACT, Action-Based Contrastive Self-Training (arXiv 2406.00222): teach a language model when to ask a clarifying question.
+
+    torchrun act.py --config tiny.json                                           on a laptop, no GPU: two minutes
+    torchrun --nproc-per-node 8 act.py --config configs/gemma2_2b_pacific.json   on GPUs, sharded with fully_shard
+    torchrun act.py --config tiny.json --task dpo --training_config.beta 0.1     any key of the file can be overridden
+
+Read data.py first (what a turn and a preference record are), then this file from "ACT" to "Training", then gemma.py.
+
+Where we depart from the paper's Algorithm 2 and from the published research code, and why:
+  - `max_turns` bounds the simulated conversation; one that never answers loses (the paper's loop has no bound, the code allows one turn).
+  - A lucky answer on a turn that called for a question is still the wrong action (the published code rewards it).
+  - Policy and reference score the same sequences (the published code samples inside a forward pass that both models run).
+  - Only the assistant's tokens are scored, not the simulated user's (`loss_on: "all"` scores both, as the published code does).
+  - A pair whose two sides have become the same text goes back to its original pair: its gradient would be zero.
+  - The action is classified from every response by the same classifier that labels unlabelled data.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+import data
+import gemma
+from data import ANSWER, CLARIFY, InputError
+from gemma import Forest, Gemma2, Gemma2Config, KVCache, Tokenizer, generate, write_json
+
+INPUT_ERRORS = (InputError, gemma.InputError)  # bad input: one line on stderr, exit status 2, no traceback
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class PolicyModelConfig:
+    model_path: str = ""  # directory with config.json, *.safetensors, tokenizer.model
+    dtype: str = "float32"  # of the parameters held between steps; training in bfloat16 is training_config.bf16
+
+
+@dataclass(frozen=True)
+class HelperConfig:
+    backend: str = "rule"  # who plays this role; "rule" needs no model
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_path: str = ""  # JSONL: conversations, or preference records where is_preference is set
+    validation_path: str = ""
+    prompt_format: str = "plain"  # "plain": User: / Assistant: lines; "gemma": Gemma's chat template
+    heuristic: str = "drop_f1"  # the task's score of a final answer: drop_f1, coqa_f1 or exact_match
+    tolerance: float = 0.9  # a trajectory wins if its score is above this
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    output_dir: str = "output"
+    seed: int = 42
+    per_device_train_batch_size: int = 1  # examples of one forward pass on one device
+    per_device_eval_batch_size: int = 16  # examples that are continued together in an evaluation
+    gradient_accumulation_steps: int = 1  # forward passes to one optimiser step; all of them sample from the same policy
+    learning_rate: float = 5e-7
+    lr_scheduler_type: str = "cosine"  # cosine, linear or constant, after the warm-up
+    warmup_steps: int = 0
+    optim: str = "rmsprop"  # rmsprop or adamw
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    num_train_epochs: float = 2.0
+    max_steps: int = -1  # above 0 it replaces num_train_epochs
+    do_eval: bool = True
+    eval_steps: int = 0  # 0: evaluate before the first and after the last step only
+    logging_steps: int = 1
+    save_steps: int = 0  # 0: no checkpoints, only the final model
+    save_total_limit: int = 1  # checkpoints kept; 0 keeps all
+    bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
+    gradient_checkpointing: bool = False  # recompute each layer in the backward pass
+    max_length: int = 1024  # tokens of prompt and trajectory; what is longer loses its end
+    max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context
+    beta: float = 0.05  # DPO: how far the policy may move from the reference
+    label_smoothing: float = 0.0
+    loss_type: str = "sigmoid"  # sigmoid (DPO), hinge or ipo
+    rpo_alpha: float = 0.0  # weight of the chosen side's negative log-likelihood per token, added to the DPO loss
+    loss_on: str = "assistant"  # "assistant": its tokens only; "all": the simulated user's too
+    sample_frequency: int = 1  # sample on policy at every n-th step; 0: never, which is offline DPO
+    target_label: str = CLARIFY
+    icl_examples: int = 10  # examples that the preference model is shown
+    class_balance: dict | None = None  # e.g. {"CLARIFY": 2, "ANSWER": 1}: resample the training turns of each action
+    is_preference: bool = False  # the data files hold preference records
+    max_new_tokens: int = 128  # of one response
+    temperature: float = 1.0  # of the policy's samples in training; evaluation is greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    max_turns: int = 3  # responses of one simulated trajectory
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = "act"
+    policy_model_config: PolicyModelConfig = field(default_factory=PolicyModelConfig)
+    action_model_config: HelperConfig = field(default_factory=HelperConfig)
+    user_simulator_config: HelperConfig = field(default_factory=HelperConfig)
+    intent_model_config: HelperConfig = field(default_factory=HelperConfig)
+    preference_model_config: HelperConfig = field(default_factory=HelperConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    training_config: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+CHOICES = {
+    "task": ("act", "sft", "dpo", "generate_preference", "evaluate"),
+    "backend": ("rule",),
+    "dtype": ("float32", "bfloat16"),
+    "prompt_format": ("plain", "gemma"),
+    "heuristic": tuple(data.HEURISTICS),
+    "lr_scheduler_type": ("cosine", "linear", "constant"),
+    "optim": ("rmsprop", "adamw"),
+    "loss_type": ("sigmoid", "hinge", "ipo"),
+    "loss_on": ("assistant", "all"),
+}
+AT_LEAST_ONE = {
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "max_new_tokens",
+    "max_turns",
+}  # fmt: skip
+ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
+
+
+def load_config(path, overrides=()):
+    """Config from a JSON file, looked for as given and then in configs/, and ("section.key", "value") overrides.
+
+    Raises InputError for a key that nothing reads (naming the nearest that exists), a value of another type or out of range.
+    """
+    path = next((p for p in (Path(path), Path("configs") / path) if p.is_file()), None) or Path(path)
+    raw = gemma.read_json(path)
+    where = {}  # override -> how to call it in an error
+    for key, text in overrides:
+        section, _, name = key.rpartition(".")
+        target = raw.setdefault(section, {}) if section else raw
+        if not isinstance(target, dict):
+            raise InputError(f"--{key}: {section} is not a section of {path}")
+        target[name] = text if text in ("NaN", "Infinity", "-Infinity") else parse_value(text)
+        where[key] = f"--{key}"
+    config = build_section(Config, raw, str(path), "", where)
+    check_config(config, path)
+    return config
+
+
+def parse_value(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def build_section(cls, raw, path, prefix, where):
+    """An instance of a config dataclass from a dict, every key and type checked."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: {prefix.rstrip('.')} is {raw!r}, expected an object")
+    types, values = get_type_hints(cls), {}
+    for key, value in raw.items():
+        at = where.get(prefix + key, f"{path}: {prefix}{key}")
+        if key not in types:
+            near = get_close_matches(key, types, 1, 0) or [""]
+            raise InputError(f"{at}: unknown key, the nearest known one is {prefix}{near[0]}")
+        if is_dataclass(types[key]):
+            values[key] = build_section(types[key], value, path, f"{prefix}{key}.", where)
+            continue
+        if types[key] is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, types[key]) or (isinstance(value, bool) and types[key] is not bool):
+            raise InputError(f"{at} is {value!r}, expected {getattr(types[key], '__name__', types[key])}")
+        if key in CHOICES and value not in CHOICES[key]:
+            near = get_close_matches(value, CHOICES[key], 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise InputError(f"{at} is {value!r}, expected one of {', '.join(CHOICES[key])}{hint}")
+        if key in AT_LEAST_ONE and value < 1:
+            raise InputError(f"{at} is {value}, expected at least 1")
+        if type(value) in (int, float) and key not in ANY_NUMBER and not 0 <= value < math.inf:
+            raise InputError(f"{at} is {value}, expected a number from 0")
+        values[key] = value
+    return cls(**values)
+
+
+def check_config(config, path):
+    """The rules that concern more than one key."""
+    training, files = config.training_config, config.data_config
+    if training.max_prompt_length >= training.max_length:
+        raise InputError(
+            f"{path}: max_prompt_length {training.max_prompt_length} leaves no room for a response, expected less than "
+            f"max_length {training.max_length}"
+        )
+    if not 0 < training.top_p <= 1:
+        raise InputError(f"{path}: top_p is {training.top_p}, expected a number above 0, up to 1")
+    if not 0 <= training.label_smoothing < 0.5:
+        raise InputError(f"{path}: label_smoothing is {training.label_smoothing}, expected a number from 0, below 0.5")
+    needed = {"policy_model_config.model_path": config.policy_model_config.model_path}
+    if config.task == "evaluate":
+        needed["data_config.validation_path"] = files.validation_path
+    else:
+        needed["data_config.train_path"] = files.train_path
+    if config.task == "generate_preference":
+        del needed["policy_model_config.model_path"]
+    for key, value in needed.items():
+        if not value:
+            raise InputError(f"{path}: {key} is missing, task '{config.task}' needs it")
+    if config.task == "generate_preference" and training.is_preference:
+        raise InputError(f"{path}: task 'generate_preference' makes preference records from conversations, but is_preference is set")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start_processes():
+    """Join the process group that torchrun describes, or make one of a single process. Returns the device."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def is_main():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text):
+    if is_main():
+        print(text, flush=True)
+
+
+class Progress:
+    """One line that says how far a stage is: updated in place on a terminal, else printed every `every` seconds."""
+
+    def __init__(self, label, total, every=10.0):
+        self.label, self.total, self.start = label, total, time.monotonic()
+        self.tty, self.every = sys.stdout.isatty(), every
+        self.next = self.start + (0 if self.tty else every)
+
+    def __call__(self, done, text=""):
+        now = time.monotonic()
+        if not is_main() or (now < self.next and not (self.tty and done == self.total)):
+            return
+        self.next = now + (0.1 if self.tty else self.every)
+        line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
+        print(f"\r\033[K{line}" + ("\n" if done == self.total else "") if self.tty else line, end="" if self.tty else "\n", flush=True)
+
+
+def all_sum(values, device):
+    """Sum of a list of numbers over all ranks, element by element, in one message."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_gathered(rows):
+    """The lists of all ranks, one after the other."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, rows)
+    return [row for rows in lists for row in rows]
+
+
+def shares(count, rank, world):
+    """The part of range(count) that a rank works on: contiguous, so that the turns of a dialogue stay together."""
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def build_model(directory, device, dtype, bf16=False, trainable=True, checkpointing=False):
+    """A Gemma 2 sharded over all ranks, each of which reads only its part of the checkpoint."""
+    with torch.device("meta"):
+        model = Gemma2(Gemma2Config.from_json(Path(directory) / "config.json")).to(dtype)
+    model.requires_grad_(trainable)
+    model.set_checkpointing(checkpointing)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if bf16:
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(model, "logps")
+    model.to_empty(device=device)
+    gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
+    return model
+
+
+@torch.no_grad()
+def gathered(model, bf16=False):
+    """An unsharded copy to sample from: weights are gathered once for a whole rollout, and no rank waits for another in it."""
+    with torch.device("meta"):
+        whole = Gemma2(model.config)
+    dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
+    whole.load_state_dict({name: parameter.full_tensor().to(dtype) for name, parameter in model.named_parameters()}, assign=True)
+    return whole
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs, and text to tokens
+
+
+@dataclass
+class Pair:
+    """One user turn and the two ways of going on that the loss compares. Messages are (role, text), role "user" or "model"."""
+
+    context: str
+    history: list  # messages up to and including the user turn
+    action: str  # the gold action
+    chosen: list  # messages of the winning trajectory (y_w)
+    rejected: list  # messages of the losing one (y_l)
+    gold: list  # messages of the gold trajectory
+    target: str  # the gold final answer
+    instruction: str
+    record: dict  # where it comes from
+
+
+def make_pairs(records, path):
+    """Pairs from preference records: their plain text is split again, so that files and conversations give the same tokens."""
+    pairs = []
+    for i, record in enumerate(records):
+        instruction, context, history = data.split_dialogue(record["input_text"])
+        chosen, rejected, gold = (data.split_reply(record[key]) for key in ("chosen", "rejected", "output_text"))
+        if not history or history[-1][0] != "user":
+            raise InputError(f"{path}: record {i}: input_text does not end with a line 'User: '")
+        if not all(messages and messages[0][0] == "model" for messages in (chosen, rejected, gold)):
+            raise InputError(f"{path}: record {i}: chosen, rejected or output_text does not begin with the assistant's text")
+        target = data.first_reply(record["gold_target"])
+        pairs.append(Pair(context, history, record["dialogue_policy"], chosen, rejected, gold, target, instruction, record))
+    return pairs
+
+
+class Template:
+    """Text to tokens, message by message, so that dialogues that begin alike begin with the same tokens.
+
+    plain:  <bos>instruction / [context] / context / [conversation] / User: text / Assistant: text, a line each
+    gemma:  <bos><start_of_turn>user / context, blank line, text<end_of_turn> / <start_of_turn>model / text<end_of_turn> / ...
+    """
+
+    def __init__(self, tokenizer, prompt_format):
+        self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
+        self.newline = self.encode("\n")
+        if not self.plain and tokenizer.end_of_turn_id is None:
+            raise InputError(f"{tokenizer.path}: no piece '<end_of_turn>', which prompt_format 'gemma' needs")
+        self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
+        self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
+        self.stop_ids = {self.end[-1], tokenizer.eos_id}
+
+    def turn(self, role):
+        return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
+
+    def message(self, role, text):
+        """[(tokens, whether the assistant wrote them), ...] of one message, all its markers included."""
+        if self.plain:
+            if role == "user":
+                return [(self.encode("User: " + text) + self.newline, False)]
+            return [(self.opening, False), (self.encode(" " + text) + self.end, True)]
+        if role == "user":
+            return [(self.turn("user") + self.encode(text.strip()) + self.end + self.newline, False)]
+        return [(self.opening, False), (self.encode(text.strip()) + self.end, True), (self.newline, False)]
+
+    def prompt(self, pair, max_length):
+        """Tokens that ask for the assistant's next message, at most `max_length` of them where the last user turn allows it.
+
+        A longer prompt loses its oldest turns first, then the head of its context, never the last user turn.
+        """
+        turns = [[token for tokens, _ in self.message(*message) for token in tokens] for message in pair.history]
+        if self.plain:
+            before = [self.tokenizer.bos_id, *self.encode(f"{pair.instruction}\n[context]\n")]
+            context, after = self.encode(pair.context), self.encode("\n[conversation]\n")
+        else:
+            before, after = [self.tokenizer.bos_id], []
+            context = self.encode(pair.context.strip()) + self.encode("\n\n") if pair.context.strip() else []
+        room = max_length - len(before) - len(after) - len(self.opening)
+        kept = 0
+        users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
+        while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
+            kept = next(i for i in users if i > kept)
+        turns = turns[kept:]
+        spare = room - sum(map(len, turns))
+        context = context[max(0, len(context) - max(0, spare)) :]
+        if not self.plain and context:  # no system role: the context stands at the head of the first user turn
+            head = self.turn("user")
+            turns[0] = head + context + turns[0][len(head) :]
+            context = []
+        return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
+
+    def reply(self, messages):
+        """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote the token."""
+        pieces = [piece for message in messages for piece in self.message(*message)][1:]  # the prompt ends with the opening
+        while pieces and pieces[-1][1] == 0:  # nothing after the last reply
+            pieces.pop()
+        tokens = [token for tokens, _ in pieces for token in tokens]
+        return tokens, [int(written) for tokens, written in pieces for _ in tokens]
+
+    def text(self, tokens):
+        """A response as a message's text: one line in the plain format."""
+        text = self.tokenizer.decode(tokens)
+        return data.fold(text) if self.plain else text.strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probabilities and the loss
+
+
+class Scored:
+    """Sequences (prompt, reply, mask) as one Forest, and for every scored token: where it is predicted, what it is, whose it is."""
+
+    def __init__(self, sequences, device):
+        self.forest = Forest([prompt + reply for prompt, reply, _ in sequences])
+        self.used = round((1 - self.forest.padding) * self.forest.tokens.numel())  # tokens that are computed
+        rows, slots, targets, owners = [], [], [], []
+        for i, (prompt, reply, mask) in enumerate(sequences):
+            row, path = self.forest.paths[i]
+            at = [len(prompt) + j for j, written in enumerate(mask) if written]
+            rows += [row] * len(at)
+            slots += path[[j - 1 for j in at]].tolist()
+            targets += [reply[j - len(prompt)] for j in at]
+            owners += [i] * len(at)
+        self.rows, self.slots, self.targets, self.owners = torch.tensor([rows, slots, targets, owners], device=device)
+        self.lengths = torch.bincount(self.owners, minlength=len(sequences))  # scored tokens of each sequence
+        self.forest.to(device)
+
+    def logps(self, model):
+        """Log-probability of each reply, summed over its scored tokens: float32 [sequences]. For policy and reference alike."""
+        token_logps = model.logps(self.forest, self.rows, self.slots, self.targets)
+        return torch.zeros(len(self.lengths), device=token_logps.device).index_add(0, self.owners, token_logps)
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             beta, label_smoothing=0.0, loss_type="sigmoid"):  # fmt: skip
+    """Losses of preference pairs; all arguments and results float32 [batch].
+
+    With the margin m = log(pi(y_w)/ref(y_w)) - log(pi(y_l)/ref(y_l)): "sigmoid" is DPO, -log sigmoid(beta m) (arXiv 2305.18290,
+    equation 7), with `label_smoothing` the share of pairs taken to be the wrong way round (conservative DPO); "hinge" is
+    max(0, 1 - beta m) (SLiC, arXiv 2305.10425); "ipo" is (m - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17).
+    Returns (losses, chosen_rewards, rejected_rewards), rewards being beta times the log-ratios.
+    """
+    chosen_ratios = policy_chosen_logps - reference_chosen_logps
+    rejected_ratios = policy_rejected_logps - reference_rejected_logps
+    margins = chosen_ratios - rejected_ratios
+    if loss_type == "sigmoid":
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * margins) - label_smoothing * F.logsigmoid(-beta * margins)
+    elif loss_type == "hinge":
+        losses = torch.relu(1 - beta * margins)
+    elif loss_type == "ipo":
+        losses = (margins - 1 / (2 * beta)).square()
+    else:
+        raise InputError(f"loss_type is {loss_type!r}, expected one of {', '.join(CHOICES['loss_type'])}")
+    return losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ACT: on-policy pairs (the paper's Algorithm 2)
+
+WRONG_ACTION = "wrong_action"  # the first response asks where it should answer, or answers where it should ask
+GOOD_OUTCOME = "good_outcome"  # right action, and the trajectory ends in a good answer
+BAD_OUTCOME = "bad_outcome"  # right action, but the answer is not good enough
+NO_ANSWER = "no_answer"  # right action, but it is still asking after max_turns responses
+SAME_TEXT = "same_text"  # the two sides have become equal: the original pair stays
+OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, SAME_TEXT)
+
+
+def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, max_turns):
+    """The on-policy pair of one example, and its outcome. Everything between "sample" and "update" in Algorithm 2.
+
+    y_w = pair.chosen, y_l = pair.rejected, a = pair.action; the rest are plain functions:
+    respond(pair, trajectory) -> text         y ~ pi_theta(. | prompt, trajectory)
+    classify_action(text) -> action           A
+    simulate_user(pair, trajectory) -> text   U
+    score(text, target) -> number             H, and `tolerance` is epsilon
+    """
+    response = respond(pair, [])
+    action = classify_action(response)
+    trajectory = [("model", response)]
+    if action != pair.action:  # the implicit action is not the gold one: the response loses
+        return contrast(pair, trajectory, WRONG_ACTION)
+    while action == CLARIFY:  # play the conversation on until there is an answer
+        if len(trajectory) >= 2 * max_turns - 1:
+            return contrast(pair, trajectory, NO_ANSWER)
+        trajectory.append(("user", simulate_user(pair, trajectory)))
+        response = respond(pair, trajectory)
+        action = classify_action(response)
+        trajectory.append(("model", response))
+    good = score(response, pair.target) > tolerance  # judged by where it leads
+    return contrast(pair, trajectory, GOOD_OUTCOME if good else BAD_OUTCOME)
+
+
+def contrast(pair, trajectory, outcome):
+    """A good trajectory becomes y_w, any other y_l."""
+    new = replace(pair, chosen=trajectory) if outcome == GOOD_OUTCOME else replace(pair, rejected=trajectory)
+    if new.chosen == new.rejected:
+        return pair, SAME_TEXT
+    return new, outcome
+
+
+def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance, max_turns):
+    """`act_pair` for many examples at once, turn by turn in lock-step. Returns ([Pair], [outcome])."""
+    trajectories, actions = rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=True)
+    new = []
+    for pair, trajectory, (first, last) in zip(pairs, trajectories, actions, strict=True):
+        if first != pair.action:
+            outcome = WRONG_ACTION
+        elif last == CLARIFY:
+            outcome = NO_ANSWER
+        else:
+            outcome = GOOD_OUTCOME if score(trajectory[-1][1], pair.target) > tolerance else BAD_OUTCOME
+        new.append(contrast(pair, trajectory, outcome))
+    return [pair for pair, _ in new], [outcome for _, outcome in new]
+
+
+def rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=False):
+    """Play every conversation on until the policy answers, or has responded `max_turns` times.
+
+    The functions take and return lists: respond(rows, trajectories), classify_actions(texts), simulate_users(rows, trajectories),
+    rows being positions in `pairs`. gold_action_only: go on only where the first response took the gold action.
+    Returns trajectories [[(role, text)]] and the actions of each one's first and last response.
+    """
+    trajectories, actions = [[] for _ in pairs], [None] * len(pairs)
+    active = list(range(len(pairs)))
+    for turn in range(max_turns):
+        if turn > 0:
+            for row, text in zip(active, simulate_users(active, [trajectories[row] for row in active]), strict=True):
+                trajectories[row].append(("user", text))
+        responses = respond(active, [trajectories[row] for row in active])
+        for row, response, action in zip(active, responses, classify_actions(responses), strict=True):
+            trajectories[row].append(("model", response))
+            actions[row] = (actions[row][0] if turn else action, action)
+        active = [row for row in active if actions[row][1] == CLARIFY and not (gold_action_only and pairs[row].action != CLARIFY)]
+        if not active:
+            break
+    return trajectories, actions
+
+
+class Sampler:
+    """The policy's voice in `rollouts`: continues prompts in one batch and keeps their key-value cache from turn to turn."""
+
+    def __init__(self, model, template, pairs, training, generators=None):
+        self.model, self.template, self.training, self.generators = model, template, training, generators
+        self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
+        self.cache, self.rows = KVCache(), []
+
+    def __call__(self, rows, trajectories):
+        """The policy's next message in each of these rows, given what was said since the prompt."""
+        if self.rows:
+            self.cache.keep([self.rows.index(row) for row in rows])
+        self.rows = rows
+        prompts = [
+            self.prompts[row] + self.template.reply(said)[0] + self._after(said) if said else self.prompts[row]
+            for row, said in zip(rows, trajectories, strict=True)
+        ]  # fmt: skip
+        sampling = {"temperature": 0.0}
+        if self.generators:
+            sampling = {key: getattr(self.training, key) for key in ("temperature", "top_k", "top_p")}
+            sampling["generator"] = [self.generators[row] for row in rows]
+        tokens = generate(
+            self.model, prompts, self.training.max_new_tokens, stop_ids=self.template.stop_ids, kv_cache=self.cache, **sampling
+        )
+        return [self.template.text(row) for row in tokens]
+
+    def _after(self, said):
+        """Tokens from the end of the assistant's last message to the opening of its next."""
+        [*_, (role, text)] = said
+        tokens = [token for piece, _ in self.template.message(role, text) for token in piece]
+        return ([] if self.template.plain else self.template.newline) + tokens + self.template.opening
+
+
+def noise_generators(seed, step, positions):
+    """One generator per example, keyed by what it is for, so that neither batching, nor ranks, nor a resume changes a sample."""
+    return [torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{position}").getrandbits(62)) for position in positions]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helper models. Each role is a function from a list of requests to a list of answers; a back end is one such function per role.
+
+COMMON_WORDS = set("""a an and any are asking about be by can could did do does exactly for from how i in interested is it like looking
+    mean me more of on or please precisely referring s say specific specifically talking that the there they this to want was were what
+    when where which who would you your""".split())  # fmt: skip  # noqa: SIM905
+NOTHING_TO_ADD = "I have nothing to add."
+
+
+def content_words(text):
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return set(words) - COMMON_WORDS
+
+
+def rule_intents(pairs):
+    """The gold trajectory itself serves as the summary of what the user wants."""
+    return [data.format_reply(pair.gold) for pair in pairs]
+
+
+def rule_users(conversations):
+    """The user's gold reply, if the question shares at least half of the content words of the gold question that it answers.
+
+    conversations: [(messages so far, intent)], intent as `rule_intents` writes it.
+    """
+    answers = []
+    for messages, intent in conversations:
+        gold, asked = data.split_reply(intent), content_words(messages[-1][1])
+        best, answer = 0.0, NOTHING_TO_ADD
+        for (_, question), (role, reply) in zip(gold, gold[1:], strict=False):
+            wanted = content_words(question)
+            overlap = len(wanted & asked) / len(wanted) if wanted else 1.0
+            if role == "user" and overlap >= 0.5 and overlap > best:
+                best, answer = overlap, reply
+        answers.append(answer)
+    return answers
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """The four roles: functions from lists to lists."""
+
+    classify_actions: callable  # [response text] -> ["CLARIFY" | "ANSWER"]
+    summarize_intents: callable  # [Pair] -> [text]
+    simulate_users: callable  # [(messages, intent)] -> [text]
+    write_questions: callable  # [request of data.ACTDataset] -> [text]
+
+
+BACKENDS = {"rule": Helpers(data.rule_actions, rule_intents, rule_users, data.rule_preferences)}
+
+
+def build_helpers(config):
+    return Helpers(
+        BACKENDS[config.action_model_config.backend].classify_actions,
+        BACKENDS[config.intent_model_config.backend].summarize_intents,
+        BACKENDS[config.user_simulator_config.backend].simulate_users,
+        BACKENDS[config.preference_model_config.backend].write_questions,
+    )
+
+
+def user_for(pairs, helpers):
+    """`simulate_users` for `rollouts`: each user's intent is summarised once, when it is first asked something."""
+    intents = {}
+
+    def simulate_users(rows, trajectories):
+        new = [row for row in rows if row not in intents]
+        intents.update(zip(new, helpers.summarize_intents([pairs[row] for row in new]), strict=True))
+        said = [pairs[row].history + trajectory for row, trajectory in zip(rows, trajectories, strict=True)]
+        return helpers.simulate_users([(messages, intents[row]) for messages, row in zip(said, rows, strict=True)])
+
+    return simulate_users
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(model, template, pairs, helpers, config):
+    """Play every validation turn with greedy decoding. Returns (metrics, samples), the same on all ranks."""
+    training, score = config.training_config, data.HEURISTICS[config.data_config.heuristic]
+    mine, samples = shares(len(pairs), dist.get_rank(), dist.get_world_size()), []
+    whole, progress = gathered(model, training.bf16), Progress("evaluating turn", len(mine))
+    for start in range(0, len(mine), training.per_device_eval_batch_size):
+        batch = [pairs[i] for i in mine[start : start + training.per_device_eval_batch_size]]
+        respond = Sampler(whole, template, batch, training)
+        played = rollouts(batch, respond, helpers.classify_actions, user_for(batch, helpers), training.max_turns)
+        samples += [judge(pair, *result, score) for pair, *result in zip(batch, *played, strict=True)]
+        progress(len(samples))
+    samples = all_gathered(samples)
+    return summarize(samples), samples
+
+
+def judge(pair, trajectory, actions, score):
+    """What is kept of one evaluated turn. A conversation that ends in a question has no answer and scores 0."""
+    first, last = actions
+    turn = score(trajectory[0][1], pair.gold[0][1])
+    final = score(trajectory[-1][1], pair.target) if last == ANSWER else (0.0, 0.0)
+    return {
+        "input_text": pair.record["input_text"],
+        "trajectory": data.format_reply(trajectory),
+        "gold": data.format_reply(pair.gold),
+        "inferred_action": first,
+        "target_action": pair.action,
+        "final_answer": trajectory[-1][1] if last == ANSWER else None,
+        "gold_target": pair.target,
+        "questions": len(trajectory) // 2 + (last == CLARIFY),
+        "gold_questions": len(pair.gold) // 2,
+        "turn_exact_match": float(turn[0]),
+        "turn_f1": float(turn[1]),
+        "exact_match": float(final[0]),
+        "f1": float(final[1]),
+    }
+
+
+def summarize(samples):
+    """Metrics of judged turns, as fractions; a mean over nothing is None, and the counts say how many turns each is over."""
+
+    def means(name, f1, exact_match, chosen):
+        return {
+            f"{name} DROP F1": data.mean_or_none([sample[f1] for sample in chosen]),
+            f"{name} Exact Match": data.mean_or_none([sample[exact_match] for sample in chosen]),
+            f"{name} Turns": len(chosen),
+        }
+
+    asked = [sample for sample in samples if sample["inferred_action"] == CLARIFY]
+    by_action = {action: [sample for sample in samples if sample["target_action"] == action] for action in (CLARIFY, ANSWER)}
+    actions = [[sample[key] for sample in samples] for key in ("target_action", "inferred_action")]
+    return {
+        **data.action_metrics(*actions),
+        **means("Turn-Level", "turn_f1", "turn_exact_match", samples),
+        **means("Trajectory-level", "f1", "exact_match", samples),
+        **means("Post-Clarification", "f1", "exact_match", asked),
+        **means("CLARIFY Turns: Trajectory-level", "f1", "exact_match", by_action[CLARIFY]),
+        **means("ANSWER Turns: Trajectory-level", "f1", "exact_match", by_action[ANSWER]),
+        "Questions per Turn": data.mean_or_none([sample["questions"] for sample in samples]),
+        "Gold Questions per Turn": data.mean_or_none([sample["gold_questions"] for sample in samples]),
+    }
+
+
+SHOWN = (
+    "Accuracy", "Macro F1", "Trajectory-level Exact Match", "Trajectory-level DROP F1", "Post-Clarification Exact Match",
+    "CLARIFY Turns: Trajectory-level Exact Match", "ANSWER Turns: Trajectory-level Exact Match", "Questions per Turn",
+)  # fmt: skip
+
+
+def comparison(before, after):
+    """A table of the main metrics before and after training; the whole of them is in metrics.jsonl."""
+    lines = [f"{'':44} {'before':>8} {'after':>8}"]
+    for name in SHOWN:
+        scale = 1 if name == "Questions per Turn" else 100
+        cells = ["-" if metrics[name] is None else f"{scale * metrics[name]:.{2 if scale == 1 else 1}f}" for metrics in (before, after)]
+        lines.append(f"{name:44} {cells[0]:>8} {cells[1]:>8}")
+    return "\n".join(lines)
+
+
+def changed_conversations(before, after, count=2):
+    """Turns that went wrong before and right after, as text; conversations with a question first."""
+    changed = [(b, a) for b, a in zip(before, after, strict=True) if a["exact_match"] > b["exact_match"]]
+    changed.sort(key=lambda pair: (pair[0]["inferred_action"], -pair[1]["questions"]))  # ANSWER before CLARIFY, sorted by name
+    lines = []
+    for b, a in changed[:count]:
+        _, context, history = data.split_dialogue(a["input_text"])
+        lines += ["", *[f"  {line}" for line in context.split("\n")[-6:] if line]]
+        lines += [f"  User: {history[-1][1]}", f"    before | {'  '.join(b['trajectory'].splitlines())}"]
+        lines += [f"    after  | {'  '.join(a['trajectory'].splitlines())}", f"    gold   | {a['gold_target']}"]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a directory checkpoints/step-N each, in the layout of a model, with the optimiser's tensors beside it
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
+    return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+
+
+def save_model(model, tokenizer, directory, extra=lambda target: None):
+    """The model and its tokenizer as a directory that appears when it is complete. Every rank must call this."""
+    with gemma.written_directory(directory) as target:
+        model.save_files(target)
+        if target:
+            shutil.copyfile(tokenizer.path, target / "tokenizer.model")
+        extra(target)
+
+
+def save_checkpoint(model, optimizer, tokenizer, step, training):
+    """Everything a resumed run needs: all random draws are keyed by seed and step, so there is no other state."""
+
+    def state(target):
+        gemma.save_safetensors(optimizer_tensors(model, optimizer), target, "optimizer")
+        if target:
+            write_json(target / "trainer_state.json", {"step": step})
+
+    folder = Path(training.output_dir) / "checkpoints"
+    save_model(model, tokenizer, folder / f"step-{step}", state)
+    if is_main() and training.save_total_limit:
+        for old in checkpoints(training.output_dir)[: -training.save_total_limit]:
+            gemma.remove_tree(old)
+    dist.barrier()
+
+
+def checkpoints(output_dir):
+    """Complete checkpoints, oldest first."""
+    found = [path for path in (Path(output_dir) / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def start_output(config, resume=False, overwrite=False):
+    """Prepare the output directory, on rank 0 alone. Returns the checkpoint to go on from, or None, on every rank."""
+    answer = [None, None]
+    if is_main():
+        try:
+            answer[0] = clear_output(config, resume, overwrite)
+        except InputError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise InputError(answer[1])
+    return answer[0]
+
+
+def clear_output(config, resume, overwrite):
+    """Remove what a former run wrote, as far as this one will write it again."""
+    output = Path(config.training_config.output_dir)
+    if not resume and not overwrite and (output / "config.json").exists():
+        raise InputError(f"{output}: already holds a run, expected --resume to continue it or --overwrite to start again")
+    found = checkpoints(output) if resume else []
+    output.mkdir(parents=True, exist_ok=True)
+    gemma.remove_tree(output / "model")
+    if found:  # what was logged after the checkpoint will be logged again
+        step = int(found[-1].name[5:])
+        for name in ("metrics.jsonl", "eval_samples.jsonl"):
+            rows = [row for _, row in data.read_jsonl(output / name)] if (output / name).exists() else []
+            data.write_jsonl(output / name, [row for row in rows if row["step"] <= step])
+    else:
+        gemma.remove_tree(output / "checkpoints")
+        for name in ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "train.jsonl", "validation.jsonl"):
+            (output / name).unlink(missing_ok=True)
+    write_json(output / "config.json", asdict(config))
+    return found[-1] if found else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def make_optimizer(model, training):
+    """The optimiser with its state in place from the start, so that saving and loading need no special case."""
+    kinds = {"rmsprop": (torch.optim.RMSprop, ("square_avg",)), "adamw": (torch.optim.AdamW, ("exp_avg", "exp_avg_sq"))}
+    cls, moments = kinds[training.optim]
+    optimizer = cls(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(parameter) for key in moments}}
+    return optimizer
+
+
+def learning_rate(step, steps, training):
+    """The learning rate of optimiser step `step` (from 0) of `steps`: a linear warm-up, then the schedule down to 0."""
+    if step < training.warmup_steps:
+        return training.learning_rate * step / training.warmup_steps
+    done = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[training.lr_scheduler_type]
+    return training.learning_rate * factor
+
+
+class DataOrder:
+    """Which example comes when: epoch after epoch without a gap, dialogues shuffled, the turns of each kept together."""
+
+    def __init__(self, records, seed):
+        self.dialogues, self.count, self.seed, self.epochs = data.dialogues(records), len(records), seed, {}
+
+    def __getitem__(self, position):
+        epoch, index = divmod(position, self.count)
+        if epoch not in self.epochs:
+            shuffled = random.Random(f"{self.seed}/epoch/{epoch}").sample(self.dialogues, len(self.dialogues))
+            self.epochs = {epoch: [i for dialogue in shuffled for i in dialogue]}
+        return self.epochs[epoch][index]
+
+
+def preference_step(policy, reference, template, pairs, weight, training, device):
+    """Forward and backward of one micro-batch of preference pairs. Returns sums over its pairs, for the log."""
+    sequences = [sequence_of(pair, messages, template, training) for pair in pairs for messages in (pair.chosen, pair.rejected)]
+    scored = Scored(sequences, device)
+    with torch.no_grad():
+        reference_logps = scored.logps(reference)
+    logps = scored.logps(policy)
+    (chosen, rejected), (reference_chosen, reference_rejected) = (x.view(-1, 2).T for x in (logps, reference_logps))
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, reference_chosen, reference_rejected, training.beta, training.label_smoothing, training.loss_type
+    )
+    losses = losses - training.rpo_alpha * chosen / scored.lengths.view(-1, 2)[:, 0].clamp(min=1)
+    (losses.sum() * weight).backward()
+    sums = {
+        "loss": losses.detach().sum(),
+        "rewards/chosen": chosen_rewards.sum(),
+        "rewards/rejected": rejected_rewards.sum(),
+        "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float().sum(),
+        "logps/chosen": chosen.detach().sum(),
+        "logps/rejected": rejected.detach().sum(),
+    }
+    return {**dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)), "tokens": scored.used}
+
+
+def sft_step(policy, template, pairs, weight, training, device):
+    """Forward and backward of one micro-batch of gold replies: the negative log-likelihood per token, averaged over a turn's reply."""
+    scored = Scored([sequence_of(pair, pair.gold[:1], template, training) for pair in pairs], device)
+    losses = -scored.logps(policy) / scored.lengths.clamp(min=1)
+    (losses.sum() * weight).backward()
+    return {"loss": losses.sum().item(), "tokens": scored.used}
+
+
+def sequence_of(pair, messages, template, training):
+    """(prompt, reply, mask) of a pair's prompt and one side of it, cut to max_length."""
+    prompt = template.prompt(pair, training.max_prompt_length)
+    tokens, mask = template.reply(messages)
+    if training.loss_on == "all":
+        mask = [1] * len(tokens)
+    room = max(1, training.max_length - len(prompt))
+    return prompt, tokens[:room], mask[:room]
+
+
+def clip_and_step(policy, optimizer, max_grad_norm, lr):
+    """Clip, take one optimiser step, and return the gradient's norm before clipping."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def train(config, device, resume, overwrite):
+    """Tasks sft, dpo and act: the whole run, told straight through."""
+    training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
+    source = config.policy_model_config.model_path
+    tokenizer = Tokenizer(Path(source) / "tokenizer.model")
+    template, helpers = Template(tokenizer, config.data_config.prompt_format), build_helpers(config)
+    train_records, validation_records = data.get_datasets_from_config(config, helpers.write_questions, helpers.classify_actions)
+    if not train_records:
+        raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
+    pairs = make_pairs(train_records, config.data_config.train_path)
+    validation = make_pairs(validation_records, config.data_config.validation_path)
+    checkpoint = start_output(config, resume, overwrite)
+    dtype = getattr(torch, config.policy_model_config.dtype)
+    policy = build_model(checkpoint or source, device, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
+    reference = None
+    if config.task != "sft":
+        reference = build_model(source, device, torch.bfloat16 if training.bf16 else dtype, trainable=False)
+    optimizer, start = make_optimizer(policy, training), 0
+    if checkpoint:
+        gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
+        start = gemma.read_json(checkpoint / "trainer_state.json")["step"]
+
+    local = training.per_device_train_batch_size * training.gradient_accumulation_steps  # examples of a step on this rank
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(pairs) / (local * world))
+    order, score = DataOrder(train_records, training.seed), data.HEURISTICS[config.data_config.heuristic]
+    log = Log(config, start)
+    evaluating = training.do_eval and validation
+    sizes = f"{len(pairs)} training turns, {len(validation)} for validation, steps of {local * world} turns"
+    say(f"{config.task}: {sizes}, step {start} to {steps}")
+    if evaluating and start == 0:
+        log.evaluation(0, *evaluate(policy, template, validation, helpers, config))
+    progress = Progress("step", steps)
+    for step in range(start, steps):
+        positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
+        batch = [pairs[order[position]] for position in positions]
+        sums = Counter()
+
+        began = time.perf_counter()
+        if config.task == "act" and training.sample_frequency and (step + 1) % training.sample_frequency == 0:
+            respond = Sampler(gathered(policy, training.bf16), template, batch, training, noise_generators(training.seed, step, positions))
+            user = user_for(batch, helpers)
+            tolerance = config.data_config.tolerance
+            batch, outcomes = act_pairs(
+                batch, respond, helpers.classify_actions, user, lambda text, gold: score(text, gold)[1], tolerance, training.max_turns
+            )
+            del respond
+            sums.update({f"act/{outcome}": 0 for outcome in OUTCOMES} | {f"act/{outcome}": n for outcome, n in Counter(outcomes).items()})
+        rolled = time.perf_counter()
+
+        weight = 1 / local  # gradients are averaged over ranks
+        for i in range(0, local, training.per_device_train_batch_size):
+            micro_batch = batch[i : i + training.per_device_train_batch_size]
+            if reference:
+                sums.update(preference_step(policy, reference, template, micro_batch, weight, training, device))
+            else:
+                sums.update(sft_step(policy, template, micro_batch, weight, training, device))
+        lr = learning_rate(step, steps, training)
+        grad_norm = clip_and_step(policy, optimizer, training.max_grad_norm, lr)
+        seconds = {"seconds/rollout": rolled - began, "seconds/train": time.perf_counter() - rolled}
+
+        done = step + 1
+        if done % training.logging_steps == 0 or done == steps:
+            totals = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
+            means = {key: value if key.startswith("act/") or key == "tokens" else value / (local * world) for key, value in totals.items()}
+            log.step(done, {**means, "grad_norm": grad_norm, "learning_rate": lr, **seconds})
+            progress(done, f"loss {means['loss']:.4f}" + (f"  margin {means['rewards/margins']:.3f}" if reference else ""))
+        if evaluating and (done == steps or (training.eval_steps and done % training.eval_steps == 0)):
+            log.evaluation(done, *evaluate(policy, template, validation, helpers, config))
+        if training.save_steps and done % training.save_steps == 0 and done < steps:
+            save_checkpoint(policy, optimizer, tokenizer, done, training)
+    save_model(policy, tokenizer, Path(training.output_dir) / "model")
+    log.finish()
+
+
+class Log:
+    """metrics.jsonl, eval_metrics.json and eval_samples.jsonl (of the first and the last evaluation), and what is shown at the end."""
+
+    def __init__(self, config, start):
+        self.folder, self.first, self.last = Path(config.training_config.output_dir), None, None
+        if start and (self.folder / "eval_samples.jsonl").exists():
+            samples = [row for _, row in data.read_jsonl(self.folder / "eval_samples.jsonl") if row["step"] == 0]
+            self.first = (summarize(samples), samples) if samples else None
+
+    def step(self, step, metrics):
+        if is_main():
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def evaluation(self, step, metrics, samples):
+        self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.last = metrics, [{"step": step, **sample} for sample in samples]
+        self.first = self.first or self.last
+        if is_main():
+            write_json(self.folder / "eval_metrics.json", metrics)
+            data.write_jsonl(self.folder / "eval_samples.jsonl", self.first[1] + (self.last[1] if step else []))
+
+    def finish(self):
+        if self.last and self.first is not self.last:
+            say("\n" + comparison(self.first[0], self.last[0]))
+            say(changed_conversations(self.first[1], self.last[1]))
+        say(f"\nThe model is in {self.folder / 'model'}, its metrics in {self.folder / 'metrics.jsonl'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other tasks, and the command line
+
+
+def evaluate_only(config, device, resume, overwrite):
+    """Task evaluate: the metrics of policy_model_config.model_path on data_config.validation_path."""
+    source = config.policy_model_config.model_path
+    tokenizer = Tokenizer(Path(source) / "tokenizer.model")
+    helpers = build_helpers(config)
+    config_data = replace(config, data_config=replace(config.data_config, train_path=""))
+    _, records = data.get_datasets_from_config(config_data, helpers.write_questions, helpers.classify_actions)
+    pairs = make_pairs(records, config.data_config.validation_path)
+    start_output(config, overwrite=overwrite or resume)
+    model = build_model(source, device, getattr(torch, config.policy_model_config.dtype), trainable=False)
+    template = Template(tokenizer, config.data_config.prompt_format)
+    log = Log(config, 0)
+    log.evaluation(0, *evaluate(model, template, pairs, helpers, config))
+    for name, value in log.last[0].items():
+        say(f"{name:50} {'-' if value is None else round(value, 4)}")
+
+
+def generate_preference(config, device, resume, overwrite):
+    """Task generate_preference: conversations in, preference records out (Algorithm 1), in output_dir."""
+    helpers = build_helpers(config)
+    train_records, validation_records = data.get_datasets_from_config(config, helpers.write_questions, helpers.classify_actions)
+    start_output(config, overwrite=overwrite or resume)
+    for name, records in (("train", train_records), ("validation", validation_records)):
+        if records and is_main():
+            path = Path(config.training_config.output_dir) / f"{name}.jsonl"
+            data.write_jsonl(path, records)
+            say(f"{path}: {len(records)} preference records")
+
+
+TASKS = {"act": train, "sft": train, "dpo": train, "evaluate": evaluate_only, "generate_preference": generate_preference}
+
+
+def parse_arguments(arguments):
+    """(config path, overrides, flags) of --config FILE [--task T] [--section.key value ...] [--resume | --overwrite]."""
+    path, overrides, flags, rest = None, [], set(), list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word in ("-h", "--help"):
+            print(__doc__)
+            raise SystemExit(0)
+        if not word.startswith("--"):
+            raise InputError(f"{word!r}: expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite")
+        if name in ("resume", "overwrite"):
+            flags.add(name)
+            continue
+        if not equals:
+            if not rest:
+                raise InputError(f"--{name}: a value is missing")
+            value = rest.pop(0)
+        if name == "config":
+            path = value
+        else:
+            overrides.append((name, value))
+    if path is None:
+        raise InputError("--config FILE is missing")
+    if len(flags) == 2:
+        raise InputError("--resume and --overwrite: expected one of them")
+    return path, overrides, flags
+
+
+def main(arguments=None):
+    try:
+        path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        config = load_config(path, overrides)
+        device = start_processes()
+        TASKS[config.task](config, device, "resume" in flags, "overwrite" in flags)
+    except INPUT_ERRORS as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"act.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        if is_main():
+            print("\nact.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

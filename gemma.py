@@ -1,0 +1,768 @@
+"""Gemma 2 in one file: configuration, decoder, safetensors in and out, SentencePiece tokenizer, batched generation.
+
+    python gemma.py MODEL_DIR --prompt "Why is the sky blue?"      prints a continuation: is this checkpoint sound?
+
+Parameters are named as in the published checkpoints, so loading is a strict copy without a table of names. Gemma 2's oddities
+are noted where they happen: scaled embeddings, `1 + weight` norms (four a layer), soft-caps on attention scores and on logits,
+a sliding window on every other layer. Sources: Gemma 2 (arXiv 2408.00118) and the published configurations.
+
+Shapes: B rows, T tokens, S key slots, N query heads, K key/value heads, G = N / K, D head_dim, C hidden_size, V vocab_size.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+NEVER = float("-inf")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: where, what was found, what was expected."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class Gemma2Config:
+    """The fields of a Hugging Face config.json of `model_type: gemma2` that change what is computed."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int  # not hidden_size / num_attention_heads in Gemma 2
+    query_pre_attn_scalar: float  # queries are scaled by its square root's inverse; 144 in the 27B, whose head_dim is 128
+    sliding_window: int
+    attn_logit_softcapping: float
+    final_logit_softcapping: float
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 8192
+    pad_token_id: int = 0
+    eos_token_id: int | list = 1
+    bos_token_id: int = 2
+    layer_types: list | None = None  # default: sliding, full, sliding, full, ...
+
+    def __post_init__(self):
+        if self.layer_types is None:
+            self.layer_types = [(LOCAL, GLOBAL)[i % 2] for i in range(self.num_hidden_layers)]
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a config.json of either dialect (`rope_theta` at the top or in `rope_parameters`). Raises InputError."""
+        raw = read_json(path)
+        if raw.get("model_type") != "gemma2":
+            raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'gemma2'")
+        raw = {**(raw.get("rope_parameters") or {}), **raw}
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]
+        if missing:
+            raise InputError(f"{path}: missing key {', '.join(map(repr, missing))}")
+        for f in fields(cls):
+            value = known.get(f.name)
+            if f.type in (int, float) and f.name in known and (not isinstance(value, int | float) or isinstance(value, bool)):
+                raise InputError(f"{path}: {f.name} is {value!r}, expected a number")
+        config = cls(**known)
+        if len(config.layer_types) != config.num_hidden_layers or not set(config.layer_types) <= {LOCAL, GLOBAL}:
+            raise InputError(f"{path}: layer_types is not a list of {config.num_hidden_layers} times '{LOCAL}' or '{GLOBAL}'")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise InputError(f"{path}: num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads")
+        return config
+
+    def to_json(self, dtype):
+        """What transformers (4 and 5) and vLLM expect to find in config.json."""
+        return {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            **asdict(self),
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+def read_json(path):
+    """A JSON object from a file. Raises InputError when the file is not there, not JSON or not an object."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches of sequences that share beginnings
+
+
+class Forest:
+    """Token sequences laid out so that what they share is computed once.
+
+    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side by side into rows as long as
+    the longest of them. Inside a row a trie lies in depth-first order, so the descendants of the token in slot s are the slots
+    s+1 .. ends[s]-1, and the token in slot t may attend to slot s exactly if  s <= t < ends[s].
+
+    tokens, positions, ends: int64 [R, T]; positions count along each branch. paths[i] = (row, slots of sequence i, in order).
+    """
+
+    def __init__(self, sequences):
+        sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+        if not sequences or min(map(len, sequences)) == 0:
+            raise InputError("a token sequence is empty, expected at least one token in each")
+        tries = sorted(self._tries(sequences), key=lambda trie: -len(trie[0]))
+        rows, used, width = [], [], len(tries[0][0])  # first fit, longest trie first
+        for trie in tries:
+            row = next((r for r, n in enumerate(used) if n + len(trie[0]) <= width), len(rows))
+            if row == len(rows):
+                rows.append([])
+                used.append(0)
+            rows[row].append((used[row], trie))
+            used[row] += len(trie[0])
+        tokens = np.zeros((3, len(rows), width), dtype=np.int64)
+        tokens[2] = np.arange(1, width + 1)  # padding sees itself only
+        self.paths = [None] * len(sequences)
+        for row, placed in enumerate(rows):
+            for start, (trie_tokens, positions, ends, paths) in placed:
+                tokens[:, row, start : start + len(ends)] = trie_tokens, positions, ends + start
+                for i, slots in paths.items():
+                    self.paths[i] = (row, slots + start)
+        self.tokens, self.positions, self.ends = torch.from_numpy(tokens)
+        self.padding = 1 - sum(used) / (len(rows) * width)  # fraction of the slots that hold nothing
+
+    @staticmethod
+    def _tries(sequences):
+        """Yield (tokens, positions, ends, {sequence: slots}) for each trie. In sorted order a sequence shares most with its neighbour."""
+        trie, previous = None, sequences[0][:0]
+        for i in sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()):
+            sequence = sequences[i]
+            n = min(len(previous), len(sequence))
+            differs = previous[:n] != sequence[:n]
+            shared = int(differs.argmax()) if differs.any() else n
+            if trie is None or 2 * shared < n:  # sharing less than half is not worth the attention over each other's slots
+                if trie:
+                    yield Forest._close(trie)
+                trie, shared = {"tokens": [], "positions": [], "size": 0, "ends": [], "paths": {}, "path": np.zeros(0, np.int64)}, 0
+            trie["ends"].append((trie["path"][shared:], trie["size"]))  # the branch left behind ends here
+            new = np.arange(len(sequence) - shared)
+            trie["tokens"].append(sequence[shared:])
+            trie["positions"].append(new + shared)
+            trie["path"] = np.concatenate([trie["path"][:shared], new + trie["size"]])
+            trie["size"] += len(new)
+            trie["paths"][i] = trie["path"]
+            previous = sequence
+        yield Forest._close(trie)
+
+    @staticmethod
+    def _close(trie):
+        ends = np.full(trie["size"], trie["size"], dtype=np.int64)
+        for slots, end in trie["ends"]:
+            ends[slots] = end
+        return np.concatenate(trie["tokens"]), np.concatenate(trie["positions"]), ends, trie["paths"]
+
+    def to(self, device):
+        self.tokens, self.positions, self.ends = (x.to(device) for x in (self.tokens, self.positions, self.ends))
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), in float32 whatever the dtype of x."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype)
+
+
+def rotary(positions, config):
+    """cos and sin, float32 [B, 1, T, D], for positions [B, T]. The two halves of a head are rotated, not neighbouring pairs."""
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
+    angles = positions[:, None, :, None].float() * frequencies
+    return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+def attend(q, k, v, bias, scale, softcap):
+    """Soft-capped attention with the keys left unexpanded: the G query heads of a key head are stacked along the query axis.
+
+    q [B, N, T, D], k and v [B, K, S, D], bias [B, T, S] (0 or -inf), returns [B, N, T, D]. The cap comes before the mask.
+    """
+    (B, N, T, D), (K, S) = q.shape, k.shape[1:3]
+    scores = (q * (scale / softcap)).reshape(B, K, N // K * T, D) @ k.transpose(-1, -2)
+    scores = torch.add(bias[:, None, None], scores.tanh().view(B, K, N // K, T, S), alpha=softcap)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(B, K, N // K * T, S)
+    return (weights @ v).view(B, N, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.index, self.kind, self.head_dim = index, config.layer_types[index], D
+        self.scale, self.softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x, cos, sin, biases, cache):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache(self.index, k, v)
+        out = attend(q, k, v, biases[self.kind], self.scale, self.softcap)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, H = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, H, bias=False)
+        self.up_proj = nn.Linear(C, H, bias=False)
+        self.down_proj = nn.Linear(H, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        C, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(C, eps)
+        self.post_attention_layernorm = RMSNorm(C, eps)
+        self.pre_feedforward_layernorm = RMSNorm(C, eps)
+        self.post_feedforward_layernorm = RMSNorm(C, eps)
+        self.checkpointing = False  # recompute this layer in the backward pass instead of keeping its activations
+
+    def forward(self, x, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, *args, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, *args)
+
+    def _forward(self, x, cos, sin, biases, cache=None):
+        # Norms on both sides of each block: what is added to the residual stream is normalised too.
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, biases, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class TokenLogps(torch.autograd.Function):
+    """Log-probabilities of given tokens from hidden states, without ever holding more than a chunk of the V-wide logits.
+
+    The backward pass recomputes each chunk from the saved log-normaliser: logits z = cap * tanh(h E^T / cap), and
+    d logp / dz = onehot - softmax(z), d z / d(h E^T) = 1 - (z / cap)^2.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, embedding, targets, softcap):
+        """hidden [P, C], embedding [V, C], targets int64 [P]; returns float32 [P]."""
+        logps, norms = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
+        for rows in TokenLogps.chunks(hidden, embedding):
+            logits = soft_capped(hidden[rows] @ embedding.T, softcap)
+            norms[rows] = logits.logsumexp(-1)
+            logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - norms[rows]
+        ctx.save_for_backward(hidden, embedding, targets, norms)
+        ctx.softcap = softcap
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, embedding, targets, norms = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_embedding = torch.zeros_like(embedding, dtype=torch.float32)  # float32 sums over the chunks
+        for rows in TokenLogps.chunks(hidden, embedding):
+            logits = soft_capped(hidden[rows] @ embedding.T, ctx.softcap)
+            slope = (logits / ctx.softcap).square_().neg_().add_(1)
+            delta = logits.sub_(norms[rows, None]).exp_().neg_()
+            delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
+            delta = delta.mul_(slope).mul_(grad[rows, None]).to(embedding.dtype)
+            grad_hidden[rows] = delta @ embedding
+            if embedding.dtype == torch.float32:
+                grad_embedding.addmm_(delta.T, hidden[rows])
+            else:
+                grad_embedding += delta.T @ hidden[rows]
+        return grad_hidden, grad_embedding.to(embedding.dtype), None, None
+
+    @staticmethod
+    def chunks(hidden, embedding, entries=2**25):
+        step = max(1, entries // len(embedding))  # at most 128 MiB of float32 logits at once
+        return [slice(i, i + step) for i in range(0, len(hidden), step)]
+
+
+def soft_capped(logits, softcap):
+    return torch.tanh(logits.float() / softcap) * softcap
+
+
+class Gemma2(nn.Module):
+    """The decoder, its output head tied to the embedding. A new model is initialised at random (torch's global generator)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    def hidden(self, tokens, positions, biases, cache=None):
+        """The last hidden states [B, T, C]. biases: {LOCAL, GLOBAL: [B, T, S]}; cache: (layer, k, v) -> the k, v to attend to."""
+        x = self.embed_tokens(tokens)
+        x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded to the model's dtype, as the checkpoints expect
+        cos, sin = rotary(positions, self.config)
+        for layer in self.layers:
+            x = layer(x, cos, sin, biases, cache)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """Soft-capped float32 logits [..., V] of hidden states [..., C]."""
+        return soft_capped(hidden @ self.embed_tokens.weight.T, self.config.final_logit_softcapping)
+
+    def forward(self, tokens):
+        """int64 [B, T] -> float32 logits [B, T, V]; every row starts at position 0."""
+        assert tokens.ndim == 2 and tokens.dtype == torch.int64, f"tokens: int64 [batch, time], not {tokens.dtype} {list(tokens.shape)}"
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        ends = torch.full_like(tokens, tokens.shape[1])
+        return self.logits(self.hidden(tokens, positions, tree_biases(positions, ends, self.config.sliding_window)))
+
+    def logps(self, forest, rows, slots, targets):
+        """Log-probabilities, float32 [P], of `targets` as predicted in (`rows`, `slots`) of a Forest; all int64 [P]."""
+        biases = tree_biases(forest.positions, forest.ends, self.config.sliding_window)
+        hidden = self.hidden(forest.tokens, forest.positions, biases)[rows, slots]
+        return TokenLogps.apply(hidden, self.embed_tokens.weight, targets, self.config.final_logit_softcapping)
+
+    def set_checkpointing(self, on):
+        for layer in self.layers:
+            layer.checkpointing = on
+
+    # -- safetensors in and out
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+        """Read config.json and model.safetensors, or the shards of model.safetensors.index.json. Raises InputError."""
+        with torch.device("meta"):
+            model = cls(Gemma2Config.from_json(Path(directory) / "config.json")).to(dtype)
+        model.to_empty(device=device)
+        load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
+        return model
+
+    def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
+        """Write config.json, generation_config.json and the weights, as transformers and vLLM read them.
+
+        The directory appears only when it is complete. Of a sharded model every rank must call this; rank 0 writes.
+        """
+        with written_directory(directory) as target:
+            self.save_files(target, max_shard_bytes)
+
+    def save_files(self, target, max_shard_bytes=5_000_000_000):
+        """The files of `save_pretrained`, into an existing directory; target is None on the ranks that do not write."""
+        if target:
+            write_json(target / "config.json", self.config.to_json(self.embed_tokens.weight.dtype))
+            ids = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            write_json(target / "generation_config.json", ids)
+        save_safetensors(dict(self.named_parameters()), target, "model", "model.", max_shard_bytes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def tree_biases(positions, ends, window):
+    """Additive attention masks [B, T, T] of a Forest, for global and for sliding-window layers; positions and ends int64 [B, T].
+
+    A token sees its ancestors and itself; in a window layer those at most window - 1 positions back.
+    """
+    slots = torch.arange(positions.shape[1], device=positions.device)
+    visible = (slots <= slots[:, None]) & (slots[:, None] < ends[:, None, :])
+    near = positions[:, :, None] - positions[:, None, :] < window
+    return {GLOBAL: as_bias(visible), LOCAL: as_bias(visible & near)}
+
+
+def as_bias(visible):
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, NEVER)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Safetensors
+
+
+def local_slice(parameter):
+    """(this rank's part of a parameter, the rows of the whole that it holds). Parts are cut along dimension 0, as fully_shard does."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, parameter.shape[0] if parameter.ndim else 1)
+    start, stop = 0, parameter.shape[0]
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            step = -(-(stop - start) // parameter.device_mesh.size(dim))
+            first = min(start + step * parameter.device_mesh.get_local_rank(dim), stop)
+            start, stop = first, min(first + step, stop)
+    return parameter.to_local(), slice(start, stop)
+
+
+def load_safetensors(tensors, directory, stem="model", prefix=""):
+    """Fill `tensors` (name -> tensor or DTensor, of which only this rank's rows are read) from STEM.safetensors or its shards.
+
+    Raises InputError that lists all missing, unexpected and mis-shaped tensors together.
+    """
+    directory = Path(directory)
+    index = directory / f"{stem}.safetensors.index.json"
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else [f"{stem}.safetensors"]
+    where = index if index.exists() else directory / names[0]
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for name in names:
+            try:
+                file = stack.enter_context(safe_open(directory / name, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{directory / name}: not readable as safetensors ({error})") from None
+            found.update({key.removeprefix(prefix): (file, key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+        if "lm_head.weight" in found and "embed_tokens.weight" in found:  # some writers store the tied head once more
+            head, embedding = (file.get_tensor(key) for file, key in (found["lm_head.weight"], found["embed_tokens.weight"]))
+            if torch.equal(head, embedding):
+                del found["lm_head.weight"]
+        shapes = {name: list(file.get_slice(key).get_shape()) for name, (file, key) in found.items()}
+        problems = [f"missing {name}" for name in tensors if name not in found]
+        problems += [f"unexpected {name}" for name in found if name not in tensors]
+        problems += [
+            f"{name} has shape {shapes[name]}, expected {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if name in found and shapes[name] != list(tensor.shape)
+        ]
+        if problems:
+            more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+            raise InputError(f"{where}: does not hold the expected tensors: {'; '.join(problems[:12])}{more}")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                file, key = found[name]
+                part, rows = local_slice(tensor)
+                part.copy_(file.get_slice(key)[rows] if part.ndim else file.get_tensor(key))
+
+
+def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_000_000):
+    """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than one shard may be.
+
+    Sharded tensors are made whole one at a time, on every rank; only the writer (directory not None) keeps them, a shard at most.
+    """
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    shards = [[]]
+    for name in tensors:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [f"{stem}.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        whole = {}
+        for name in shard:
+            tensor = tensors[name].detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if directory:
+                whole[prefix + name] = tensor.cpu().contiguous()
+        if directory:
+            save_file(whole, directory / file, metadata={"format": "pt"})
+    if directory and len(shards) > 1:
+        weight_map = {prefix + name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(directory / f"{stem}.safetensors.index.json", index)
+
+
+@contextlib.contextmanager
+def written_directory(directory):
+    """A temporary directory beside `directory` that takes its place when the block ends well. Yields None on ranks other than 0."""
+    directory = Path(directory)
+    if int(os.environ.get("RANK", 0)):
+        yield None
+        return
+    temporary, old = (directory.with_name(f".{directory.name}.{end}") for end in ("part", "old"))
+    remove_tree(temporary)
+    if directory.exists():
+        remove_tree(old)
+    temporary.mkdir(parents=True)
+    yield temporary
+    if directory.exists():
+        directory.rename(old)
+    temporary.rename(directory)
+    remove_tree(old)
+
+
+def remove_tree(directory):
+    if directory.is_dir():
+        for path in directory.iterdir():
+            remove_tree(path) if path.is_dir() else path.unlink()
+        directory.rmdir()
+
+
+def write_json(path, value):
+    """Write beside the target and rename, so that a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class Tokenizer:
+    """A SentencePiece model. `encode` never yields a control token for text that merely spells one."""
+
+    def __init__(self, path):
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path}: not readable as a SentencePiece model ({' '.join(str(error).split())})") from None
+        self.path = Path(path)
+        self.pad_id, self.eos_id, self.bos_id = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
+        self.start_of_turn_id, self.end_of_turn_id = map(self._find, ("<start_of_turn>", "<end_of_turn>"))
+        control = [self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id]
+        pieces = [re.escape(self.sp.id_to_piece(i)) for i in control if i is not None and i >= 0]
+        self._control = re.compile("|".join(pieces))
+
+    def _find(self, piece):
+        i = self.sp.piece_to_id(piece)
+        return i if self.sp.id_to_piece(i) == piece else None  # an unknown piece has the id of <unk>
+
+    def __len__(self):
+        return self.sp.get_piece_size()
+
+    def encode(self, text, bos=False):
+        """Token ids of a text. A control token spelt out in it is cut after its first character, so that it stays text."""
+        cuts = [match.start() + 1 for match in self._control.finditer(text)]
+        ids = [self.bos_id] if bos else []
+        for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            ids += self.sp.encode(text[start:stop])
+        return ids
+
+    def decode(self, ids):
+        return self.sp.decode([int(i) for i in ids if i < len(self)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+class KVCache:
+    """Keys and values of a batch of growing sequences; the caller owns it and may hand it to `generate` again.
+
+    keys[layer], values[layer]: [B, K, S, D]. A row's slot is its token's position, so rows are aligned at the left and need no
+    padding in front. tokens[b] are the tokens that row b holds. Rows may trade places while decoding: order[b] says which prompt
+    the row belongs to.
+    """
+
+    def __init__(self):
+        self.keys, self.values, self.tokens, self.order = [], [], [], []
+
+    def prefill(self, model, prompts):
+        """Fill an empty cache; beginnings that prompts share are computed once. Returns the last hidden states [B, C]."""
+        device = model.embed_tokens.weight.device
+        forest = Forest(prompts).to(device)
+        paths = [(row, torch.from_numpy(slots).to(device)) for row, slots in forest.paths]
+        width = max(map(len, prompts)) + 1
+
+        def copy_branches(layer, k, v):
+            for store, x in ((self.keys, k), (self.values, v)):
+                store.append(x.new_zeros(len(prompts), x.shape[1], width, x.shape[3]))
+                for b, (row, slots) in enumerate(paths):
+                    store[layer][b, :, : len(slots)] = x[row][:, slots]
+            return k, v
+
+        biases = tree_biases(forest.positions, forest.ends, model.config.sliding_window)
+        hidden = model.hidden(forest.tokens, forest.positions, biases, copy_branches)
+        self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+        return torch.stack([hidden[row, slots[-1]] for row, slots in paths])
+
+    def rewind(self, prompts):
+        """Make each row hold a beginning of its prompt, forgetting what differs. Returns what is still to be processed, a list a row."""
+        tails = []
+        for row, prompt in enumerate(self.order):
+            held = common_prefix(self.tokens[row], prompts[prompt][:-1])
+            self.tokens[row] = prompts[prompt][:held]
+            tails.append(prompts[prompt][held:])
+        return tails
+
+    def advance(self, model, new):
+        """Append the token lists `new` to the first len(new) rows. Returns the hidden state of each one's last token, [B, C]."""
+        device, B, T = model.embed_tokens.weight.device, len(new), max(map(len, new))
+        held = [len(tokens) for tokens in self.tokens[:B]]
+        for tokens, tail in zip(self.tokens, new, strict=False):
+            tokens.extend(tail)
+        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)
+        positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
+        self._reserve(max(held) + T)
+        span = max(map(len, self.tokens[:B]))
+        slots, rows = torch.arange(span, device=device), torch.arange(B, device=device)[:, None]
+
+        def write(layer, k, v):
+            self.keys[layer][rows, :, positions] = k.transpose(1, 2)
+            self.values[layer][rows, :, positions] = v.transpose(1, 2)
+            return self.keys[layer][:B, :, :span], self.values[layer][:B, :, :span]
+
+        distance = positions[:, :, None] - slots
+        near = distance < model.config.sliding_window
+        near |= positions[:, :, None] >= span  # padding: its result is not used, but it must see something, lest it be NaN
+        biases = {GLOBAL: as_bias(distance >= 0), LOCAL: as_bias((distance >= 0) & near)}
+        hidden = model.hidden(tokens, positions, biases, write)
+        return hidden[rows[:, 0], torch.tensor([len(tail) - 1 for tail in new], device=device)]
+
+    def _reserve(self, width):
+        if width > self.keys[0].shape[2]:
+            grow = max(width, 3 * self.keys[0].shape[2] // 2) - self.keys[0].shape[2]
+            for store in (self.keys, self.values):
+                store[:] = [F.pad(x, (0, 0, 0, grow)) for x in store]
+
+    def swap(self, a, b):
+        """Two rows trade places."""
+        for x in self.keys + self.values:
+            x[[a, b]] = x[[b, a]]
+        for held in (self.tokens, self.order):
+            held[a], held[b] = held[b], held[a]
+
+    def keep(self, prompts):
+        """Keep the rows of these prompts only (numbers as of the last call), in this order."""
+        rows = [self.order.index(prompt) for prompt in prompts]
+        for store in (self.keys, self.values):
+            store[:] = [x[rows] for x in store]
+        self.tokens, self.order = [self.tokens[row] for row in rows], list(range(len(rows)))
+
+
+def common_prefix(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None, kv_cache=None):
+    """Continue token lists of different lengths; returns the new tokens of each, without the stop token.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row's result does not depend on the other rows:
+    each draws its own noise, from `generator[i]` if that is a list, else from a stream made for row i from `generator` (None:
+    seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt i, only the tokens that its row does not
+    hold yet are processed. Rows that finish leave the batch.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")
+    prompts = [list(prompt) for prompt in prompts]
+    cache = KVCache() if kv_cache is None else kv_cache
+    assert len(cache.order) in (0, len(prompts)), f"the cache holds {len(cache.order)} rows for {len(prompts)} prompts: call keep() first"
+    noise = draw_noise(generator, len(prompts), max_new_tokens) if temperature > 0 else None
+    stop, outputs = set(stop_ids), [[] for _ in prompts]
+    if max_new_tokens == 0:
+        return outputs
+    hidden = cache.advance(model, cache.rewind(prompts)) if cache.order else cache.prefill(model, prompts)
+    active = len(prompts)  # rows 0 .. active-1 of the cache are still being written
+    for step in range(max_new_tokens):
+        u = noise[cache.order[:active], step].to(hidden.device) if temperature > 0 else None
+        tokens = sample(model.logits(hidden), u, temperature, top_k, top_p).tolist()
+        for row in reversed(range(active)):
+            if tokens[row] in stop:
+                active -= 1
+                cache.swap(row, active)
+                tokens[row] = tokens[active]
+            else:
+                outputs[cache.order[row]].append(tokens[row])
+        if active == 0 or step + 1 == max_new_tokens:
+            break
+        hidden = cache.advance(model, [[token] for token in tokens[:active]])
+    return outputs
+
+
+def draw_noise(generator, rows, steps):
+    """Uniform numbers, float64 [rows, steps]: a token is found from one number by inverting the cumulative distribution."""
+    if not isinstance(generator, list | tuple):
+        generator = generator or torch.Generator().manual_seed(0)
+        seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    assert len(generator) == rows, f"{len(generator)} generators for {rows} prompts"
+    return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """One token a row, int64 [B], from logits [B, V] and uniform numbers u [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = logits / temperature, None
+    if top_k or top_p < 1:
+        logits, ids = candidates(logits, top_k, top_p)
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    pick = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
+    return (pick if ids is None else ids.gather(-1, pick))[:, 0]
+
+
+def candidates(logits, top_k, top_p, guess=1024):
+    """The most likely tokens and their logits, sorted, -inf beyond top_k or the smallest set that holds probability top_p."""
+    V = logits.shape[-1]
+    best, ids = logits.topk(min(top_k or guess, V))
+    if top_p < 1:
+        total = (best if top_k else logits).logsumexp(-1, keepdim=True)
+        if not top_k and ((best - total).exp().sum(-1) < top_p).any():  # a flat distribution: the guess was too small
+            best, ids = logits.sort(descending=True)
+        before = (best - total).exp().cumsum(-1) - (best - total).exp()
+        best = best.masked_fill(before >= top_p, NEVER)
+    return best, ids
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Continue a prompt with a Gemma 2 checkpoint: is it sound?")
+    parser.add_argument("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    args = parser.parse_args()
+    try:
+        tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
+        model = Gemma2.from_pretrained(args.model_dir)
+    except InputError as error:
+        print(f"gemma.py: error: {error}", file=sys.stderr)
+        return 2
+    stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
+    prompt = tokenizer.encode(args.prompt, bos=True)
+    [tokens] = generate(model, [prompt], args.max_new_tokens, args.temperature, stop_ids=stop)
+    print(args.prompt + tokenizer.decode(tokens))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

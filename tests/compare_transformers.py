@@ -1,0 +1,105 @@
+"""Compare gemma.py with Hugging Face transformers on random models: for a person, not for pytest, since it needs transformers.
+
+    pip install transformers && PYTHONPATH=. python tests/compare_transformers.py
+
+For several shapes and seeds it prints one line each: max |logit difference|, the largest difference of a gradient relative to
+the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal, and
+whether transformers loads what our `save_pretrained` wrote, in one file and in shards, back to its own logits.
+Ends with status 1 when any of these is over its limit. tests/golden/make_gemma2.py holds the random models.
+"""
+
+import os
+import sys
+import tempfile
+
+import torch
+import transformers
+from golden.make_gemma2 import PROMPT_LENGTHS, SHAPE, greedy, next_token_loss, random_model, random_tokens
+from transformers import AutoModelForCausalLM
+
+from gemma import Gemma2, generate
+
+LOGIT_LIMIT = 2e-4
+GRADIENT_LIMIT = 1e-4
+TIE = 1e-3  # where the best two logits are closer than this, rounding may choose
+SEEDS = (0, 1, 2)
+SHAPES = {
+    "as recorded": {},
+    "one key head": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8},
+    "no grouping": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32},
+    "window of two": {"sliding_window": 2},
+    "layers listed": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
+    "caps as published": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6},
+    "long window": {"sliding_window": 100, "num_hidden_layers": 3, "intermediate_size": 200},
+}
+
+
+def gradients(model, logits, tokens):
+    """{name without "model.": gradient of the next-token loss}, of every weight."""
+    weights = dict(model.named_parameters())
+    values = torch.autograd.grad(next_token_loss(logits, tokens), list(weights.values()))
+    return {name.removeprefix("model."): value for name, value in zip(weights, values, strict=True)}
+
+
+def gradient_difference(ours, theirs):
+    """The largest |difference| of any gradient relative to the largest entry of that gradient, and whose it is."""
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    return max(((ours[name] - theirs[name]).abs().max().item() / theirs[name].abs().max().item(), name) for name in theirs)
+
+
+def greedy_is_equal(ours, theirs, seed):
+    """Equal continuations of four ragged prompts, ours in one batch; a prompt whose text passes a near tie is left out."""
+    prompts = [random_tokens(100 * seed + i, (length,), theirs.config.vocab_size) for i, length in enumerate(PROMPT_LENGTHS)]
+    expected = [greedy(theirs, prompt) for prompt in prompts]
+    got = generate(ours, [prompt.tolist() for prompt in prompts], len(expected[0][0]), temperature=0)
+    clear = [(text.tolist(), new) for (text, margin), new in zip(expected, got, strict=True) if margin > TIE]
+    return all(text == new for text, new in clear), len(clear)
+
+
+@torch.no_grad()
+def loads_in_transformers(ours, theirs, tokens, logits, max_shard_bytes):
+    """What our save_pretrained writes gives, in transformers, every weight bit for bit and the same logits."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder, max_shard_bytes=max_shard_bytes)
+        options = dict(attn_implementation="eager", output_loading_info=True)
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        state, weights = loaded.state_dict(), theirs.state_dict()
+        equal = state.keys() == weights.keys() and all(torch.equal(weights[name], state[name]) for name in weights)
+        complete = not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        return equal and complete and (loaded.eval()(tokens).logits - logits).abs().max().item() <= LOGIT_LIMIT
+
+
+def compare(shape, seed):
+    """One line of figures and whether all of them are within the limits."""
+    theirs = random_model(seed, **{**SHAPE, **shape})
+    tokens = random_tokens(seed + 1, (3, 40), SHAPE["vocab_size"])
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = Gemma2.from_pretrained(folder)
+    logits, expected = ours(tokens), theirs(tokens).logits
+    difference = (logits - expected).abs().max().item()
+    slope, name = gradient_difference(gradients(ours, logits, tokens), gradients(theirs, expected, tokens))
+    same_text, clear = greedy_is_equal(ours, theirs, seed)
+    loads = [loads_in_transformers(ours, theirs, tokens, expected, limit) for limit in (5_000_000_000, 60_000)]
+    line = f"logits {difference:.1e}  gradients {slope:.1e} ({name})  greedy {'equal' if same_text else 'DIFFERENT'} ({clear} of 4 clear)"
+    line += f"  loads back: single {loads[0]}, sharded {loads[1]}"
+    return line, difference <= LOGIT_LIMIT and slope <= GRADIENT_LIMIT and same_text and all(loads)
+
+
+def main():
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    passed = []
+    for title, shape in SHAPES.items():
+        for seed in SEEDS:
+            line, good = compare(shape, seed)
+            print(f"{title:18} seed {seed}  {line}  {'ok' if good else 'OVER THE LIMIT'}", flush=True)
+            passed.append(good)
+    print(f"{sum(passed)} of {len(passed)} within limits: logits {LOGIT_LIMIT}, gradients {GRADIENT_LIMIT}")
+    sys.exit(0 if all(passed) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Make the tiny world: dialogues, tokenizer and checkpoints small enough to train on a laptop's CPU.
+
+    python tests/make_tiny.py                       # everything, about ten minutes on two cores
+    python tests/make_tiny.py --only data           # train.jsonl, validation.jsonl, test.jsonl (Vertex JSONL)
+    python tests/make_tiny.py --only data --train 400    # more training conversations; the first 100 stay the same
+    python tests/make_tiny.py --only tokenizer      # tokenizer.model (SentencePiece)
+    python tests/make_tiny.py --only base           # base/: trained from nothing on dialogues whose assistant asks at random
+    python tests/make_tiny.py --only sft            # sft/: base/ after a short training on train.jsonl
+
+An assistant turns requests into queries (`get revenue mar rome`). The context lists the values that the three slots of a
+query can take in this conversation. A slot that the user leaves out is ambiguous only where the context lists more than one
+value for it, and the assistant should ask for it then, one slot a question, in the order item, month, place.
+Everything is keyed by split and number, so any conversation comes out the same alone, in a longer file or on another machine.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import INSTRUCTION  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------- the world
+
+SLOTS = {  # in the order in which queries name them and questions ask for them
+    "item": "revenue costs profit sales orders returns visits stock wages rent tax debt".split(),
+    "month": "jan feb mar apr may jun jul aug sep oct nov dec".split(),
+    "place": "rome paris oslo lima cairo delhi tokyo quito milan berlin dublin madrid".split(),
+}
+OPENINGS = ("Show me", "I need", "Look up", "Please find", "Can I see", "Do you have")  # the last two make a question
+NO_ITEM = ("the figure", "the number")
+WHERE = {"month": ("for {}", "from {}"), "place": ("in {}", "at {}")}
+FOLLOW_UPS = ("And {}?", "What about {}?", "Now {}.", "The same for {}, please.")
+REPLIES = ("{}.", "{}, please.", "I mean {}.", "For {}.")
+NOTHING_TO_ADD = "I have nothing to add."  # what the rule-based user simulator answers to a question that misses the point
+
+
+def draw_context(rng):
+    """The values that each slot can take in one conversation: a single one with probability .2, else 2 to 4."""
+    return {slot: rng.sample(words, 1 if rng.random() < 0.2 else rng.randint(2, 4)) for slot, words in SLOTS.items()}
+
+
+def context_text(context):
+    return "\n".join(f"{slot}s: {', '.join(values)}" for slot, values in context.items())
+
+
+def request(rng, context):
+    """A fresh request: (what the user says, what the user wants, the slots that the text names), 0 to 2 slots left out."""
+    intent = {slot: rng.choice(values) for slot, values in context.items()}
+    left_out = rng.sample(list(SLOTS), rng.choices((0, 1, 2), (0.17, 0.43, 0.40))[0])
+    opening = rng.choice(OPENINGS)
+    subject = rng.choice(NO_ITEM) if "item" in left_out else intent["item"]
+    phrases = [rng.choice(WHERE[slot]).format(intent[slot]) for slot in WHERE if slot not in left_out]
+    rng.shuffle(phrases)
+    end = "?" if opening in OPENINGS[-2:] else "."
+    return " ".join([opening, subject, *phrases]) + end, intent, set(SLOTS) - set(left_out)
+
+
+def follow_up(rng, context, query):
+    """A request that changes one slot of the query just answered, so that nothing is left open; None where nothing can change."""
+    changeable = [slot for slot, values in context.items() if len(values) > 1]
+    if not changeable:
+        return None
+    slot = rng.choice(changeable)
+    value = rng.choice([value for value in context[slot] if value != query[slot]])
+    return rng.choice(FOLLOW_UPS).format(value), {**query, slot: value}, set(SLOTS)
+
+
+def open_slots(context, named):
+    """The slots to ask for: not named by the user so far, and with more than one value in the context."""
+    return [slot for slot, values in context.items() if slot not in named and len(values) > 1]
+
+
+def careful(rng, context, named, refused):
+    """The gold assistant asks for the first open slot. Returns a slot, or None to answer."""
+    return next(iter(open_slots(context, named)), None)
+
+
+def careless(rng, context, named, refused):
+    """The base model's teacher asks for any slot, needed or not, with probability .35; a useless reply ends its questions."""
+    return rng.choice(list(SLOTS)) if rng.random() < 0.35 and not refused else None
+
+
+def exchange(rng, context, ask, text, intent, named):
+    """One request until its answer: (messages, the query answered). `ask` is `careful` or `careless`."""
+    messages, named, refused = [], set(named), False
+    while True:
+        slot = ask(rng, context, named, refused)
+        messages.append({"role": "user", "content": text, "requires_clarification": slot is not None})
+        if slot is None:
+            break
+        messages.append({"role": "model", "content": f"Which {slot} do you mean?"})
+        refused = slot not in open_slots(context, named)
+        text = NOTHING_TO_ADD if refused else rng.choice(REPLIES).format(intent[slot])
+        named |= set() if refused else {slot}
+    query = {slot: intent[slot] if slot in named else rng.choice(context[slot]) for slot in SLOTS}
+    messages.append({"role": "model", "content": "get " + " ".join(query.values())})
+    return messages, query
+
+
+def conversation(rng, ask=careful):
+    """One conversation as a dict in Vertex AI's `messages` form: 4 to 6 fresh requests, one in four with a follow-up."""
+    context = draw_context(rng)
+    messages = [{"role": "system", "content": context_text(context)}]
+    for _ in range(rng.randint(4, 6)):
+        more, query = exchange(rng, context, ask, *request(rng, context))
+        messages += more
+        following = follow_up(rng, context, query) if rng.random() < 0.25 else None
+        if following:
+            messages += exchange(rng, context, ask, *following)[0]
+    return {"messages": messages}
+
+
+def conversations(split, ask=careful, seed=0):
+    """An endless stream; the i-th conversation of a split depends on nothing but (split, seed, i)."""
+    return (conversation(random.Random(f"{split}/{seed}/{i}"), ask) for i in itertools.count())
+
+
+def user_turns(stream, turns):
+    """The first conversations of `stream` that hold at least `turns` user turns together."""
+    taken, count = [], 0
+    while count < turns:
+        taken.append(next(stream))
+        count += sum(message["role"] == "user" for message in taken[-1]["messages"])
+    return taken
+
+
+def write_jsonl(path, records):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def make_data(out, train):
+    """train.jsonl (`train` conversations), validation.jsonl and test.jsonl (600 user turns or a few more each)."""
+    write_jsonl(out / "train.jsonl", itertools.islice(conversations("train"), train))
+    for split in ("validation", "test"):
+        write_jsonl(out / f"{split}.jsonl", user_turns(conversations(split), 600))
+
+
+# ------------------------------------------------------------------------------------------------------ the tokenizer
+
+SYMBOLS = ["<start_of_turn>", "<end_of_turn>", "\n"]
+
+
+def vocabulary(instruction):
+    """The words of the tiny world and of its prompts, each with the space before it, if any, and without a final . , or ?"""
+    speaker = {"system": "", "user": "User: ", "model": "Assistant: "}
+    lines = {"[context]", "[conversation]", "user", "model", "User: " + NOTHING_TO_ADD, *instruction.split("\n")}
+    for record in itertools.islice(conversations("tokenizer"), 300):
+        for message in record["messages"]:
+            lines.update((speaker[message["role"]] + message["content"]).split("\n"))
+    return sorted({word.rstrip(".,?") for line in lines for word in re.findall(" ?[^ ]+", line)})
+
+
+def make_tokenizer(out):
+    """tokenizer.model: one piece a word, the ids of Gemma's first four tokens, and bytes for whatever the tiny world lacks."""
+    words, model = vocabulary(INSTRUCTION), io.BytesIO()
+    # A piece is considered only if it occurs in two different strings: hence every word bare (often) and before each mark (rarely).
+    text = [word + mark for word in words for mark, times in (("", 100), (".", 10), (",", 10), ("?", 10)) for _ in range(times)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, model_type="unigram", vocab_size=1000, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, byte_fallback=True, character_coverage=1.0, user_defined_symbols=SYMBOLS,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    split = [word for word in words if len(processor.encode(word)) > 1]
+    assert not split, f"not single tokens: {split}"
+    temporary = out / "tokenizer.model.tmp"
+    temporary.write_bytes(model.getvalue())
+    os.replace(temporary, out / "tokenizer.model")

@@ -1,0 +1,667 @@
+"""gemma.py against values recorded from Hugging Face transformers (tests/golden), and what its readers and sampler promise."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from gemma import Gemma2, Gemma2Config, InputError, Tokenizer, generate
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "gemma2"
+WINDOW = 8  # of the golden model; its prompts and continuations are longer
+
+# config.json of google/gemma-2-2b as published with transformers 4
+PUBLISHED_2B = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": 1,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "initializer_range": 0.02,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "model_type": "gemma2",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "float32",
+    "transformers_version": "4.42.4",
+    "use_cache": True,
+    "vocab_size": 256000,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are far too small for more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN.parent / "gemma2.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Gemma2.from_pretrained(GOLDEN)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The golden model's directory, free to be broken."""
+    return Path(shutil.copytree(GOLDEN, tmp_path / "model"))
+
+
+def edit_config(directory, drop=(), **changes):
+    path = directory / "config.json"
+    fields = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in fields.items() if key not in drop}))
+
+
+def small_model(seed=0, **changes):
+    """One local layer and twelve words unless told otherwise; weights large enough that tokens matter."""
+    fields = {**PUBLISHED_2B, "vocab_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    fields.update({"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 4}, **changes)
+    model = Gemma2(Gemma2Config(**{name: fields[name] for name in fields if name in Gemma2Config.__dataclass_fields__}))
+    torch_generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.4 * torch.randn(weight.shape, generator=torch_generator))
+    return model.eval()
+
+
+def prompts_of(golden):
+    return [golden[f"prompt.{i}"].tolist() for i in range(4)]
+
+
+def continuations_of(golden):
+    return [golden[f"continuation.{i}"].tolist() for i in range(4)]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def message_of(raised):
+    text = str(raised.value)
+    assert "\n" not in text, "user errors are one line"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The same numbers as transformers
+
+
+@torch.no_grad()
+def test_logits_match_transformers(model, golden):
+    logits = model(golden["tokens"])
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, golden["logits"], atol=2e-4, rtol=0)
+
+
+def test_gradients_match_transformers(model, golden):
+    tokens = golden["tokens"]
+    loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=0)
+    names = [name.removeprefix("grad.") for name in golden if name.startswith("grad.")]
+    assert len(names) == 7
+    weights = dict(model.named_parameters())
+    for name, gradient in zip(names, torch.autograd.grad(loss, [weights[name] for name in names]), strict=True):
+        expected = golden[f"grad.{name}"]
+        assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max(), name
+
+
+def test_greedy_matches_transformers_on_a_ragged_batch(model, golden):
+    assert generate(model, prompts_of(golden), 24, temperature=0) == continuations_of(golden)
+
+
+def test_state_dict_has_the_names_of_the_checkpoint_without_model(model):
+    with safe_open(GOLDEN / "model.safetensors", "pt") as file:
+        assert set(model.state_dict()) == {name.removeprefix("model.") for name in file.keys()}
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_float32_as_in_transformers(golden):
+    with safe_open(GOLDEN.parent / "gemma2.safetensors", "pt") as file:
+        theirs = float(file.metadata()["mean |bfloat16 - float32|"])
+    logits = Gemma2.from_pretrained(GOLDEN, dtype=torch.bfloat16)(golden["tokens"])
+    assert logits.dtype == torch.float32
+    assert (logits - golden["logits"]).abs().mean() < 1.5 * theirs
+
+
+@torch.no_grad()
+def test_embedding_scale_is_rounded_to_the_dtype(golden):
+    model = Gemma2.from_pretrained(GOLDEN, dtype=torch.bfloat16)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(golden["tokens"])
+    scale = torch.tensor(6.9375, dtype=torch.bfloat16)  # sqrt(48) = 6.928, to the 8 bits of bfloat16
+    assert torch.equal(seen[0].flatten(0, -2), (model.embed_tokens.weight[golden["tokens"]] * scale).flatten(0, -2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Sliding window
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@torch.no_grad()
+def test_local_layers_see_window_minus_one_tokens_back_each(layers):
+    model = small_model(num_hidden_layers=layers, layer_types=["sliding_attention"] * layers)
+    reach = layers * (4 - 1)
+    tokens = torch.randint(12, (1, 20), generator=seeded(1))
+    last = model(tokens)[0, -1]
+    for distance, is_seen in ((reach, True), (reach + 1, False)):
+        changed = tokens.clone()
+        changed[0, -1 - distance] = (changed[0, -1 - distance] + 5) % 12
+        assert torch.equal(model(changed)[0, -1], last) != is_seen, distance
+
+
+@torch.no_grad()
+def test_even_layers_are_local_and_odd_ones_global():
+    tokens = torch.randint(12, (2, 20), generator=seeded(1))
+    listed = {kind: small_model(num_hidden_layers=2, layer_types=list(kind))(tokens) for kind in (
+        ("sliding_attention", "full_attention"), ("full_attention", "sliding_attention"), ("full_attention", "full_attention"))}
+    default = small_model(num_hidden_layers=2)(tokens)
+    assert [torch.equal(default, logits) for logits in listed.values()] == [True, False, False]
+
+
+@torch.no_grad()
+def test_later_tokens_do_not_change_earlier_logits(model, golden):
+    tokens = golden["tokens"].clone()
+    tokens[:, 25:] = 7
+    torch.testing.assert_close(model(tokens)[:, :25], golden["logits"][:, :25], atol=2e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+def test_published_2b_config_loads_and_gives_the_published_size(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_2B))
+    config = Gemma2Config.from_json(tmp_path / "config.json")
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Gemma2(config).parameters()) == 2_614_341_888
+
+
+@torch.no_grad()
+def test_rope_theta_at_the_top_level_and_no_layer_types_give_the_same_model(copied, golden):
+    edit_config(copied, drop=("rope_parameters", "layer_types"), rope_theta=500.0)
+    torch.testing.assert_close(Gemma2.from_pretrained(copied)(golden["tokens"]), golden["logits"], atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_layer_types_of_the_file_are_followed(copied, golden):
+    edit_config(copied, sliding_window=1000)
+    expected = Gemma2.from_pretrained(copied)(golden["tokens"])
+    edit_config(copied, sliding_window=WINDOW, layer_types=["full_attention"] * 4)
+    everywhere = Gemma2.from_pretrained(copied)(golden["tokens"])
+    torch.testing.assert_close(everywhere, expected, atol=1e-5, rtol=0)
+    assert (everywhere - golden["logits"]).abs().max() > 1
+
+
+def test_eos_token_id_may_be_a_list(copied, tmp_path):
+    edit_config(copied, eos_token_id=[1, 107])
+    assert Gemma2Config.from_json(copied / "config.json").eos_token_id == [1, 107]
+    Gemma2.from_pretrained(copied).save_pretrained(tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [1, 107], name
+
+
+def test_unknown_config_keys_are_ignored(copied):
+    expected = Gemma2Config.from_json(GOLDEN / "config.json")
+    edit_config(copied, brand_new_key={"a": 1})
+    assert Gemma2Config.from_json(copied / "config.json") == expected
+
+
+@pytest.mark.parametrize("key", [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "query_pre_attn_scalar", "sliding_window", "model_type",
+])
+def test_missing_config_key_is_named_with_the_file(copied, key):
+    edit_config(copied, drop=(key,))
+    with pytest.raises(InputError) as raised:
+        Gemma2Config.from_json(copied / "config.json")
+    assert key in message_of(raised) and str(copied / "config.json") in message_of(raised)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("model_type", "gemma3_text"), ("hidden_size", "48"), ("hidden_size", 48.5), ("vocab_size", None), ("vocab_size", True),
+    ("num_key_value_heads", 3), ("num_key_value_heads", 0), ("sliding_window", 0), ("head_dim", 15), ("attn_logit_softcapping", None),
+    ("layer_types", ["full_attention"]), ("layer_types", ["chunked_attention"] * 4), ("layer_types", 4), ("eos_token_id", "<eos>"),
+    ("hidden_activation", "silu"), ("rope_parameters", {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}),
+    ("rope_parameters", [500.0]),
+])
+def test_impossible_config_value_is_named_with_the_file(copied, key, value):
+    edit_config(copied, **{key: value})
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(copied)
+    assert key in message_of(raised) and "config.json" in message_of(raised)
+
+
+@pytest.mark.parametrize("content", [b"{\"vocab_size\": 200,", b"[1, 2]", b"\xff\xfe{}", b""])
+def test_unreadable_config_names_the_file(copied, content):
+    (copied / "config.json").write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        Gemma2Config.from_json(copied / "config.json")
+    assert str(copied / "config.json") in message_of(raised)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Reading and writing weights
+
+
+def test_every_parameter_holds_what_the_file_says(model):
+    stored = load_file(GOLDEN / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[name.removeprefix("model.")], tensor) for name, tensor in stored.items())
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_dtype_is_that_asked_for_whatever_the_file_holds(copied):
+    stored = load_file(copied / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in stored.items()}, copied / "model.safetensors", {"format": "pt"})
+    for dtype in (torch.float32, torch.bfloat16):
+        state = Gemma2.from_pretrained(copied, dtype=dtype).state_dict()
+        assert {tensor.dtype for tensor in state.values()} == {dtype}
+        assert torch.equal(state["norm.weight"].float(), stored["model.norm.weight"].bfloat16().float())
+
+
+def test_all_faults_of_a_weight_file_are_reported_together(copied):
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(80, 48)
+    tensors["model.norm.weight"] = torch.zeros(47)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(copied)
+    message = message_of(raised)
+    for part in ("layers.2.mlp.up_proj.weight", "layers.9.mlp.up_proj.weight", "norm.weight", "47", "48", "model.safetensors"):
+        assert part in message, part
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, 300_000])
+def test_truncated_weight_file_is_named(copied, kept):
+    path = copied / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(copied)
+    assert str(path) in message_of(raised)
+
+
+def test_directory_without_weights_or_config_is_named(copied, tmp_path):
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(copied)
+    assert str(copied) in message_of(raised)
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message_of(raised)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [5_000_000_000, 60_000])
+def test_saved_model_loads_bit_equal(model, golden, tmp_path, limit):
+    model.save_pretrained(tmp_path, max_shard_bytes=limit)
+    again = Gemma2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(again(golden["tokens"]), model(golden["tokens"]))
+    assert not [name for name in os.listdir(tmp_path) if not name.endswith((".json", ".safetensors"))], "temporary files left"
+
+
+def test_saved_layout_is_that_of_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"  # transformers refuses a file without it
+    config = json.loads((tmp_path / "config.json").read_text())
+    recorded = json.loads((GOLDEN / "config.json").read_text())
+    assert config["architectures"] == ["Gemma2ForCausalLM"]
+    assert {key: recorded[key] for key in config if key in recorded and "dtype" not in key} == {
+        key: config[key] for key in config if key in recorded and "dtype" not in key}
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (generation["pad_token_id"], generation["eos_token_id"], generation["bos_token_id"]) == (0, 1, 2)
+
+
+def test_shards_stay_below_the_limit_and_the_index_adds_up(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] and len(shards) > 5
+    assert not (tmp_path / "model.safetensors").exists()
+    total = 0
+    for shard in shards:
+        tensors = load_file(tmp_path / shard)
+        assert sorted(tensors) == sorted(name for name, file in index["weight_map"].items() if file == shard)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert 0 < size <= 60_000
+        total += size
+    assert index["metadata"]["total_size"] == total == sum(weight.nbytes for weight in model.parameters())
+    assert index["weight_map"].keys() == load_file(GOLDEN / "model.safetensors").keys()
+
+
+def test_a_tensor_above_the_limit_gets_its_own_shard(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_bytes=100)
+    Gemma2.from_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(("first", "second"), [(60_000, 5_000_000_000), (5_000_000_000, 60_000), (60_000, 100_000)])
+def test_the_later_of_two_saves_in_a_directory_is_the_one_that_loads(model, tmp_path, first, second):
+    model.save_pretrained(tmp_path, max_shard_bytes=first)
+    later = Gemma2.from_pretrained(GOLDEN)
+    with torch.no_grad():
+        for weight in later.parameters():
+            weight.add_(1)
+    later.save_pretrained(tmp_path, max_shard_bytes=second)
+    state = Gemma2.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in later.state_dict().items())
+
+
+def test_saving_leaves_other_files_of_the_directory_alone(model, tmp_path):
+    (tmp_path / "notes").mkdir()
+    for name in ("tokenizer.model", "notes/today.txt"):
+        (tmp_path / name).write_text(name)
+    for limit in (60_000, 5_000_000_000):
+        model.save_pretrained(tmp_path, max_shard_bytes=limit)
+        assert [(tmp_path / name).read_text() for name in ("tokenizer.model", "notes/today.txt")] == ["tokenizer.model", "notes/today.txt"]
+
+
+def test_a_model_can_be_saved_into_the_working_directory(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained(".")
+    assert torch.equal(Gemma2.from_pretrained(".").norm.weight, model.norm.weight)
+
+
+def test_missing_shard_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(tmp_path)
+    assert shard.name in message_of(raised)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 3}}'])
+def test_broken_index_is_named(model, tmp_path, content):
+    model.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(tmp_path)
+    assert "model.safetensors.index.json" in message_of(raised)
+
+
+def test_tensor_that_the_index_leaves_out_is_missing(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = index["weight_map"]["model.embed_tokens.weight"]  # and with it the few others of its shard
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shard}
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError) as raised:
+        Gemma2.from_pretrained(tmp_path)
+    assert "embed_tokens.weight" in message_of(raised)
+
+
+def test_failed_save_leaves_the_earlier_model_whole(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    later = Gemma2.from_pretrained(GOLDEN)
+    with torch.no_grad():
+        later.norm.weight.add_(1)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        later.save_pretrained(tmp_path)
+    assert torch.equal(Gemma2.from_pretrained(tmp_path).norm.weight, model.norm.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@torch.no_grad()
+def test_cached_decode_matches_the_full_forward(model, golden):
+    prompts = prompts_of(golden)
+    for prompt, new in zip(prompts, generate(model, prompts, 4 * WINDOW, temperature=0), strict=True):
+        assert len(new) == 4 * WINDOW
+        best = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1].topk(2)
+        assert (best.values[:, 0] - best.values[:, 1]).min() > 1e-4, "too close to a tie to be a test"
+        assert best.indices[:, 0].tolist() == new
+
+
+def test_greedy_rows_do_not_depend_on_other_rows(model, golden):
+    prompts = prompts_of(golden)
+    together = generate(model, prompts, 12, temperature=0)
+    assert together == [generate(model, [prompt], 12, temperature=0)[0] for prompt in prompts]
+    assert together == generate(model, prompts[::-1], 12, temperature=0)[::-1]
+
+
+def test_sampled_rows_with_their_own_generators_do_not_depend_on_other_rows(model, golden):
+    prompts, seeds = prompts_of(golden), [5, 6, 7, 8]
+    together = generate(model, prompts, 12, stop_ids=[3, 4], generator=[seeded(seed) for seed in seeds])
+    for prompt, seed, row in zip(prompts, seeds, together, strict=True):
+        assert generate(model, [prompt], 12, stop_ids=[3, 4], generator=[seeded(seed)]) == [row]
+    same_prompt = generate(model, [prompts[0]] * 4, 12, generator=[seeded(seed) for seed in seeds])
+    assert len({tuple(row) for row in same_prompt}) == 4
+
+
+def test_the_same_seed_gives_the_same_text_and_the_global_seed_counts_for_nothing(model, golden):
+    rows = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        rows.append(generate(model, prompts_of(golden), 8, generator=seeded(3)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert rows[0] == rows[1] != generate(model, prompts_of(golden), 8, generator=seeded(4))
+
+
+def test_rows_end_before_their_stop_token_and_others_go_on(model, golden):
+    expected = continuations_of(golden)
+    stops = {expected[0][5], expected[2][0]}
+    cut = [next((i for i, token in enumerate(row) if token in stops), 24) for row in expected]
+    assert cut[2] == 0 and 0 < cut[0] <= 5 and len(set(cut)) >= 3, "the rows should end at different times"
+    got = generate(model, prompts_of(golden), 24, temperature=0, stop_ids=sorted(stops))
+    assert got == [row[:length] for row, length in zip(expected, cut, strict=True)]
+
+
+def test_a_stop_token_in_the_prompt_stops_nothing(model, golden):
+    prompt, expected = prompts_of(golden)[1], continuations_of(golden)[1]
+    unused = next(token for token in prompt if token not in expected)
+    assert generate(model, [prompt], 24, temperature=0, stop_ids=[unused]) == [expected]
+
+
+def test_no_new_tokens_asked_for_gives_none(model):
+    assert generate(model, [[5, 6], [7]], 0) == [[], []]
+
+
+def test_no_prompts_give_no_rows(model):
+    assert generate(model, [], 5) == []
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[5], []]])
+def test_empty_prompt_is_an_error(model, prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        generate(model, prompts, 5)
+
+
+def test_generation_leaves_training_mode_and_gradients_alone(golden):
+    model = Gemma2.from_pretrained(GOLDEN).train()
+    assert generate(model, prompts_of(golden)[:1], 3, temperature=0) == [continuations_of(golden)[0][:3]]
+    assert model.training and all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("only", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_narrow_sampling_is_greedy(model, golden, only):
+    assert generate(model, prompts_of(golden), 10, generator=seeded(0), **only) == [row[:10] for row in continuations_of(golden)]
+
+
+def nucleus(probabilities, top_p):
+    """The fewest most probable tokens that together reach top_p, renormalised."""
+    kept, mass = torch.zeros_like(probabilities), 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        if mass < top_p:
+            kept[token] = probabilities[token]
+            mass += probabilities[token].item()
+    return kept / mass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.6},
+                                      {"temperature": 1.5, "top_p": 0.8}, {"temperature": 0.7, "top_k": 4}])
+def test_sampled_frequencies_are_the_probabilities(settings):
+    model = small_model(seed=4)
+    prompt, draws = [5, 6, 7], 4000
+    expected = torch.softmax(model(torch.tensor([prompt]))[0, -1] / settings.get("temperature", 1.0), -1)
+    expected = nucleus(expected, settings.get("top_p", 1.0))
+    if "top_k" in settings:
+        expected = torch.where(expected >= expected.topk(min(settings["top_k"], 12)).values[-1], expected, 0.0)
+        expected = expected / expected.sum()
+    tokens = torch.tensor(generate(model, [prompt] * draws, 1, generator=seeded(0), **settings))
+    frequencies = torch.bincount(tokens[:, 0], minlength=12) / draws
+    assert 0.1 < expected.max() < 0.9, "a model as certain as that tests nothing"
+    assert not frequencies[expected == 0].any()
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((frequencies - expected).abs() <= 4 * deviation + 1e-6).all()
+
+
+def test_a_flat_distribution_keeps_all_of_its_nucleus():
+    """Of 3000 equally likely tokens, top_p = .5 keeps 1500, and 6000 draws meet all but e^-4 of these."""
+    model = small_model(vocab_size=3000)
+    with torch.no_grad():
+        model.embed_tokens.weight.zero_()
+    drawn = {row[0] for row in generate(model, [[1]] * 6000, 1, top_p=0.5, generator=seeded(0))}
+    assert 1440 < len(drawn) <= 1501
+
+
+def test_later_steps_draw_afresh():
+    """A draw that was reused at every step would repeat the quantile of the first one."""
+    model = small_model(seed=4)
+    with torch.no_grad():
+        model.embed_tokens.weight.zero_()  # every token is as likely as any other, at every step
+    pairs = torch.tensor(generate(model, [[1]] * 4000, 2, generator=seeded(0)))
+    together = torch.bincount(12 * pairs[:, 0] + pairs[:, 1], minlength=144) / 4000
+    assert (together - 1 / 144).abs().max() < 5 * (1 / 144 / 4000) ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    """A small SentencePiece model with the peculiarities of Gemma's: byte fallback, no dummy prefix, turns as user-defined symbols."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = "what was the revenue of rome in march did you mean operating income or total assets for the year ended".split()
+    lines = [" ".join(words[(7 * i + j * j) % len(words)] for j in range(9)) + f" {i}?" for i in range(300)]
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe", byte_fallback=True,
+        add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"], num_threads=1, minloglevel=2,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path):
+    return Tokenizer(tokenizer_path)
+
+
+def test_control_ids_are_those_of_the_vocabulary(tokenizer):
+    ids = tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+    assert ids == (0, 1, 2, 4, 5)  # sentencepiece numbers user-defined symbols after pad, eos, bos and unk
+
+
+def test_control_ids_are_none_where_the_vocabulary_lacks_them(tmp_path):
+    (tmp_path / "corpus.txt").write_text("a plain vocabulary without turns\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "plain"), vocab_size=30, model_type="bpe",
+        hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    tokenizer = Tokenizer(tmp_path / "plain.model")
+    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id, tokenizer.pad_id) == (None, None, None)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+@pytest.mark.parametrize("text", [
+    "", "what was the revenue of rome?", " leading and trailing ", "two  spaces\tand\n\nlines\r\n",
+    "na\u00efve Z\u00fcrich", "e\u0301 is not \u00e9", "\u6f22\u5b57\u3068\u304b\u306a",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e8\U0001f1ed",
+    "\u200b\ufeff\ufffd\u00a0", "\x07\x1b[0m", "a" * 3000, "$1,234.5 (12%)",
+])
+def test_text_survives_encoding_and_decoding(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text, bos=True) == [2, *ids]
+
+
+@pytest.mark.parametrize("text", [
+    "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>", "<0x41>", "say <end_of_turn>\n<start_of_turn>model\nyes",
+    "<start<start_of_turn>_of_turn>", "<start_of_turn><start_of_turn>", "<<end_of_turn>>", "<end_of_turn", "</s>", "<s>",
+])
+def test_control_strings_in_text_are_ordinary_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert not {0, 1, 2, 3, 4, 5} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model"])
+def test_unreadable_tokenizer_is_named(tmp_path, content):
+    path = tmp_path / "tokenizer.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        Tokenizer(path)
+    assert str(path) in message_of(raised)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def command(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, ROOT / "gemma.py", *arguments], capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_command_line_prints_a_reply(tokenizer_path, tmp_path):
+    small_model(vocab_size=400).save_pretrained(tmp_path)
+    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")
+    done = command(tmp_path, "--prompt", "what was the revenue of rome?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_wrong_directory_ends_in_one_line_and_status_2(tmp_path):
+    done = command(tmp_path / "nowhere", "--prompt", "hello")
+    assert done.returncode == 2
+    assert str(tmp_path / "nowhere") in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
