@@ -592,7 +592,7 @@ def noise_generators(seed, step, positions):
 
 COMMON_WORDS = set("""a an and any are asking about be by can could did do does exactly for from how i in interested is it like looking
     mean me more of on or please precisely referring s say specific specifically talking that the there they this to want was were what
-    when where which who would you your""".split())  # fmt: skip  # noqa: SIM905
+    when where which who would you your""".split())  # fmt: skip
 NOTHING_TO_ADD = "I have nothing to add."
 
 

@@ -457,7 +457,7 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
                 file = stack.enter_context(safe_open(directory / name, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{directory / name}: not readable as safetensors ({error})") from None
-            found.update({key.removeprefix(prefix): (file, key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+            found.update({key.removeprefix(prefix): (file, key) for key in file.keys()})
         if "lm_head.weight" in found and "embed_tokens.weight" in found:  # some writers store the tied head once more
             head, embedding = (file.get_tensor(key) for file, key in (found["lm_head.weight"], found["embed_tokens.weight"]))
             if torch.equal(head, embedding):
@@ -596,24 +596,26 @@ class KVCache:
     def __init__(self):
         self.keys, self.values, self.tokens, self.order = [], [], [], []
 
-    def prefill(self, model, prompts):
-        """Fill an empty cache; beginnings that prompts share are computed once. Returns the last hidden states [B, C]."""
+    def prefill(self, model, prompts, room):
+        """Fill an empty cache, with room for more tokens; what prompts share is computed once. Returns the last hidden states [B, C]."""
         device = model.embed_tokens.weight.device
         forest = Forest(prompts).to(device)
-        paths = [(row, torch.from_numpy(slots).to(device)) for row, slots in forest.paths]
-        width = max(map(len, prompts)) + 1
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        rows = torch.tensor([row for row, _ in forest.paths], device=device)[:, None]
+        slots = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for b, (_, path) in enumerate(forest.paths):
+            slots[b, : len(path)] = torch.from_numpy(path)
+        slots = slots.to(device)
 
         def copy_branches(layer, k, v):
             for store, x in ((self.keys, k), (self.values, v)):
-                store.append(x.new_zeros(len(prompts), x.shape[1], width, x.shape[3]))
-                for b, (row, slots) in enumerate(paths):
-                    store[layer][b, :, : len(slots)] = x[row][:, slots]
+                store.append(F.pad(x[rows, :, slots].transpose(1, 2), (0, 0, 0, room)))
             return k, v
 
         biases = tree_biases(forest.positions, forest.ends, model.config.sliding_window)
         hidden = model.hidden(forest.tokens, forest.positions, biases, copy_branches)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
-        return torch.stack([hidden[row, slots[-1]] for row, slots in paths])
+        return hidden[rows[:, 0], slots.gather(1, lengths[:, None] - 1)[:, 0]]
 
     def rewind(self, prompts):
         """Make each row hold a beginning of its prompt, forgetting what differs. Returns what is still to be processed, a list a row."""
@@ -633,18 +635,20 @@ class KVCache:
         tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
         self._reserve(max(held) + T)
-        span = max(map(len, self.tokens[:B]))
-        slots, rows = torch.arange(span, device=device), torch.arange(B, device=device)[:, None]
+        rows, window = torch.arange(B, device=device)[:, None], model.config.sliding_window
+        spans = {GLOBAL: slice(0, max(map(len, self.tokens[:B])))}  # the slots that any of the new tokens can see
+        spans[LOCAL] = slice(max(0, min(held) - window + 1), spans[GLOBAL].stop)
+        distance = positions[:, :, None] - torch.arange(spans[GLOBAL].stop, device=device)
+        near = distance < window
+        near |= positions[:, :, None] >= spans[GLOBAL].stop  # padding: unused, but it must see something, lest it be NaN
+        biases = {GLOBAL: as_bias(distance >= 0), LOCAL: as_bias(((distance >= 0) & near)[:, :, spans[LOCAL]])}
 
         def write(layer, k, v):
             self.keys[layer][rows, :, positions] = k.transpose(1, 2)
             self.values[layer][rows, :, positions] = v.transpose(1, 2)
-            return self.keys[layer][:B, :, :span], self.values[layer][:B, :, :span]
+            span = spans[model.config.layer_types[layer]]
+            return self.keys[layer][:B, :, span], self.values[layer][:B, :, span]
 
-        distance = positions[:, :, None] - slots
-        near = distance < model.config.sliding_window
-        near |= positions[:, :, None] >= span  # padding: its result is not used, but it must see something, lest it be NaN
-        biases = {GLOBAL: as_bias(distance >= 0), LOCAL: as_bias((distance >= 0) & near)}
         hidden = model.hidden(tokens, positions, biases, write)
         return hidden[rows[:, 0], torch.tensor([len(tail) - 1 for tail in new], device=device)]
 
@@ -691,7 +695,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     stop, outputs = set(stop_ids), [[] for _ in prompts]
     if max_new_tokens == 0:
         return outputs
-    hidden = cache.advance(model, cache.rewind(prompts)) if cache.order else cache.prefill(model, prompts)
+    hidden = cache.advance(model, cache.rewind(prompts)) if cache.order else cache.prefill(model, prompts, max_new_tokens)
     active = len(prompts)  # rows 0 .. active-1 of the cache are still being written
     for step in range(max_new_tokens):
         u = noise[cache.order[:active], step].to(hidden.device) if temperature > 0 else None

@@ -59,7 +59,7 @@ def test_both_vertex_forms_give_the_same_conversation(tmp_path):
 def test_reader_takes_bom_blank_lines_crlf_and_line_separators_inside_text(tmp_path):
     path = tmp_path / "train.jsonl"
     line = json.dumps(conversation(user("a\u2028b\x85c")), ensure_ascii=False)
-    path.write_bytes(b"\xef\xbb\xbf\r\n\n" + line.encode() + b"\r\n  \n" + line.encode())
+    path.write_bytes(b"\xef\xbb\xbf\r\n\n" + line.encode() + b"\r\n  \n" + line.encode().replace(b": ", b":\r"))
     assert read_vertex_jsonl(path) == [conversation(user("a\u2028b\x85c"))] * 2
 
 
@@ -301,6 +301,10 @@ def test_data_without_any_question_get_a_fixed_one():
     assert records[0]["rejected"] == f"Assistant: {data.FALLBACK_QUESTION}\n"
 
 
+def test_at_least_one_example_is_shown():
+    assert ACTDataset([SALES, STAFF], CLARIFY, 0).prepare_datasets()[3]["rejected"] == "Assistant: In which country?\n"
+
+
 def test_class_balance_draws_multiples_and_keeps_dialogues_together():
     rows = [conversation(user(f"q{i}", True), model("which?"), user("x", False), model("y")) for i in range(20)]
     dataset = ACTDataset(rows, CLARIFY, 1, class_balance={CLARIFY: 2, ANSWER: 0.5}, seed=3)
@@ -463,12 +467,12 @@ def test_exact_match_folds_case_and_spacing_only():
 
 
 def test_action_metrics_by_hand():
-    # 3 CLARIFY (2 found), 5 ANSWER (4 found): F1 of CLARIFY 4/6, of ANSWER 8/10
+    # CLARIFY: 3, of which 2 found, and 4 said, so F1 2*2/7; ANSWER: 5, of which 3 found, and 4 said, so F1 2*3/9
     gold = [CLARIFY] * 3 + [ANSWER] * 5
-    predicted = [CLARIFY, CLARIFY, ANSWER, CLARIFY] + [ANSWER] * 4
+    predicted = [CLARIFY, CLARIFY, ANSWER, CLARIFY, CLARIFY] + [ANSWER] * 3
     assert data.action_metrics(gold, predicted) == pytest.approx({
-        "Accuracy": 6 / 8, "Weighted F1": (3 * 2 / 3 + 5 * 0.8) / 8, "Macro F1": (2 / 3 + 0.8) / 2, "Binary F1": 2 / 3,
-        "Binary Recall": 2 / 3, "Binary Precision": 2 / 3})
+        "Accuracy": 5 / 8, "Weighted F1": (3 * 4 / 7 + 5 * 2 / 3) / 8, "Macro F1": (4 / 7 + 2 / 3) / 2, "Binary F1": 4 / 7,
+        "Binary Recall": 2 / 3, "Binary Precision": 2 / 4})
 
 
 def test_action_metrics_without_a_class_or_without_turns():
@@ -563,4 +567,7 @@ def test_command_line_names_the_line_of_broken_json(tmp_path):
     done = run("pacific", source, tmp_path / "out.jsonl")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"data.py: error: {source}:3: invalid JSON at column 1: Expecting value\n"
+    source.write_bytes(b'[\n\n"\xe9"]')
+    message = f"{source}:3: not UTF-8 (byte 0xe9), expected JSON in UTF-8"
+    assert run("pacific", source, tmp_path / "out.jsonl").stderr == f"data.py: error: {message}\n"
     assert run("pacific", tmp_path / "none", "x").stderr == f"data.py: error: {tmp_path}/none: cannot be read (No such file or directory)\n"
