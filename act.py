@@ -819,14 +819,19 @@ def clear_output(config, resume, overwrite):
     if found:  # what was logged after the checkpoint will be logged again
         step = int(found[-1].name[5:])
         for name in ("metrics.jsonl", "eval_samples.jsonl"):
-            rows = [row for _, row in data.read_jsonl(output / name)] if (output / name).exists() else []
-            data.write_jsonl(output / name, [row for row in rows if row["step"] <= step])
+            data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
     else:
         gemma.remove_tree(output / "checkpoints")
         for name in ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "train.jsonl", "validation.jsonl"):
             (output / name).unlink(missing_ok=True)
     write_json(output / "config.json", asdict(config))
     return found[-1] if found else None
+
+
+def whole_rows(path):
+    """The rows of a JSONL file that a killed run may have left with half a line at its end."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1001,9 +1006,9 @@ class Log:
 
     def __init__(self, config, start):
         self.folder, self.first, self.last = Path(config.training_config.output_dir), None, None
-        if start and (self.folder / "eval_samples.jsonl").exists():
-            samples = [row for _, row in data.read_jsonl(self.folder / "eval_samples.jsonl") if row["step"] == 0]
-            self.first = (summarize(samples), samples) if samples else None
+        samples = [row for row in whole_rows(self.folder / "eval_samples.jsonl") if row["step"] == 0] if start else []
+        if samples:  # resumed: the evaluation before training is on disk
+            self.first = summarize(samples), samples
 
     def step(self, step, metrics):
         if is_main():

@@ -417,7 +417,7 @@ def get_datasets_from_config(config, preference_model=None, action_model=None):
         dataset = ACTDataset(rows, training.target_label, training.icl_examples, preference_model, class_balance,
                              training.is_preference, action_model, training.seed)
         records = dataset.prepare_datasets()
-        if dataset.skipped:
+        if dataset.skipped and os.environ.get("RANK", "0") == "0":  # said once, not by every process
             print(f"{path}: {dataset.skipped} user turns without an answer in the data were skipped", file=sys.stderr)
         return records
 

@@ -644,8 +644,8 @@ class KVCache:
         biases = {GLOBAL: as_bias(distance >= 0), LOCAL: as_bias(((distance >= 0) & near)[:, :, spans[LOCAL]])}
 
         def write(layer, k, v):
-            self.keys[layer][rows, :, positions] = k.transpose(1, 2)
-            self.values[layer][rows, :, positions] = v.transpose(1, 2)
+            for store, x in ((self.keys, k), (self.values, v)):
+                store[layer][:B].scatter_(2, positions[:, None, :, None].expand_as(x), x)
             span = spans[model.config.layer_types[layer]]
             return self.keys[layer][:B, :, span], self.values[layer][:B, :, span]
 
