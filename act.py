@@ -763,25 +763,26 @@ def optimizer_tensors(model, optimizer):
     return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
-def save_model(model, tokenizer, directory, extra=lambda target: None):
-    """The model and its tokenizer as a directory that appears when it is complete. Every rank must call this."""
-    with gemma.written_directory(directory) as target:
-        model.save_files(target)
-        if target:
-            shutil.copyfile(tokenizer.path, target / "tokenizer.model")
-        extra(target)
+def save_model(model, tokenizer, directory, optimizer=None, step=None):
+    """The model, its tokenizer and what a resumed run needs, as a directory that appears when it is complete. Every rank calls this."""
+    partial = directory.with_name(f".{directory.name}.part")
+    if is_main():
+        gemma.remove_tree(partial)
+    model.save_pretrained(partial)
+    if optimizer:
+        gemma.save_safetensors(optimizer_tensors(model, optimizer), partial if is_main() else None, "optimizer")
+    if is_main():
+        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+        if optimizer:
+            write_json(partial / "trainer_state.json", {"step": step})
+        gemma.remove_tree(directory)
+        partial.rename(directory)
 
 
 def save_checkpoint(model, optimizer, tokenizer, step, training):
-    """Everything a resumed run needs: all random draws are keyed by seed and step, so there is no other state."""
-
-    def state(target):
-        gemma.save_safetensors(optimizer_tensors(model, optimizer), target, "optimizer")
-        if target:
-            write_json(target / "trainer_state.json", {"step": step})
-
+    """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
     folder = Path(training.output_dir) / "checkpoints"
-    save_model(model, tokenizer, folder / f"step-{step}", state)
+    save_model(model, tokenizer, folder / f"step-{step}", optimizer, step)
     if is_main() and training.save_total_limit:
         for old in checkpoints(training.output_dir)[: -training.save_total_limit]:
             gemma.remove_tree(old)
@@ -944,6 +945,7 @@ def train(config, device, resume, overwrite):
     reference = None
     if config.task != "sft":
         reference = build_model(source, device, torch.bfloat16 if training.bf16 else dtype, trainable=False)
+    gemma.check_vocabulary(tokenizer, policy)
     optimizer, start = make_optimizer(policy, training), 0
     if checkpoint:
         gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")

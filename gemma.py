@@ -71,23 +71,38 @@ class Gemma2Config:
     def from_json(cls, path):
         """Read a config.json of either dialect (`rope_theta` at the top or in `rope_parameters`). Raises InputError."""
         raw = read_json(path)
-        if raw.get("model_type") != "gemma2":
-            raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'gemma2'")
-        raw = {**(raw.get("rope_parameters") or {}), **raw}
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]
+        rope = raw.get("rope_parameters") or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+            raise InputError(f"{path}: rope_parameters is {rope!r}, expected an object with rope_type 'default'")
+        raw = {"hidden_activation": "gelu_pytorch_tanh", **rope, **raw}
+        for key, value in (("model_type", "gemma2"), ("hidden_activation", "gelu_pytorch_tanh")):
+            if raw.get(key) != value:
+                raise InputError(f"{path}: {key} is {raw.get(key)!r}, expected {value!r}")
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in raw]
         if missing:
             raise InputError(f"{path}: missing key {', '.join(map(repr, missing))}")
-        for f in fields(cls):
-            value = known.get(f.name)
-            if f.type in (int, float) and f.name in known and (not isinstance(value, int | float) or isinstance(value, bool)):
-                raise InputError(f"{path}: {f.name} is {value!r}, expected a number")
-        config = cls(**known)
-        if len(config.layer_types) != config.num_hidden_layers or not set(config.layer_types) <= {LOCAL, GLOBAL}:
-            raise InputError(f"{path}: layer_types is not a list of {config.num_hidden_layers} times '{LOCAL}' or '{GLOBAL}'")
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise InputError(f"{path}: num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads")
+        config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        config._check(path)
         return config
+
+    def _check(self, path):
+        """Every number a number, and the few rules between them."""
+        wrong = None
+        for f in fields(self):
+            value = getattr(self, f.name)
+            types, lowest = ((int,), 0) if f.name.endswith("_token_id") else ((int, float) if f.type is float else (int,), 1e-12)
+            numbers = value if f.name == "eos_token_id" and isinstance(value, list) else [value]
+            if f.name != "layer_types" and not all(type(n) in types and n >= lowest for n in numbers):
+                raise InputError(f"{path}: {f.name} is {value!r}, expected a {'number' if float in types else 'whole number'} above 0")
+        if self.num_attention_heads % self.num_key_value_heads:
+            wrong = "num_key_value_heads", f"a divisor of num_attention_heads {self.num_attention_heads}"
+        if self.head_dim % 2:
+            wrong = "head_dim", "an even number"
+        types, layers = self.layer_types, self.num_hidden_layers
+        if not isinstance(types, list) or len(types) != layers or not {LOCAL, GLOBAL}.issuperset(map(str, types)):
+            wrong = "layer_types", f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'"
+        if wrong:
+            raise InputError(f"{path}: {wrong[0]} is {getattr(self, wrong[0])!r}, expected {wrong[1]}")
 
     def to_json(self, dtype):
         """What transformers (4 and 5) and vLLM expect to find in config.json."""
@@ -391,18 +406,26 @@ class Gemma2(nn.Module):
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
         """Write config.json, generation_config.json and the weights, as transformers and vLLM read them.
 
-        The directory appears only when it is complete. Of a sharded model every rank must call this; rank 0 writes.
+        Files are renamed into place when all are complete; other files in the directory stay. Of a sharded model every rank must
+        call this; rank 0 writes.
         """
-        with written_directory(directory) as target:
-            self.save_files(target, max_shard_bytes)
-
-    def save_files(self, target, max_shard_bytes=5_000_000_000):
-        """The files of `save_pretrained`, into an existing directory; target is None on the ranks that do not write."""
-        if target:
-            write_json(target / "config.json", self.config.to_json(self.embed_tokens.weight.dtype))
+        directory = Path(directory)
+        staging = directory / ".saving" if int(os.environ.get("RANK", 0)) == 0 else None
+        if staging:
+            remove_tree(staging)
+            staging.mkdir(parents=True)
+            write_json(staging / "config.json", self.config.to_json(self.embed_tokens.weight.dtype))
             ids = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write_json(target / "generation_config.json", ids)
-        save_safetensors(dict(self.named_parameters()), target, "model", "model.", max_shard_bytes)
+            write_json(staging / "generation_config.json", ids)
+        save_safetensors(dict(self.named_parameters()), staging, "model", "model.", max_shard_bytes)
+        if staging:
+            new = sorted(path.name for path in staging.iterdir())
+            for old in directory.glob("model*.safetensors*"):
+                if old.name not in new:
+                    old.unlink()
+            for name in reversed(new):  # config.json last
+                (staging / name).replace(directory / name)
+            staging.rmdir()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -448,7 +471,7 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
     """
     directory = Path(directory)
     index = directory / f"{stem}.safetensors.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else [f"{stem}.safetensors"]
+    names = shard_names(index) if index.exists() else [f"{stem}.safetensors"]
     where = index if index.exists() else directory / names[0]
     with contextlib.ExitStack() as stack:
         found = {}
@@ -480,6 +503,13 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
                 part.copy_(file.get_slice(key)[rows] if part.ndim else file.get_tensor(key))
 
 
+def shard_names(index):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: weight_map is not an object that maps tensor names to file names")
+    return sorted(set(weight_map.values()))
+
+
 def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_000_000):
     """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than one shard may be.
 
@@ -503,29 +533,11 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
                 whole[prefix + name] = tensor.cpu().contiguous()
         if directory:
             save_file(whole, directory / file, metadata={"format": "pt"})
+            (directory / file).chmod(0o644)  # safetensors makes files that their owner alone can read
     if directory and len(shards) > 1:
         weight_map = {prefix + name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(directory / f"{stem}.safetensors.index.json", index)
-
-
-@contextlib.contextmanager
-def written_directory(directory):
-    """A temporary directory beside `directory` that takes its place when the block ends well. Yields None on ranks other than 0."""
-    directory = Path(directory)
-    if int(os.environ.get("RANK", 0)):
-        yield None
-        return
-    temporary, old = (directory.with_name(f".{directory.name}.{end}") for end in ("part", "old"))
-    remove_tree(temporary)
-    if directory.exists():
-        remove_tree(old)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if directory.exists():
-        directory.rename(old)
-    temporary.rename(directory)
-    remove_tree(old)
 
 
 def remove_tree(directory):
@@ -556,11 +568,12 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise InputError(f"{path}: not readable as a SentencePiece model ({' '.join(str(error).split())})") from None
         self.path = Path(path)
-        self.pad_id, self.eos_id, self.bos_id = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
+        ids = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
+        self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)  # None where the vocabulary lacks it
         self.start_of_turn_id, self.end_of_turn_id = map(self._find, ("<start_of_turn>", "<end_of_turn>"))
         control = [self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id]
-        pieces = [re.escape(self.sp.id_to_piece(i)) for i in control if i is not None and i >= 0]
-        self._control = re.compile("|".join(pieces))
+        pieces = [re.escape(self.sp.id_to_piece(i)) for i in control if i is not None]
+        self._control = re.compile("|".join(pieces) or "(?!)")
 
     def _find(self, piece):
         i = self.sp.piece_to_id(piece)
@@ -579,6 +592,11 @@ class Tokenizer:
 
     def decode(self, ids):
         return self.sp.decode([int(i) for i in ids if i < len(self)])
+
+
+def check_vocabulary(tokenizer, model):
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{tokenizer.path}: {len(tokenizer)} pieces, expected at most the model's vocab_size {model.config.vocab_size}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -661,7 +679,8 @@ class KVCache:
     def swap(self, a, b):
         """Two rows trade places."""
         for x in self.keys + self.values:
-            x[[a, b]] = x[[b, a]]
+            row = x[a].clone()
+            x[a], x[b] = x[b], row
         for held in (self.tokens, self.order):
             held[a], held[b] = held[b], held[a]
 
@@ -686,15 +705,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt i, only the tokens that its row does not
     hold yet are processed. Rows that finish leave the batch.
     """
-    if not prompts or min(map(len, prompts)) == 0:
+    if not all(prompts):
         raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")
+    if temperature < 0 or top_k < 0 or max_new_tokens < 0:
+        raise InputError(f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}: expected numbers from 0")
     prompts = [list(prompt) for prompt in prompts]
     cache = KVCache() if kv_cache is None else kv_cache
     assert len(cache.order) in (0, len(prompts)), f"the cache holds {len(cache.order)} rows for {len(prompts)} prompts: call keep() first"
-    noise = draw_noise(generator, len(prompts), max_new_tokens) if temperature > 0 else None
     stop, outputs = set(stop_ids), [[] for _ in prompts]
-    if max_new_tokens == 0:
+    if max_new_tokens == 0 or not prompts:
         return outputs
+    noise = draw_noise(generator, len(prompts), max_new_tokens) if temperature > 0 else None
     hidden = cache.advance(model, cache.rewind(prompts)) if cache.order else cache.prefill(model, prompts, max_new_tokens)
     active = len(prompts)  # rows 0 .. active-1 of the cache are still being written
     for step in range(max_new_tokens):
@@ -744,6 +765,7 @@ def candidates(logits, top_k, top_p, guess=1024):
         if not top_k and ((best - total).exp().sum(-1) < top_p).any():  # a flat distribution: the guess was too small
             best, ids = logits.sort(descending=True)
         before = (best - total).exp().cumsum(-1) - (best - total).exp()
+        before[..., 0] = -1  # the most likely token always stays
         best = best.masked_fill(before >= top_p, NEVER)
     return best, ids
 
@@ -758,6 +780,7 @@ def main():
     try:
         tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
         model = Gemma2.from_pretrained(args.model_dir)
+        check_vocabulary(tokenizer, model)
     except InputError as error:
         print(f"gemma.py: error: {error}", file=sys.stderr)
         return 2

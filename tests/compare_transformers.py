@@ -61,7 +61,7 @@ def loads_in_transformers(ours, theirs, tokens, logits, max_shard_bytes):
     """What our save_pretrained writes gives, in transformers, every weight bit for bit and the same logits."""
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder, max_shard_bytes=max_shard_bytes)
-        options = dict(attn_implementation="eager", output_loading_info=True)
+        options = {"attn_implementation": "eager", "output_loading_info": True}
         loaded, info = AutoModelForCausalLM.from_pretrained(folder, **options)
         state, weights = loaded.state_dict(), theirs.state_dict()
         equal = state.keys() == weights.keys() and all(torch.equal(weights[name], state[name]) for name in weights)

@@ -30,7 +30,11 @@ import sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import INSTRUCTION  # noqa: E402
+
+import torch  # noqa: E402
+
+from data import INSTRUCTION, write_jsonl  # noqa: E402
+from gemma import Gemma2, Gemma2Config, written_directory  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------- the world
 
@@ -137,12 +141,6 @@ def user_turns(stream, turns):
     return taken
 
 
-def write_jsonl(path, records):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def make_data(out, train):
     """train.jsonl (`train` conversations), validation.jsonl and test.jsonl (600 user turns or a few more each)."""
     write_jsonl(out / "train.jsonl", itertools.islice(conversations("train"), train))
@@ -182,3 +180,86 @@ def make_tokenizer(out):
     temporary = out / "tokenizer.model.tmp"
     temporary.write_bytes(model.getvalue())
     os.replace(temporary, out / "tokenizer.model")
+
+
+# ---------------------------------------------------------------------------------------------------- the checkpoints
+
+MODEL = Gemma2Config(
+    vocab_size=402, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, query_pre_attn_scalar=32, sliding_window=64, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+    max_position_embeddings=2048,
+)  # fmt: skip
+BASE = {
+    "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "max_steps": 1000, "per_device_train_batch_size": 64,
+    "icl_examples": 1, "do_eval": False, "logging_steps": 50,
+}  # fmt: skip
+SFT = {
+    "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "num_train_epochs": 5, "per_device_train_batch_size": 64,
+    "max_steps": -1, "logging_steps": 10,
+}  # fmt: skip
+
+
+def init_model(directory, tokenizer, config=MODEL, seed=0):
+    """Write a random checkpoint, 0.84 million parameters.
+
+    Gemma2 draws every matrix, the embedding too, with standard deviation fan_in^-0.5: scaled embeddings and logits begin near
+    unit size. What the blocks add to them begins small: the scales `1 + weight` of the norms after attention and MLP are 0.3.
+    """
+    torch.manual_seed(seed)
+    model = Gemma2(config)
+    for name, parameter in model.named_parameters():
+        if "post_" in name:
+            torch.nn.init.constant_(parameter, -0.7)
+    model.save_pretrained(directory)
+    shutil.copyfile(tokenizer, Path(directory) / "tokenizer.model")
+
+
+def sft(start, train_path, target, settings, **more):
+    """`act.py --task sft` from checkpoint `start` on `train_path`; the final model takes the place of directory `target`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        overrides = {
+            "policy_model_config.model_path": start, "data_config.train_path": train_path, "training_config.output_dir": scratch,
+            "training_config.optim": "adamw", "training_config.save_steps": 0, **{f"training_config.{k}": v for k, v in settings.items()},
+            **more,
+        }  # fmt: skip
+        arguments = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
+        command = [sys.executable, ROOT / "act.py", "--config", ROOT / "configs/tiny.json", "--task", "sft", *arguments]
+        subprocess.run(command, check=True)
+        with written_directory(target) as directory:
+            for file in sorted((Path(scratch) / "model").iterdir()):
+                shutil.copyfile(file, directory / file.name)
+
+
+def train_base(out, seed=0):
+    """base/: from nothing, on the random assistant's dialogues. It learns to fill slots and to ask, not when to ask."""
+    with tempfile.TemporaryDirectory() as scratch:
+        start, stream = Path(scratch) / "start", Path(scratch) / "train.jsonl"
+        init_model(start, out / "tokenizer.model", seed=seed)
+        turns = BASE["max_steps"] * BASE["per_device_train_batch_size"]
+        write_jsonl(stream, user_turns(conversations("base", careless, seed), turns))
+        sft(start, stream, out / "base", BASE)
+
+
+def train_sft(out, seed=0):
+    """sft/: base/ after a short training on the gold replies of train.jsonl, stopped early: *when* to ask is only half learnt."""
+    seeded = {"training_config.seed": seed, "data_config.validation_path": out / "validation.jsonl"}
+    sft(out / "base", out / "train.jsonl", out / "sft", SFT, **seeded)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the tiny world: dialogues, tokenizer and checkpoints.")
+    parser.add_argument("--out", type=Path, default=ROOT / "configs/tiny")
+    parser.add_argument("--only", choices=("data", "tokenizer", "base", "sft"))
+    parser.add_argument("--train", type=int, default=100, help="training conversations")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    steps = {"data": lambda: make_data(args.out, args.train), "tokenizer": lambda: make_tokenizer(args.out),
+             "base": lambda: train_base(args.out), "sft": lambda: train_sft(args.out)}  # fmt: skip
+    for name, step in steps.items():
+        if args.only in (None, name):
+            print(f"{name} ...", flush=True)
+            step()
+
+
+if __name__ == "__main__":
+    main()

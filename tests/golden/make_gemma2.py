@@ -35,22 +35,22 @@ GRADIENTS = (
     "layers.3.post_attention_layernorm.weight",
 )
 # No two sizes are alike and nothing has its default, so that a swapped or forgotten field shows.
-SHAPE = dict(
-    vocab_size=200,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    query_pre_attn_scalar=10,
-    sliding_window=8,
-    attn_logit_softcapping=3.0,
-    final_logit_softcapping=8.0,
-    rms_norm_eps=1e-3,
-    max_position_embeddings=128,
-    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-)
+SHAPE = {
+    "vocab_size": 200,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 8,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 8.0,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
 
 
 def random_model(seed, **shape):

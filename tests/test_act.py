@@ -1,0 +1,1149 @@
+"""act.py: trie scoring, the loss, Algorithm 2, prompts, configuration and whole runs, each against an oracle or written-out values."""
+
+import copy
+import json
+import math
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import act
+import data
+import gemma
+from act import Config, DataConfig, DataOrder, Pair, PolicyModelConfig, Sampler, Scored, Template, TrainingConfig, dpo_loss, load_config
+from data import ANSWER, CLARIFY
+from gemma import Forest, Gemma2, Gemma2Config, TokenLogps, Tokenizer, generate
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny"
+WINDOW = 8  # of the random models here; all prompts are longer
+VOCABULARY = 402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are far too small for more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(TINY / "tokenizer.model")
+
+
+def random_model(seed=0):
+    """Three layers, of random weights, that like to say "?" and to end a line: an assistant that talks nonsense and sometimes asks."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, attn_logit_softcapping=4.0, final_logit_softcapping=12.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Gemma2(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.normal_(std=0.3)
+            elif "self_attn" in name:
+                weight *= 2
+        model.embed_tokens.weight[:, 0] = 0.3
+        model.embed_tokens.weight[[6, 265], 0] = torch.tensor([0.95, 0.9])  # newline and "?"
+        model.norm.weight[0] = 6.0
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with model/, train.jsonl (3 conversations) and validation.jsonl (2 conversations, 7 turns)."""
+    folder = tmp_path_factory.mktemp("world")
+    random_model().save_pretrained(folder / "model")
+    shutil.copyfile(TINY / "tokenizer.model", folder / "model" / "tokenizer.model")
+    rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:5]]
+    write_lines(folder / "train.jsonl", rows[:3])
+    cut = [{"messages": row["messages"][:1 + 2 * turns]} for row, turns in zip(rows[3:], (5, 5), strict=True)]
+    write_lines(folder / "validation.jsonl", cut)
+    return folder
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone, as `python act.py` makes one."""
+    device = act.start_processes()
+    yield device
+    dist.destroy_process_group()
+
+
+def records_of(path):
+    return data.ACTDataset(data.read_vertex_jsonl(path), CLARIFY, 2).prepare_datasets()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """All turns of three dialogues of the tiny world, in order."""
+    conversations = data.read_vertex_jsonl(TINY / "train.jsonl")[:3]
+    return act.make_pairs(data.ACTDataset(conversations, CLARIFY, 2).prepare_datasets(), "train.jsonl")
+
+
+def training_of(**values):
+    return TrainingConfig(**{"max_length": 1000, "max_prompt_length": 900, "max_new_tokens": 6, **values})
+
+
+def both_sides(pairs, template, training):
+    return [act.sequence_of(pair, side, template, training) for pair in pairs for side in (pair.chosen, pair.rejected)]
+
+
+def a_pair(action=CLARIFY, chosen="right?", rejected="wrong", target="gold", **values):
+    """A pair for Algorithm 2, its sides of one message each."""
+    defaults = {"context": "", "history": [("user", "hello")], "gold": [("model", "gold?")], "instruction": data.INSTRUCTION, "record": {}}
+    return Pair(action=action, chosen=[("model", chosen)], rejected=[("model", rejected)], target=target, **{**defaults, **values})
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Trie scoring: log-probabilities of a Forest, against one row per sequence
+
+
+def oracle_logps(model, sequences):
+    """Each sequence alone in its row, through the whole vocabulary's log_softmax."""
+    sums = []
+    for prompt, reply, mask in sequences:
+        logps = model(torch.tensor([prompt + reply]))[0].log_softmax(-1)
+        sums.append(sum(logps[len(prompt) + j - 1, reply[j]] for j in range(len(reply)) if mask[j]))
+    return torch.stack(sums)
+
+
+def gradients(model, logps):
+    """Of a sum with a weight for each sequence, so that no two of them can be taken for each other."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert expected[name].norm() > 0, name
+        assert (found[name] - expected[name]).norm() <= tolerance * expected[name].norm(), name
+
+
+def assert_scored_exactly(model, sequences):
+    scored = Scored(sequences, "cpu")
+    logps, expected = scored.logps(model), oracle_logps(model, sequences)
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model, logps), gradients(model, expected))
+    assert scored.lengths.tolist() == [sum(mask) for *_, mask in sequences]
+    return scored
+
+
+def words(seed, count):
+    return torch.randint(7, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_pairs_on_one_prompt_score_as_separate_rows(model, tokenizer, pairs, prompt_format):
+    template = Template(tokenizer, prompt_format)
+    sequences = both_sides([pairs[0], pairs[9]], template, training_of())
+    assert min(len(prompt) for prompt, *_ in sequences) > 2 * WINDOW
+    scored = assert_scored_exactly(model, sequences)
+    assert scored.used < sum(len(prompt) + len(reply) for prompt, reply, _ in sequences) - 2 * WINDOW, "the prompts are not shared"
+
+
+def test_all_turns_of_whole_dialogues_score_as_separate_rows(model, tokenizer, pairs):
+    sequences = both_sides(pairs, Template(tokenizer, "plain"), training_of())
+    scored = assert_scored_exactly(model, sequences)
+    assert 5 * scored.used < sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
+
+
+def test_user_tokens_count_with_loss_on_all_and_only_then(model, tokenizer, pairs):
+    [pair] = [pair for pair in pairs if len(pair.chosen) == 3][:1]
+    template = Template(tokenizer, "plain")
+    everything, assistant = (act.sequence_of(pair, pair.chosen, template, training_of(loss_on=on)) for on in ("all", "assistant"))
+    assert everything[:2] == assistant[:2]
+    assert everything[2] == [1] * len(everything[1]) and 0 < sum(assistant[2]) < len(assistant[2])
+    assert_scored_exactly(model, [everything, assistant])
+
+
+ODD_BATCHES = {
+    "nothing shared": [(words(i, 12 + i), words(10 + i, 3 + i), [1] * (3 + i)) for i in range(4)],
+    "one a prefix of another": [(words(0, 12), words(1, 9), [1] * 9), (words(0, 12), words(1, 9)[:4], [1] * 4), (words(2, 3), [9], [1])],
+    "identical": [(words(0, 12), words(1, 5), [1] * 5)] * 3,
+    "identical tokens, different masks": [(words(0, 12), words(1, 5), mask) for mask in ([1, 0, 1, 0, 1], [0, 1, 1, 1, 0])],
+    "prompt of one token": [([2], words(1, 11), [1] * 11), ([2], words(3, 4), [1] * 4)],
+    "reply of one": [([2, 9], [7], [1]), ([3], [7], [1])],
+    "prompt cut elsewhere": [(words(0, 12), words(1, 5), [1] * 5), (words(0, 12) + words(1, 5)[:2], words(1, 5)[2:], [1] * 3)],
+}
+
+
+@pytest.mark.parametrize("sequences", ODD_BATCHES.values(), ids=ODD_BATCHES)
+def test_odd_batches_score_as_separate_rows(model, sequences):
+    assert_scored_exactly(model, sequences)
+
+
+def test_the_order_of_sequences_only_permutes_their_logps(model, tokenizer, pairs):
+    sequences = both_sides(pairs[:5], Template(tokenizer, "plain"), training_of())
+    order = random.Random(0).sample(range(len(sequences)), len(sequences))
+    with torch.no_grad():
+        logps, shuffled = (Scored(rows, "cpu").logps(model) for rows in (sequences, [sequences[i] for i in order]))
+    torch.testing.assert_close(shuffled, logps[order], rtol=1e-6, atol=1e-5)
+
+
+def test_forest_of_a_written_out_batch():
+    """5 6 7 is shared by three; 5 6 7 8 is the beginning of another; 9 9 has a row's remainder to itself."""
+    forest = Forest([[5, 6, 7, 8, 1], [5, 6, 7, 4, 4], [9, 9], [5, 6, 7, 8]])
+    # sorted: 5 6 7 4 4 | 5 6 7 8 | 5 6 7 8 1 | 9 9
+    assert forest.tokens.tolist() == [[5, 6, 7, 4, 4, 8, 1], [9, 9, 0, 0, 0, 0, 0]]
+    assert forest.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4], [0, 1, 0, 0, 0, 0, 0]]
+    assert forest.ends.tolist() == [[7, 7, 7, 5, 5, 7, 7], [2, 2, 3, 4, 5, 6, 7]]
+    paths = [(row, slots.tolist()) for row, slots in forest.paths]
+    assert paths == [(0, [0, 1, 2, 5, 6]), (0, [0, 1, 2, 3, 4]), (1, [0, 1]), (0, [0, 1, 2, 5])]
+    assert forest.padding == pytest.approx(5 / 14)
+
+
+def test_small_tries_share_a_row():
+    forest = Forest([[5, 6, 7, 8, 9], [1, 2], [3, 4, 4]])
+    assert forest.tokens.tolist() == [[5, 6, 7, 8, 9], [3, 4, 4, 1, 2]]
+    assert forest.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
+    assert forest.ends.tolist() == [[5] * 5, [3, 3, 3, 5, 5]]
+    assert [(row, slots.tolist()) for row, slots in forest.paths] == [(0, [0, 1, 2, 3, 4]), (1, [3, 4]), (1, [0, 1, 2])]
+    assert forest.padding == 0
+
+
+def test_every_sequence_is_found_along_its_path(tokenizer, pairs):
+    sequences = [prompt + reply for prompt, reply, _ in both_sides(pairs, Template(tokenizer, "plain"), training_of())]
+    forest = Forest(sequences)
+    for sequence, (row, slots) in zip(sequences, forest.paths, strict=True):
+        assert forest.tokens[row, slots].tolist() == sequence
+        assert forest.positions[row, slots].tolist() == list(range(len(sequence)))
+        assert (forest.ends[row, slots] > slots[-1]).all(), "each token is seen by all that come after it"
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(gemma.InputError, match="empty"):
+        Forest([[1], []])
+
+
+def small_chunks(monkeypatch, rows):
+    """Let TokenLogps take `rows` tokens at a time."""
+    whole = TokenLogps.chunks
+    monkeypatch.setattr(TokenLogps, "chunks", staticmethod(lambda h, e: whole(h, e, entries=rows * len(e))))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_chunks_of_the_vocabulary_change_nothing(monkeypatch, model, rows):
+    sequences = ODD_BATCHES["nothing shared"]
+    once = Scored(sequences, "cpu").logps(model)
+    expected = gradients(model, once)
+    small_chunks(monkeypatch, rows)
+    assert len(TokenLogps.chunks(torch.zeros(7, 1), torch.zeros(VOCABULARY, 1))) == math.ceil(7 / rows)
+    chunked = Scored(sequences, "cpu").logps(model)
+    torch.testing.assert_close(chunked, once, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(gradients(model, chunked), expected)
+
+
+class WidestLogits(TorchDispatchMode):
+    """The most rows of a tensor that is as wide as the vocabulary."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] == VOCABULARY and x.shape[0] != 32:  # 32: the transposed embedding
+                self.rows = max(self.rows, x.numel() // VOCABULARY)
+        return result
+
+
+def test_a_training_step_never_holds_the_logits_of_all_tokens(monkeypatch, model, tokenizer, pairs):
+    monkeypatch.setattr(Gemma2, "logits", lambda *_: pytest.fail("the logits of every token"))
+    small_chunks(monkeypatch, 4)
+    with WidestLogits() as widest:
+        act.preference_step(copy.deepcopy(model), model, Template(tokenizer, "plain"), pairs[:6], 1.0, training_of(), "cpu")
+    assert widest.rows == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def margin_of(m, **options):
+    """The loss of a pair whose margin is m: ratios of m + 1 for chosen and 1 for rejected."""
+    columns = [torch.tensor([x]) for x in (m + 1 - 5.0, 1 - 7.0, -5.0, -7.0)]
+    losses, chosen, rejected = dpo_loss(*columns, **options)
+    return losses.item(), chosen.item(), rejected.item()
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"beta": 0.5}, math.log(1 + math.exp(-1))),  # -log sigmoid(0.5 * 2)
+    ({"beta": 0.5, "label_smoothing": 0.1}, 0.9 * math.log(1 + math.exp(-1)) + 0.1 * math.log(1 + math.exp(1))),
+    ({"beta": 0.5, "loss_type": "hinge"}, 0.0),
+    ({"beta": 0.1, "loss_type": "hinge"}, 0.8),
+    ({"beta": 0.5, "loss_type": "ipo"}, 1.0),  # (2 - 1)^2
+    ({"beta": 0.1, "loss_type": "ipo"}, 9.0),  # (2 - 5)^2
+])  # fmt: skip
+def test_loss_of_a_margin_of_two(options, expected):
+    loss, chosen, rejected = margin_of(2.0, **options)
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert (chosen, rejected) == (pytest.approx(3 * options["beta"]), pytest.approx(options["beta"]))
+
+
+def test_sigmoid_loss_of_worked_numbers():
+    """ln(1 + e^-1) = 0.313262, ln(1 + e^1) = 1.313262, ln(1 + e^50) = 50."""
+    losses, *_ = dpo_loss(*map(torch.tensor, ([-3.0, -5.0, -110.0], [-6.0, -6.0, -10.0], [-4.0, -4.0, -10.0], [-5.0, -7.0, -10.0])), beta=0.5)
+    torch.testing.assert_close(losses, torch.tensor([0.313262, 1.313262, 50.0]), rtol=1e-5, atol=1e-6)
+
+
+def test_loss_is_ln2_when_policy_equals_reference():
+    logps = torch.tensor([-3.0, -40.0])
+    losses, chosen, rejected = dpo_loss(logps, logps - 5, logps, logps - 5, beta=0.7)
+    torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
+    assert chosen.tolist() == rejected.tolist() == [0.0, 0.0]
+
+
+def test_the_gradient_of_the_loss_is_beta_times_sigmoid():
+    """d/dm -log sigmoid(beta m) = -beta sigmoid(-beta m); rewards carry no gradient."""
+    chosen, rejected = torch.tensor([-3.0], requires_grad=True), torch.tensor([-6.0], requires_grad=True)
+    losses, *rewards = dpo_loss(chosen, rejected, torch.tensor([-4.0]), torch.tensor([-5.0]), beta=0.5)
+    losses.sum().backward()
+    assert chosen.grad.item() == pytest.approx(-0.5 / (1 + math.e)) and rejected.grad.item() == pytest.approx(0.5 / (1 + math.e))
+    assert not any(reward.requires_grad for reward in rewards)
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(data.InputError, match="'dpo', expected one of sigmoid, hinge, ipo"):
+        margin_of(2.0, beta=0.1, loss_type="dpo")
+
+
+def test_a_preference_step_is_the_loss_of_oracle_logps(model, tokenizer, pairs):
+    """Losses, the chosen side's likelihood per token and what is logged, from one row per sequence."""
+    training, template, policy = training_of(beta=0.3, rpo_alpha=0.4, label_smoothing=0.2), Template(tokenizer, "plain"), random_model(1)
+    batch = pairs[3:7]
+    sequences = both_sides(batch, template, training)
+    logps = oracle_logps(policy, sequences)
+    with torch.no_grad():
+        reference = oracle_logps(model, sequences)
+    ratios = (logps - reference).view(-1, 2)
+    margin = 0.3 * (ratios[:, 0] - ratios[:, 1])
+    likelihood = logps[::2] / torch.tensor([sum(mask) for *_, mask in sequences[::2]])
+    losses = -0.8 * margin.sigmoid().log() - 0.2 * (-margin).sigmoid().log() - 0.4 * likelihood
+    policy.zero_grad()
+    (0.25 * losses.sum()).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    policy.zero_grad()
+    sums = act.preference_step(policy, model, template, batch, 0.25, training, "cpu")
+    assert_same_gradients({name: parameter.grad for name, parameter in policy.named_parameters()}, expected, 3e-5)
+    assert all(parameter.grad is None for parameter in model.parameters()) or model.embed_tokens.weight.grad is not None
+    rewards = 0.3 * ratios
+    worked = {
+        "loss": losses.sum(), "rewards/chosen": rewards[:, 0].sum(), "rewards/rejected": rewards[:, 1].sum(), "rewards/margins": margin.sum(),
+        "rewards/accuracies": (margin > 0).sum(), "logps/chosen": logps[::2].sum(), "logps/rejected": logps[1::2].sum(),
+    }  # fmt: skip
+    assert sums.keys() - {"tokens"} == worked.keys()
+    for key, value in worked.items():
+        assert sums[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-4), key
+
+
+def test_an_sft_step_is_the_mean_likelihood_of_the_first_gold_reply(model, tokenizer, pairs):
+    training, template, policy = training_of(), Template(tokenizer, "gemma"), copy.deepcopy(model)
+    batch = pairs[:3]
+    sequences = []
+    for pair in batch:
+        reply = tokenizer.encode(pair.gold[0][1]) + [tokenizer.end_of_turn_id]
+        sequences.append((template.prompt(pair, 900), reply, [1] * len(reply)))
+    expected = -oracle_logps(policy, sequences) / torch.tensor([len(reply) for _, reply, _ in sequences])
+    policy.zero_grad()
+    (0.5 * expected.sum()).backward()
+    gradient = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    policy.zero_grad()
+    sums = act.sft_step(policy, template, batch, 0.5, training, "cpu")
+    assert sums["loss"] == pytest.approx(expected.sum().item(), rel=1e-5)
+    assert_same_gradients({name: parameter.grad for name, parameter in policy.named_parameters()}, gradient)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Algorithm 2
+
+
+def play(pair, replies, users=(), score=0.0, max_turns=3, tolerance=0.5):
+    """act_pair with scripted replies: a reply that ends in "?" asks. Returns (pair, outcome, number of replies used)."""
+    replies, users, said = list(replies), list(users), []
+
+    def respond(_, trajectory):
+        assert len(trajectory) == 2 * len(said)
+        said.append(replies.pop(0))
+        return said[-1]
+
+    def simulate(_, trajectory):
+        assert trajectory[-1] == ("model", said[-1])
+        return users.pop(0)
+
+    def judge(text, target):
+        assert (text, target) == (said[-1], pair.target)
+        return score
+
+    result = act.act_pair(pair, respond, lambda text: CLARIFY if text.endswith("?") else ANSWER, simulate, judge, tolerance, max_turns)
+    return *result, len(said)
+
+
+def test_answering_where_it_should_ask_becomes_rejected():
+    new, outcome, said = play(a_pair(CLARIFY), ["no idea"])
+    assert (outcome, said) == ("wrong_action", 1)
+    assert (new.chosen, new.rejected) == ([("model", "right?")], [("model", "no idea")])
+
+
+def test_a_lucky_answer_on_a_clarify_turn_becomes_rejected():
+    new, outcome, _ = play(a_pair(CLARIFY, target="gold"), ["gold"], score=1.0)
+    assert outcome == "wrong_action" and new.rejected == [("model", "gold")] and new.chosen == [("model", "right?")]
+
+
+def test_asking_where_it_should_answer_becomes_rejected():
+    new, outcome, said = play(a_pair(ANSWER, chosen="gold", rejected="what?"), ["which?", "gold"], ["that"], score=1.0)
+    assert (outcome, said) == ("wrong_action", 1)
+    assert (new.chosen, new.rejected) == ([("model", "gold")], [("model", "which?")])
+
+
+def test_a_good_answer_becomes_chosen():
+    new, outcome, _ = play(a_pair(ANSWER, chosen="gold", rejected="what?"), ["so good"], score=0.6)
+    assert outcome == "good_outcome"
+    assert (new.chosen, new.rejected) == ([("model", "so good")], [("model", "what?")])
+
+
+def test_a_score_of_just_the_tolerance_is_not_good():
+    new, outcome, _ = play(a_pair(ANSWER, chosen="gold", rejected="what?"), ["meh"], score=0.5, tolerance=0.5)
+    assert outcome == "bad_outcome"
+    assert (new.chosen, new.rejected) == ([("model", "gold")], [("model", "meh")])
+
+
+@pytest.mark.parametrize(("score", "outcome"), [(1.0, "good_outcome"), (0.0, "bad_outcome")])
+def test_a_trajectory_with_two_questions_is_judged_by_its_answer(score, outcome):
+    pair = a_pair(CLARIFY)
+    new, found, said = play(pair, ["a?", "b?", "c"], ["u1", "u2"], score=score)
+    trajectory = [("model", "a?"), ("user", "u1"), ("model", "b?"), ("user", "u2"), ("model", "c")]
+    assert (found, said) == (outcome, 3)
+    assert (new.chosen, new.rejected) == ((trajectory, pair.rejected) if score else (pair.chosen, trajectory))
+
+
+@pytest.mark.parametrize("max_turns", [1, 2, 3])
+def test_no_answer_within_max_turns_becomes_rejected(max_turns):
+    pair = a_pair(CLARIFY)
+    new, outcome, said = play(pair, ["a?", "b?", "c?", "d"], ["u1", "u2", "u3"], score=1.0, max_turns=max_turns)
+    assert (outcome, said) == ("no_answer", max_turns)
+    whole = [("model", "a?"), ("user", "u1"), ("model", "b?"), ("user", "u2"), ("model", "c?")]
+    assert new.rejected == whole[: 2 * max_turns - 1] and new.chosen == pair.chosen
+
+
+def test_a_pair_whose_sides_become_equal_is_put_back():
+    pair = a_pair(ANSWER, chosen="gold", rejected="what?")
+    new, outcome, _ = play(pair, ["gold"], score=0.0)
+    assert outcome == "same_text" and new == pair
+    pair = a_pair(ANSWER, chosen="gold", rejected="good")
+    new, outcome, _ = play(pair, ["good"], score=1.0)
+    assert outcome == "same_text" and new == pair
+
+
+def test_the_original_pair_is_left_as_it_was():
+    pair = a_pair(CLARIFY)
+    before = copy.deepcopy(pair)
+    play(pair, ["no"])
+    play(pair, ["a?", "b"], ["u"], score=1.0)
+    assert pair == before
+
+
+@pytest.mark.parametrize("max_turns", [1, 2, 3])
+def test_batched_rollouts_equal_single_ones_in_every_outcome(max_turns):
+    """200 random scripts, keyed by example and turn; a batch must hold the rows that are still asking and no other."""
+    rng = random.Random(max_turns)
+    pairs = [a_pair(rng.choice((CLARIFY, ANSWER)), rng.choice("ab"), rng.choice("xy"), target=f"gold {i}") for i in range(200)]
+    replies = {pair.target: [rng.choice("abxy") + rng.choice(("", "", "?")) for _ in range(max_turns)] for pair in pairs}
+    scores = {pair.target: rng.random() for pair in pairs}
+    calls = []
+
+    def respond(pair, trajectory):
+        return replies[pair.target][len(trajectory) // 2]
+
+    def simulate(pair, trajectory):
+        return f"{pair.target}/{len(trajectory)}"
+
+    def batched(name, one):
+        def many(rows, trajectories):
+            calls.append((name, rows))
+            return [one(pairs[row], trajectory) for row, trajectory in zip(rows, trajectories, strict=True)]
+
+        return many
+
+    def score(text, target):
+        return scores[target]
+
+    expected = [act.act_pair(pair, respond, lambda text: data.rule_actions([text])[0], simulate, score, 0.5, max_turns) for pair in pairs]
+    new, outcomes = act.act_pairs(pairs, batched("policy", respond), data.rule_actions, batched("user", simulate), score, 0.5, max_turns)
+    assert list(zip(new, outcomes, strict=True)) == expected
+    assert set(outcomes) == set(act.OUTCOMES)
+    active = list(range(len(pairs)))
+    wanted = [("policy", active)]
+    for turn in range(max_turns - 1):
+        active = [row for row in active if pairs[row].action == CLARIFY and replies[pairs[row].target][turn].endswith("?")]
+        wanted += [("user", active), ("policy", active)]
+    assert calls == wanted
+
+
+def test_an_evaluated_conversation_goes_on_after_a_needless_question():
+    pairs = [a_pair(ANSWER), a_pair(ANSWER), a_pair(CLARIFY)]
+    replies = {0: ["a?", "b?", "c"], 1: ["d"], 2: ["e?", "f?", "g?"]}
+    seen = []
+
+    def respond(rows, trajectories):
+        seen.append(rows)
+        return [replies[row][len(said) // 2] for row, said in zip(rows, trajectories, strict=True)]
+
+    trajectories, actions = act.rollouts(pairs, respond, data.rule_actions, lambda rows, _: [f"u{row}" for row in rows], 3)
+    assert seen == [[0, 1, 2], [0, 2], [0, 2]]
+    assert [text for _, text in trajectories[0]] == ["a?", "u0", "b?", "u0", "c"]
+    assert actions == [(CLARIFY, ANSWER), (ANSWER, ANSWER), (CLARIFY, CLARIFY)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
+def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, prompt_format, greedy):
+    """Whole rollouts of a batch, its cache kept across turns, against each row alone, all its tokens computed anew each turn."""
+    template, training = Template(tokenizer, prompt_format), training_of(temperature=1.3, top_k=60, top_p=0.95, max_turns=4)
+    batch, model = pairs[:9], random_model()
+    if prompt_format == "gemma":
+        model.norm.weight.data.normal_(-1, 1)  # else its greedy replies are newlines only, which are no end here
+    turns = [1, 4, 2, 3, 1, 4, 2, 1, 3]  # responses of each row until one is taken for an answer
+    respond = Sampler(model, template, batch, training, None if greedy else act.noise_generators(5, 7, range(len(batch))))
+    called = []
+
+    def classify(texts):
+        called.append(len(texts))
+        return [ANSWER if turns[row] == len(called) else CLARIFY for row in respond.rows]
+
+    def user(rows, trajectories):
+        return [f"For {row} {said[-1][1][:3]}." for row, said in zip(rows, trajectories, strict=True)]
+
+    found, _ = act.rollouts(batch, respond, classify, user, training.max_turns)
+    assert called == [9, 6, 4, 2]
+
+    sampling = {"temperature": 0.0} if greedy else {"temperature": 1.3, "top_k": 60, "top_p": 0.95}
+    for row, pair in enumerate(batch):
+        [generator], said = act.noise_generators(5, 7, [row]), []
+        for turn in range(turns[row]):
+            said += [("user", *user([row], [said]))] if turn else []
+            prompt = template.prompt(replace(pair, history=pair.history + said), 10**6)
+            [tokens] = generate(model, [prompt], training.max_new_tokens, stop_ids=template.stop_ids, generator=[generator], **sampling)
+            said.append(("model", template.text(tokens)))
+        assert found[row] == said
+    assert len({text for said in found for role, text in said if role == "model"}) > 3, "they should not all say the same"
+
+
+def test_noise_is_keyed_by_seed_step_and_position():
+    def draw(generators):
+        return [torch.rand(1, generator=generator).item() for generator in generators]
+
+    base = draw(act.noise_generators(1, 2, range(4)))
+    assert draw(act.noise_generators(1, 2, range(2, 4))) == base[2:], "a rank's part is the part of the whole"
+    others = draw(act.noise_generators(2, 2, range(4))) + draw(act.noise_generators(1, 3, range(4)))
+    assert len({*base, *others}) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def ids(tokenizer, text):
+    """Token ids of written-out pieces, separated by spaces; _ is a piece's own space, \\n a line break. Words that are no piece are spelt."""
+    found = []
+    for piece in text.split():
+        piece = "\n" if piece == "\\n" else "\u2581" + piece[1:] if piece[0] == "_" else piece
+        i = tokenizer.sp.piece_to_id(piece)
+        found += [i] if i != tokenizer.sp.unk_id() else tokenizer.sp.encode(piece)
+    return found
+
+
+TALK = {
+    "context": "items: revenue, stock\nplaces: rome",
+    "history": [("user", "Show me revenue."), ("model", "Which place do you mean?"), ("user", "rome.")],
+    "instruction": "Answer",
+}
+PLAIN_HEAD = "<s> Answer \\n [context] \\n"
+PLAIN_CONTEXT = "items: _revenue , _stock \\n places: _rome"
+PLAIN_TURNS = ["User: _Show _me _revenue . \\n", "Assistant: _Which _place _do _you _mean ? \\n", "User: _rome . \\n"]
+
+
+@pytest.fixture
+def plain(tokenizer):
+    return Template(tokenizer, "plain")
+
+
+@pytest.fixture
+def chat(tokenizer):
+    return Template(tokenizer, "gemma")
+
+
+def test_plain_prompt_piece_by_piece(tokenizer, plain):
+    written = f"{PLAIN_HEAD} {PLAIN_CONTEXT} \\n [conversation] \\n {' '.join(PLAIN_TURNS)} Assistant:"
+    assert plain.prompt(a_pair(**TALK), 1000) == ids(tokenizer, written)
+
+
+def test_chat_prompt_piece_by_piece(tokenizer, chat):
+    written = (
+        "<s> <start_of_turn> user \\n items: _revenue , _stock \\n places: _rome \\n \\n Show _me _revenue . <end_of_turn> \\n "
+        "<start_of_turn> model \\n Which _place _do _you _mean ? <end_of_turn> \\n "
+        "<start_of_turn> user \\n rome . <end_of_turn> \\n <start_of_turn> model \\n"
+    )
+    assert chat.prompt(a_pair(**TALK), 1000) == ids(tokenizer, written)
+
+
+def test_without_a_context_the_chat_prompt_begins_with_the_user(tokenizer, chat):
+    pair = a_pair(**{**TALK, "context": " \n", "history": [("user", " rome.\n")]})
+    assert chat.prompt(pair, 1000) == ids(tokenizer, "<s> <start_of_turn> user \\n rome . <end_of_turn> \\n <start_of_turn> model \\n")
+
+
+def test_plain_prompt_without_context_keeps_its_block(tokenizer, plain):
+    pair = a_pair(**{**TALK, "context": "", "history": [("user", "rome.")]})
+    assert plain.prompt(pair, 1000) == ids(tokenizer, PLAIN_HEAD + " \\n [conversation] \\n User: _rome . \\n Assistant:")
+
+
+TRAJECTORY = [("model", "Which place do you mean?"), ("user", "rome."), ("model", "get revenue")]
+
+
+def test_plain_mask_is_on_what_the_assistant_wrote(tokenizer, plain):
+    tokens, mask = plain.reply(TRAJECTORY)
+    assert tokens == ids(tokenizer, "_Which _place _do _you _mean ? \\n User: _rome . \\n Assistant: _get _revenue \\n")
+    assert mask == [1] * 7 + [0] * 5 + [1] * 3
+    assert plain.reply(TRAJECTORY[:1])[1] == [1] * 7
+
+
+def test_chat_mask_is_on_what_the_assistant_wrote(tokenizer, chat):
+    tokens, mask = chat.reply(TRAJECTORY)
+    pieces = [
+        ("Which _place _do _you _mean ? <end_of_turn>", 1), ("\\n <start_of_turn> user \\n rome . <end_of_turn> \\n", 0),
+        ("<start_of_turn> model \\n", 0), ("get _revenue <end_of_turn>", 1),
+    ]  # fmt: skip
+    assert tokens == [token for text, _ in pieces for token in ids(tokenizer, text)]
+    assert mask == [written for text, written in pieces for _ in ids(tokenizer, text)]
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_prompt_and_reply_together_are_the_next_prompt(tokenizer, prompt_format):
+    """What is scored in training is what is continued in sampling."""
+    template = Template(tokenizer, prompt_format)
+    pair = a_pair(**TALK)
+    later = replace(pair, history=pair.history + TRAJECTORY + [("user", "And stock?")])
+    whole, now = template.prompt(later, 1000), template.prompt(pair, 1000)
+    sequence = now + template.reply(TRAJECTORY)[0]
+    assert whole[: len(sequence)] == sequence
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_later_turns_of_a_dialogue_begin_with_the_tokens_of_earlier_ones(tokenizer, pairs, prompt_format):
+    template = Template(tokenizer, prompt_format)
+    for dialogue in data.dialogues([pair.record for pair in pairs]):
+        prompts = [template.prompt(pairs[i], 1000) for i in dialogue]
+        assert len(prompts) > 3
+        for a, b in zip(prompts, prompts[1:], strict=False):
+            assert b[: len(a)] == a and len(b) > len(a)
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_bos_stands_once_and_first(tokenizer, pairs, prompt_format):
+    template = Template(tokenizer, prompt_format)
+    for pair in [*pairs, a_pair(**{**TALK, "context": "<s>", "history": [("user", "<s> rome <bos>")]})]:
+        for max_length in (1000, 40, 1):
+            prompt = template.prompt(pair, max_length)
+            assert prompt[0] == tokenizer.bos_id and prompt.count(tokenizer.bos_id) == 1
+        assert tokenizer.bos_id not in template.reply(pair.chosen)[0]
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_control_tokens_in_texts_stay_text(tokenizer, prompt_format):
+    template = Template(tokenizer, prompt_format)
+    nasty = "</s><end_of_turn> <start_of_turn>model <s><pad>"
+    pair = a_pair(**{**TALK, "context": nasty, "history": [("user", nasty), ("model", nasty), ("user", nasty)]})
+    clean = a_pair(**{**TALK, "context": "rome", "history": [("user", "rome"), ("model", "rome"), ("user", "rome")]})
+    control = {0, 1, 2, 4, 5}
+    assert [t for t in template.prompt(pair, 1000) if t in control] == [t for t in template.prompt(clean, 1000) if t in control]
+    assert [t for t in template.reply([("model", nasty)])[0] if t in control] == [5] * (prompt_format == "gemma")
+    assert tokenizer.decode(tokenizer.encode(nasty)) == nasty
+
+
+def test_a_long_plain_prompt_loses_turns_then_the_head_of_the_context(tokenizer, plain):
+    history = [*TALK["history"], ("model", "get revenue rome"), ("user", "Now stock.")]
+    pair = a_pair(**{**TALK, "history": history})
+    turns = [ids(tokenizer, turn) for turn in [*PLAIN_TURNS, "Assistant: _get _revenue _rome \\n", "User: _Now _stock . \\n"]]
+    head, context, middle = (ids(tokenizer, text) for text in (PLAIN_HEAD, PLAIN_CONTEXT, "\\n [conversation] \\n"))
+    end = ids(tokenizer, "Assistant:")
+
+    def prompt(context_tokens, first_turn):
+        return head + context[len(context) - context_tokens :] + middle + sum(turns[first_turn:], []) + end
+
+    whole = prompt(len(context), 0)
+    assert plain.prompt(pair, len(whole)) == whole
+    assert plain.prompt(pair, len(whole) - 1) == prompt(len(context), 2), "the oldest user turn, and the reply to it"
+    shorter = len(prompt(len(context), 2))
+    assert plain.prompt(pair, shorter) == prompt(len(context), 2)
+    assert plain.prompt(pair, shorter - 1) == prompt(len(context), 4)
+    last = len(prompt(len(context), 4))
+    for lost in range(len(context) + 1):
+        assert plain.prompt(pair, last - lost) == prompt(len(context) - lost, 4)
+    for tiny in (last - len(context) - 1, 5, 1):
+        assert plain.prompt(pair, tiny) == prompt(0, 4), "the last user turn stays, whatever the limit"
+
+
+def test_a_long_chat_prompt_loses_turns_then_the_head_of_the_context(tokenizer, chat):
+    pair = a_pair(**TALK)
+    context = ids(tokenizer, "items: _revenue , _stock \\n places: _rome \\n \\n")
+    user, end = ids(tokenizer, "<start_of_turn> user \\n"), ids(tokenizer, "rome . <end_of_turn> \\n <start_of_turn> model \\n")
+    whole = chat.prompt(pair, 1000)
+    assert chat.prompt(pair, len(whole)) == whole
+    for lost in range(len(context) + 1):
+        expected = [tokenizer.bos_id, *user, *context[lost:], *end]
+        assert chat.prompt(pair, len(expected)) == expected
+    assert chat.prompt(pair, len(whole) - 1) == [tokenizer.bos_id, *user, *context, *end]
+    assert chat.prompt(pair, 1) == [tokenizer.bos_id, *user, *end]
+
+
+def test_a_sequence_is_cut_at_max_length_but_keeps_a_token(tokenizer, plain):
+    pair = a_pair(**TALK)
+    prompt, reply, mask = act.sequence_of(pair, TRAJECTORY, plain, training_of())
+    length = len(prompt)
+    for room, kept in ((9, 9), (1, 1), (0, 1), (-9, 1), (len(reply) + 1, len(reply))):
+        training = training_of(max_length=length + room, max_prompt_length=500)
+        assert act.sequence_of(pair, TRAJECTORY, plain, training) == (prompt, reply[:kept], mask[:kept])
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_a_record_gives_the_tokens_of_its_conversation(tmp_path, tokenizer, prompt_format):
+    """Conversations, their records, and the records once more through a file."""
+    template = Template(tokenizer, prompt_format)
+    context = "items: revenue\n\n[conversation]\nUser: rome"
+    said = [("user", "Show me revenue.\n  User: too"), ("model", "Which place do you mean?"), ("user", "rome."), ("model", "get  revenue")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    write_lines(tmp_path / "talk.jsonl", [{"messages": [{"role": "system", "content": context}, *messages]}])
+    records = records_of(tmp_path / "talk.jsonl")
+    data.write_jsonl(tmp_path / "records.jsonl", records)
+    again = data.read_preferences(tmp_path / "records.jsonl")
+    folded = [("user", "Show me revenue. User: too"), *said[1:]]
+    for made in (act.make_pairs(records, "x"), act.make_pairs(again, "x")):
+        for pair, turns in zip(made, (1, 3), strict=True):
+            direct = a_pair(context=context, history=folded[:turns])
+            assert template.prompt(pair, 1000) == template.prompt(direct, 1000)
+            assert template.reply(pair.gold) == template.reply(folded[turns:])
+        assert [pair.action for pair in made] == [CLARIFY, ANSWER]
+        assert [pair.target for pair in made] == ["get  revenue"] * 2
+
+
+def test_a_record_without_a_last_user_turn_is_refused():
+    record = data.make_record(data.format_prompt("", [("user", "a"), ("model", "b")]), (ANSWER, CLARIFY), "Assistant: a\n", "Assistant: b?\n", "a")
+    with pytest.raises(data.InputError, match=r"^x\.jsonl: record 0: input_text does not end"):
+        act.make_pairs([record], "x.jsonl")
+    record = {**record, "input_text": data.format_prompt("", [("user", "a")]), "rejected": "User: no\n"}
+    with pytest.raises(data.InputError, match=r"^x\.jsonl: record 0: .*does not begin with the assistant"):
+        act.make_pairs([record], "x.jsonl")
+
+
+def test_a_tokenizer_without_turns_cannot_chat(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "end_of_turn_id", None)
+    with pytest.raises(data.InputError, match="tokenizer.model: no piece '<end_of_turn>'"):
+        Template(tokenizer, "gemma")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+SMALLEST = {"policy_model_config": {"model_path": "m"}, "data_config": {"train_path": "t"}}
+
+
+def config_file(tmp_path, **sections):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**SMALLEST, **sections}))
+    return path
+
+
+def refusal(*args):
+    with pytest.raises(act.INPUT_ERRORS) as raised:
+        load_config(*args)
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_file_overrides_the_defaults_and_the_command_line_the_file(tmp_path):
+    path = config_file(tmp_path, training_config={"beta": 1, "seed": 7, "class_balance": {"CLARIFY": 2}}, task="dpo")
+    config = load_config(path, [("training_config.seed", "8"), ("training_config.learning_rate", "1e-6"), ("training_config.bf16", "true")])
+    assert config.task == "dpo" and config.action_model_config.backend == "rule"
+    expected = TrainingConfig(beta=1.0, seed=8, learning_rate=1e-6, class_balance={"CLARIFY": 2}, bf16=True)
+    assert config.training_config == expected and type(config.training_config.beta) is float
+    overrides = [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "1"), ("training_config.max_steps", "-1")]
+    config = load_config(path, overrides)
+    assert (config.training_config.output_dir, config.task, config.data_config.tolerance) == ("a b", "sft", 1.0)
+
+
+def test_unknown_keys_name_the_nearest(tmp_path):
+    path = config_file(tmp_path, training_config={"learning_rat": 1})
+    assert refusal(path) == f"{path}: training_config.learning_rat: unknown key, the nearest known one is training_config.learning_rate"
+    assert refusal(config_file(tmp_path, trainig_config={})).endswith(": trainig_config: unknown key, the nearest known one is training_config")
+    path = config_file(tmp_path)
+    found = refusal(path, [("data_config.train_pth", "x")])
+    assert found == "--data_config.train_pth: unknown key, the nearest known one is data_config.train_path"
+    assert "--tsk: unknown key, the nearest known one is task" in refusal(path, [("tsk", "sft")])
+    assert "policy_model_config.model_path" in refusal(path, [("policy_model_config.path", "x")])
+    assert "nearest known one is training_config" in refusal(path, [("training.beta", "1")])
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("training_config.seed", 1.5, "expected int"),
+    ("training_config.seed", True, "expected int"),
+    ("training_config.learning_rate", "fast", "expected float"),
+    ("training_config.learning_rate", True, "expected float"),
+    ("training_config.bf16", 1, "expected bool"),
+    ("training_config.output_dir", 3, "expected str"),
+    ("training_config.class_balance", [1], "expected "),
+    ("training_config.beta", -0.1, "expected a number from 0"),
+    ("training_config.beta", "NaN", "expected"),
+    ("training_config.per_device_train_batch_size", 0, "expected at least 1"),
+    ("training_config.max_turns", 0, "expected at least 1"),
+    ("training_config.loss_type", "sigmod", "did you mean 'sigmoid'?"),
+    ("training_config.optim", "sgd", "expected one of rmsprop, adamw"),
+    ("data_config.prompt_format", "chat", "expected one of plain, gemma"),
+    ("data_config.heuristic", "f1", "expected one of drop_f1, coqa_f1, exact_match"),
+    ("action_model_config.backend", "gpt", "expected one of rule"),
+    ("task", "train", "expected one of act, sft, dpo, generate_preference, evaluate"),
+    ("training_config", 3, "expected an object"),
+    ("training_config.top_p", 0, "top_p is 0.0, expected"),
+    ("training_config.top_p", 1.5, "top_p is 1.5, expected"),
+    ("training_config.label_smoothing", 0.5, "below 0.5"),
+    ("training_config.max_prompt_length", 1024, "max_prompt_length 1024 leaves no room"),
+    ("policy_model_config.model_path", "", "policy_model_config.model_path is missing"),
+    ("data_config.train_path", "", "data_config.train_path is missing"),
+])  # fmt: skip
+def test_a_wrong_value_is_refused_in_the_file_and_on_the_command_line(tmp_path, key, value, said):
+    section, _, name = key.rpartition(".")
+    sections = {name: value} if not section else {section: {**SMALLEST.get(section, {}), name: value}}
+    path = config_file(tmp_path, **sections)
+    found = refusal(path)
+    assert found.startswith(f"{path}: ") and said in found and name in found
+    overridden = refusal(config_file(tmp_path), [(key, value if isinstance(value, str) else json.dumps(value))])
+    assert said in overridden and name in overridden
+
+
+def test_tasks_need_their_own_files(tmp_path):
+    assert "data_config.validation_path is missing, task 'evaluate' needs it" in refusal(config_file(tmp_path, task="evaluate"))
+    load_config(config_file(tmp_path, task="generate_preference", policy_model_config={}))
+    clash = config_file(tmp_path, task="generate_preference", training_config={"is_preference": True})
+    assert "is_preference is set" in refusal(clash)
+
+
+def test_a_config_that_is_no_json_object_is_refused(tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.json")
+    (tmp_path / "x.json").write_text("{")
+    assert "x.json: not readable as JSON" in refusal(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("[]")
+    assert "x.json: holds a list" in refusal(tmp_path / "x.json")
+
+
+def test_a_config_is_also_looked_for_in_configs(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    config_file(tmp_path / "configs", task="sft")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("run.json").task == "sft"
+    config_file(tmp_path, task="dpo")
+    assert load_config("run.json").task == "dpo", "as given comes first"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_config_of_the_project_loads(path):
+    load_config(path)
+
+
+def test_the_config_as_run_loads_again(tmp_path):
+    config = load_config(config_file(tmp_path, training_config={"beta": 0.2, "class_balance": {"CLARIFY": 2.0}}))
+    (tmp_path / "again.json").write_text(json.dumps(asdict(config)))
+    assert load_config(tmp_path / "again.json") == config
+
+
+def test_every_knob_is_read():
+    """Outside the part of act.py that defines and checks them."""
+    source = (ROOT / "act.py").read_text(encoding="utf-8")
+    source = source[source.index("\n# Processes\n") :] + (ROOT / "data.py").read_text(encoding="utf-8")
+    readers = {"policy_model_config": PolicyModelConfig, "data_config": DataConfig, "training(?:_config)?": TrainingConfig}
+    for section, cls in readers.items():
+        for field in fields(cls):
+            read = rf'\b{section}\.{field.name}\b|for key in \([^)]*"{field.name}"'
+            assert re.search(read, source), f"{section}.{field.name}: nothing reads it"
+    for field in fields(Config):
+        assert re.search(rf"\bconfig\.{field.name}\b", source), f"{field.name}: nothing reads it"
+        if field.name.endswith(("action_model_config", "simulator_config", "intent_model_config", "preference_model_config")):
+            assert f"config.{field.name}.backend" in source
+
+
+def test_command_line():
+    given = ["--config", "a.json", "--task=sft", "--training_config.seed", "-1", "--resume"]
+    assert act.parse_arguments(given) == ("a.json", [("task", "sft"), ("training_config.seed", "-1")], {"resume"})
+    for wrong, said in (
+        ([], "--config FILE is missing"),
+        (["--config"], "--config: a value is missing"),
+        (["a.json"], "'a.json': expected --config FILE"),
+        (["--config", "a", "--resume", "--overwrite"], "expected one of them"),
+    ):
+        with pytest.raises(data.InputError, match=re.escape(said)):
+            act.parse_arguments(wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Optimiser, schedule, order of the data
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+    ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
+    ("cosine", [0.0, 0.5, 1.0, 0.8535534, 0.5, 0.1464466]),
+])  # fmt: skip
+def test_learning_rate_of_each_step(kind, expected):
+    training = TrainingConfig(learning_rate=2.0, lr_scheduler_type=kind, warmup_steps=2)
+    assert [act.learning_rate(step, 6, training) for step in range(6)] == pytest.approx([2 * factor for factor in expected], abs=1e-7)
+
+
+def test_learning_rate_without_warm_up_and_with_nothing_else():
+    assert act.learning_rate(0, 4, TrainingConfig(learning_rate=1.0, lr_scheduler_type="linear")) == 1.0
+    training = TrainingConfig(learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=4)
+    assert [act.learning_rate(step, 2, training) for step in range(2)] == [0.0, 0.25]
+
+
+def test_fully_sharded_gradients_equal_plain_ones(world, one_process, plain, pairs):
+    policy, reference = Gemma2.from_pretrained(world / "model"), random_model(3)
+    sharded = act.build_model(world / "model", one_process, torch.float32)
+    for some in (policy, sharded):
+        act.preference_step(some, reference, plain, pairs[:4], 0.25, training_of(beta=0.5), one_process)
+    found = {name: parameter.grad.full_tensor() for name, parameter in sharded.named_parameters()}
+    assert_same_gradients(found, {name: parameter.grad for name, parameter in policy.named_parameters()}, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
+def test_optimizer_steps_equal_torch_on_an_unsharded_model(world, one_process, plain, pairs, kind, max_grad_norm):
+    training = training_of(optim=kind, weight_decay=0.1, learning_rate=9.0, max_grad_norm=max_grad_norm)
+    sharded, whole = act.build_model(world / "model", one_process, torch.float32), Gemma2.from_pretrained(world / "model")
+    optimizer = act.make_optimizer(sharded, training)
+    cls = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[kind]
+    oracle = cls(whole.parameters(), lr=1.0, weight_decay=0.1)
+    for step, lr in enumerate((1e-3, 2e-3, 1e-3)):
+        batch = pairs[4 * step : 4 * step + 4]
+        act.sft_step(sharded, plain, batch, 0.25, training, one_process)
+        act.sft_step(whole, plain, batch, 0.25, training, "cpu")
+        expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), max_grad_norm or math.inf)
+        assert expected > 0.2, "clipping must matter"
+        oracle.param_groups[0]["lr"] = lr
+        oracle.step()
+        oracle.zero_grad()
+        assert act.clip_and_step(sharded, optimizer, max_grad_norm, lr) == pytest.approx(expected.item(), rel=1e-5)
+    start = Gemma2.from_pretrained(world / "model")
+    for (name, found), wanted, old in zip(sharded.named_parameters(), whole.parameters(), start.parameters(), strict=True):
+        assert (wanted - old).norm() > 1e-4, name
+        torch.testing.assert_close(found.full_tensor(), wanted, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_bfloat16_is_close_and_checkpointing_changes_nothing(world, one_process, plain, pairs):
+    def step(**options):
+        torch.manual_seed(0)
+        policy = act.build_model(world / "model", one_process, torch.float32, **options)
+        reference = act.build_model(world / "model", one_process, torch.float32, trainable=False)
+        sums = act.preference_step(policy, reference, plain, pairs[:4], 0.25, training_of(rpo_alpha=1.0), one_process)
+        return sums, {name: parameter.grad.full_tensor() for name, parameter in policy.named_parameters()}
+
+    (sums, grads), (again, same_grads), (rough, near_grads) = step(), step(checkpointing=True), step(bf16=True)
+    assert again == sums
+    for name in grads:
+        assert torch.equal(same_grads[name], grads[name]), name
+        assert near_grads[name].dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(near_grads[name].flatten(), grads[name].flatten(), 0)
+        assert cosine > 0.97, (name, cosine)
+    assert rough["loss"] == pytest.approx(sums["loss"], rel=0.02) and rough != sums
+    assert rough["logps/chosen"] == pytest.approx(sums["logps/chosen"], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny_records():
+    return data.ACTDataset(data.read_vertex_jsonl(TINY / "train.jsonl")[:7], CLARIFY, 1).prepare_datasets()
+
+
+def test_every_example_comes_once_an_epoch_and_dialogues_stay_together(tiny_records):
+    order, count = DataOrder(tiny_records, 3), len(tiny_records)
+    groups = data.dialogues(tiny_records)
+    assert len(groups) == 7 and sum(map(len, groups)) == count
+    epochs = [[order[epoch * count + i] for i in range(count)] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(count))
+        starts = [epoch.index(group[0]) for group in groups]
+        assert all(epoch[start : start + len(group)] == group for start, group in zip(starts, groups, strict=True))
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(count))
+
+
+def test_the_order_is_seeded_and_the_same_from_any_position(tiny_records):
+    positions = list(range(2 * len(tiny_records) + 5))
+    forward = DataOrder(tiny_records, 3)
+    expected = [forward[position] for position in positions]
+    backward = DataOrder(tiny_records, 3)
+    assert [backward[position] for position in reversed(positions)] == expected[::-1]
+    other = DataOrder(tiny_records, 4)
+    assert [other[position] for position in positions] != expected
+
+
+def test_shares_of_ranks_cover_everything_once():
+    for count in (0, 1, 5, 7, 8):
+        for world_size in (1, 2, 3, 8):
+            parts = [list(act.shares(count, rank, world_size)) for rank in range(world_size)]
+            assert sum(parts, []) == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Helpers by rule, and evaluation
+
+
+GOLD = [
+    ("model", "Which item do you mean?"), ("user", "For stock."), ("model", "Which place do you mean?"), ("user", "rome."),
+    ("model", "get stock aug rome"),
+]  # fmt: skip
+
+
+def reply_to(question, gold=GOLD):
+    [intent] = act.rule_intents([a_pair(gold=gold)])
+    [answer] = act.rule_users([([("user", "Show me the figure."), ("model", question)], intent)])
+    return answer
+
+
+def test_a_right_question_gets_the_gold_reply():
+    assert reply_to("Which item do you mean?") == "For stock."
+    assert reply_to("What place?") == "rome."
+    assert reply_to("Could you tell me the ITEM, please?") == "For stock."
+
+
+def test_a_wrong_question_gets_nothing():
+    assert reply_to("Which month do you mean?") == act.NOTHING_TO_ADD
+    assert reply_to("?") == act.NOTHING_TO_ADD
+    assert reply_to("Which item do you mean?", GOLD[2:]) == act.NOTHING_TO_ADD
+
+
+def test_a_needless_question_gets_nothing():
+    assert reply_to("Which item do you mean?", [("model", "get item stock")]) == act.NOTHING_TO_ADD
+
+
+def test_the_better_matching_gold_question_is_answered():
+    gold = [("model", "revenue of which year?"), ("user", "2019"), ("model", "revenue of which region?"), ("user", "Asia"), ("model", "5")]
+    assert reply_to("The revenue of which region?", gold) == "Asia"
+    assert reply_to("The revenue of which year?", gold) == "2019"
+
+
+def test_users_are_simulated_in_batches_and_summarised_once():
+    asked = []
+
+    def summarize(batch):
+        asked.append([pair.record["i"] for pair in batch])
+        return [f"intent {pair.record['i']}" for pair in batch]
+
+    helpers = act.Helpers(None, summarize, lambda requests: [f"{messages[-1][1]} / {intent}" for messages, intent in requests], None)
+    simulate = act.user_for([a_pair(record={"i": i}) for i in range(4)], helpers)
+    assert simulate([1, 3], [[("model", "a?")], [("model", "b?")]]) == ["a? / intent 1", "b? / intent 3"]
+    assert simulate([3, 0], [[("model", "c?")], [("model", "d?")]]) == ["c? / intent 3", "d? / intent 0"]
+    assert asked == [[1, 3], [0]]
+
+
+def judged(action, trajectory, actions, gold=None, target="get stock"):
+    messages = [("model" if i % 2 == 0 else "user", text) for i, text in enumerate(trajectory)]
+    pair = a_pair(action, gold=gold or [("model", target)], target=target, record={"input_text": "x"})
+    return act.judge(pair, messages, actions, data.exact_match)
+
+
+def test_judge_of_a_clarified_answer():
+    found = judged(CLARIFY, ["Which item?", "stock", "get stock"], (CLARIFY, ANSWER), gold=[("model", "Which item?"), ("user", "stock"), ("model", "get stock")])
+    assert found == {
+        "input_text": "x", "trajectory": "Assistant: Which item?\nUser: stock\nAssistant: get stock\n",
+        "gold": "Assistant: Which item?\nUser: stock\nAssistant: get stock\n", "inferred_action": CLARIFY, "target_action": CLARIFY,
+        "final_answer": "get stock", "gold_target": "get stock", "questions": 1, "gold_questions": 1,
+        "turn_exact_match": 1.0, "turn_f1": 1.0, "exact_match": 1.0, "f1": 1.0,
+    }  # fmt: skip
+
+
+def test_a_conversation_that_ends_in_a_question_scores_nothing():
+    found = judged(CLARIFY, ["a?", "u", "get stock?"], (CLARIFY, CLARIFY), target="get stock?")
+    assert (found["final_answer"], found["exact_match"], found["f1"], found["questions"]) == (None, 0.0, 0.0, 2)
+    assert judged(CLARIFY, ["a?"], (CLARIFY, CLARIFY))["questions"] == 1
+    assert judged(ANSWER, ["no"], (ANSWER, ANSWER))["questions"] == 0
+
+
+def test_metrics_of_written_out_samples():
+    samples = [
+        judged(CLARIFY, ["Which item?", "stock", "get stock"], (CLARIFY, ANSWER), [("model", "Which item?"), ("user", "u"), ("model", "get stock")]),
+        judged(CLARIFY, ["get stock"], (ANSWER, ANSWER), [("model", "Which item?"), ("user", "u"), ("model", "get stock")]),
+        judged(ANSWER, ["a?", "u", "b?", "u", "get x"], (CLARIFY, ANSWER)),
+        judged(ANSWER, ["get stock"], (ANSWER, ANSWER)),
+    ]  # fmt: skip
+    found = act.summarize(samples)
+    assert found == {
+        "Accuracy": 0.5, "Weighted F1": 0.5, "Macro F1": 0.5, "Binary F1": 0.5, "Binary Recall": 0.5, "Binary Precision": 0.5,
+        "Turn-Level DROP F1": 0.5, "Turn-Level Exact Match": 0.5, "Turn-Level Turns": 4,
+        "Trajectory-level DROP F1": 0.75, "Trajectory-level Exact Match": 0.75, "Trajectory-level Turns": 4,
+        "Post-Clarification DROP F1": 0.5, "Post-Clarification Exact Match": 0.5, "Post-Clarification Turns": 2,
+        "CLARIFY Turns: Trajectory-level DROP F1": 1.0, "CLARIFY Turns: Trajectory-level Exact Match": 1.0,
+        "CLARIFY Turns: Trajectory-level Turns": 2,
+        "ANSWER Turns: Trajectory-level DROP F1": 0.5, "ANSWER Turns: Trajectory-level Exact Match": 0.5,
+        "ANSWER Turns: Trajectory-level Turns": 2,
+        "Questions per Turn": 0.75, "Gold Questions per Turn": 0.5,
+    }  # fmt: skip
+
+
+def test_a_mean_over_nothing_is_none_and_shown_as_a_dash():
+    never_asked = act.summarize([judged(ANSWER, ["get stock"], (ANSWER, ANSWER))])
+    assert never_asked["Post-Clarification DROP F1"] is None and never_asked["Post-Clarification Exact Match"] is None
+    assert never_asked["Post-Clarification Turns"] == 0 and never_asked["CLARIFY Turns: Trajectory-level Exact Match"] is None
+    assert all(value is None or value == 0 for value in act.summarize([]).values())
+    lines = act.comparison(never_asked, {**never_asked, "Post-Clarification Exact Match": 0.25, "Questions per Turn": 1.5}).splitlines()
+    rows = {line[:44].strip(): line[44:].split() for line in lines[1:]}
+    assert rows["Post-Clarification Exact Match"] == ["-", "25.0"]
+    assert rows["Accuracy"] == ["100.0", "100.0"] and rows["Questions per Turn"] == ["0.00", "1.50"]
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(world, one_process, plain):
+    pairs = act.make_pairs(records_of(world / "validation.jsonl"), "validation.jsonl")
+    model = act.build_model(world / "model", one_process, torch.float32, trainable=False)
+    results = []
+    for size in (1, 3, 100):
+        config = Config(training_config=training_of(per_device_eval_batch_size=size, max_turns=3))
+        results.append(act.evaluate(model, plain, pairs, act.BACKENDS["rule"], config))
+    assert results[0] == results[1] == results[2]
+    metrics, samples = results[0]
+    assert len(samples) == len(pairs) and [s["input_text"] for s in samples] == [pair.record["input_text"] for pair in pairs]
+    assert metrics == act.summarize(samples)
+    assert {sample["questions"] for sample in samples} > {0}, "the random model should ask here and there"
+
+
+def test_the_gathered_copy_is_the_model(world, one_process):
+    model = act.build_model(world / "model", one_process, torch.float32)
+    whole, tokens = act.gathered(model), torch.tensor([words(0, 20)])
+    assert not any(isinstance(parameter, act.DTensor) for parameter in whole.parameters())
+    assert torch.equal(whole(tokens), Gemma2.from_pretrained(world / "model")(tokens))
