@@ -88,6 +88,7 @@ class TrainingConfig:
     save_total_limit: int = 1  # checkpoints kept; 0 keeps all
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
+    dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding then stays inside a node
     max_length: int = 1024  # tokens of prompt and trajectory; what is longer loses its end
     max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context
     beta: float = 0.05  # DPO: how far the policy may move from the reference
@@ -132,7 +133,7 @@ CHOICES = {
 }
 AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "max_new_tokens",
-    "max_turns",
+    "max_turns", "dp_replicate_size",
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
 
@@ -284,13 +285,21 @@ def shares(count, rank, world):
 # Models
 
 
-def build_model(directory, device, dtype, bf16=False, trainable=True, checkpointing=False):
-    """A Gemma 2 sharded over all ranks, each of which reads only its part of the checkpoint."""
+def make_mesh(device, replicas):
+    """The ranks as [copies, shards]: parameters are sharded along the second dimension and repeated along the first."""
+    world = dist.get_world_size()
+    if world % replicas:
+        raise InputError(f"dp_replicate_size is {replicas}, expected a divisor of the number of processes, {world}")
+    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointing=False):
+    """A Gemma 2 sharded over the ranks of a mesh, each of which reads only its part of the checkpoint."""
     with torch.device("meta"):
         model = Gemma2(Gemma2Config.from_json(Path(directory) / "config.json")).to(dtype)
     model.requires_grad_(trainable)
     model.set_checkpointing(checkpointing)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)
     if bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -298,7 +307,7 @@ def build_model(directory, device, dtype, bf16=False, trainable=True, checkpoint
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     register_fsdp_forward_method(model, "logps")
-    model.to_empty(device=device)
+    model.to_empty(device=mesh.device_type)
     gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
     return model
 
@@ -941,10 +950,11 @@ def train(config, device, resume, overwrite):
     validation = make_pairs(validation_records, config.data_config.validation_path)
     checkpoint = start_output(config, resume, overwrite)
     dtype = getattr(torch, config.policy_model_config.dtype)
-    policy = build_model(checkpoint or source, device, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
+    mesh = make_mesh(device, training.dp_replicate_size)
+    policy = build_model(checkpoint or source, mesh, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
     reference = None
     if config.task != "sft":
-        reference = build_model(source, device, torch.bfloat16 if training.bf16 else dtype, trainable=False)
+        reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
     gemma.check_vocabulary(tokenizer, policy)
     optimizer, start = make_optimizer(policy, training), 0
     if checkpoint:
@@ -1045,7 +1055,8 @@ def evaluate_only(config, device, resume, overwrite):
     _, records = data.get_datasets_from_config(config_data, helpers.write_questions, helpers.classify_actions)
     pairs = make_pairs(records, config.data_config.validation_path)
     start_output(config, overwrite=overwrite or resume)
-    model = build_model(source, device, getattr(torch, config.policy_model_config.dtype), trainable=False)
+    mesh = make_mesh(device, config.training_config.dp_replicate_size)
+    model = build_model(source, mesh, getattr(torch, config.policy_model_config.dtype), trainable=False)
     template = Template(tokenizer, config.data_config.prompt_format)
     log = Log(config, 0)
     log.evaluation(0, *evaluate(model, template, pairs, helpers, config))
