@@ -204,6 +204,8 @@ def check_config(config, path):
         )
     if not 0 < training.top_p <= 1:
         raise InputError(f"{path}: top_p is {training.top_p}, expected a number above 0, up to 1")
+    if training.loss_type == "ipo" and training.beta == 0:
+        raise InputError(f"{path}: beta is 0, expected a number above 0 for loss_type 'ipo'")
     if not 0 <= training.label_smoothing < 0.5:
         raise InputError(f"{path}: label_smoothing is {training.label_smoothing}, expected a number from 0, below 0.5")
     needed = {"policy_model_config.model_path": config.policy_model_config.model_path}
@@ -371,6 +373,8 @@ class Template:
         self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
         self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
         self.stop_ids = {self.end[-1], tokenizer.eos_id}
+        if self.plain:  # a message is one line; large vocabularies have pieces of several newlines, too
+            self.stop_ids |= {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
 
     def turn(self, role):
         return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
@@ -804,13 +808,25 @@ def checkpoints(output_dir):
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def start_output(config, resume=False, overwrite=False):
-    """Prepare the output directory, on rank 0 alone. Returns the checkpoint to go on from, or None, on every rank."""
+WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
+    "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
+    "generate_preference": ("train.jsonl", "validation.jsonl"),
+    "training": ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints"),
+}
+MAY_CHANGE = {  # keys that a resumed run may have changed: they say how far, how often and on how many devices, not what is learnt
+    "max_steps", "num_train_epochs", "do_eval", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "output_dir",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
+    "gradient_checkpointing",
+}  # fmt: skip
+
+
+def on_main(function, *arguments):
+    """Call a function on rank 0 alone; its result, or its InputError, on every rank."""
     answer = [None, None]
     if is_main():
         try:
-            answer[0] = clear_output(config, resume, overwrite)
-        except InputError as error:
+            answer[0] = function(*arguments)
+        except (InputError, OSError) as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1]:
@@ -818,24 +834,46 @@ def start_output(config, resume=False, overwrite=False):
     return answer[0]
 
 
-def clear_output(config, resume, overwrite):
-    """Remove what a former run wrote, as far as this one will write it again."""
-    output = Path(config.training_config.output_dir)
-    if not resume and not overwrite and (output / "config.json").exists():
+def check_output(config, resume, overwrite):
+    """May this run write to its output directory? Changes nothing. Returns the checkpoint to resume from, "done", or None."""
+    output, source = Path(config.training_config.output_dir), config.policy_model_config.model_path
+    if config.task not in WRITES and source and output.resolve() in Path(source).resolve().parents:
+        raise InputError(f"policy_model_config.model_path {source} lies in output_dir {output}, which this run writes anew")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: output_dir is a file, expected a directory")
+    former = output / "config.json"
+    if not resume and not overwrite and former.exists():
         raise InputError(f"{output}: already holds a run, expected --resume to continue it or --overwrite to start again")
-    found = checkpoints(output) if resume else []
+    if not resume or not former.exists():
+        return None
+    then, now = flat(gemma.read_json(former)), flat(asdict(config))
+    for key, value in now.items():
+        if then.get(key) != value and key.rpartition(".")[2] not in MAY_CHANGE:
+            raise InputError(f"--resume: {key} is {value!r}, expected {then.get(key)!r} as in {former}")
+    if (output / "model").exists():
+        return "done"
+    return next(reversed(checkpoints(output)), None)
+
+
+def flat(section, prefix=""):
+    """{"a.b": value} of nested dicts."""
+    pairs = ((f"{prefix}{key}", value) for key, value in section.items())
+    return {k: v for key, value in pairs for k, v in (flat(value, f"{key}.") if isinstance(value, dict) else {key: value}).items()}
+
+
+def start_output(config, checkpoint=None):
+    """Remove what a former run wrote, as far as this one will write it again. The first thing that a run changes on disk."""
+    output = Path(config.training_config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    gemma.remove_tree(output / "model")
-    if found:  # what was logged after the checkpoint will be logged again
-        step = int(found[-1].name[5:])
+    if checkpoint:  # what was logged after the checkpoint will be logged again
+        step = int(checkpoint.name[5:])
         for name in ("metrics.jsonl", "eval_samples.jsonl"):
             data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
     else:
-        gemma.remove_tree(output / "checkpoints")
-        for name in ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "train.jsonl", "validation.jsonl"):
+        for name in WRITES.get(config.task, WRITES["training"]):
+            gemma.remove_tree(output / name)
             (output / name).unlink(missing_ok=True)
     write_json(output / "config.json", asdict(config))
-    return found[-1] if found else None
 
 
 def whole_rows(path):
@@ -937,7 +975,7 @@ def clip_and_step(policy, optimizer, max_grad_norm, lr):
     return norm.item()
 
 
-def train(config, device, resume, overwrite):
+def train(config, device, overwrite, resume):
     """Tasks sft, dpo and act: the whole run, told straight through."""
     training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
     source = config.policy_model_config.model_path
@@ -948,7 +986,10 @@ def train(config, device, resume, overwrite):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
     pairs = make_pairs(train_records, config.data_config.train_path)
     validation = make_pairs(validation_records, config.data_config.validation_path)
-    checkpoint = start_output(config, resume, overwrite)
+    checkpoint = on_main(check_output, config, resume, overwrite)
+    if checkpoint == "done":
+        say(f"{training.output_dir}: this run is finished, nothing to resume")
+        return
     dtype = getattr(torch, config.policy_model_config.dtype)
     mesh = make_mesh(device, training.dp_replicate_size)
     policy = build_model(checkpoint or source, mesh, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
@@ -960,6 +1001,7 @@ def train(config, device, resume, overwrite):
     if checkpoint:
         gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
         start = gemma.read_json(checkpoint / "trainer_state.json")["step"]
+    on_main(start_output, config, checkpoint)
 
     local = training.per_device_train_batch_size * training.gradient_accumulation_steps  # examples of a step on this rank
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(pairs) / (local * world))
@@ -1013,6 +1055,12 @@ def train(config, device, resume, overwrite):
     log.finish()
 
 
+def write_evaluation(folder, metrics, samples):
+    if is_main():
+        write_json(Path(folder) / "eval_metrics.json", metrics)
+        data.write_jsonl(Path(folder) / "eval_samples.jsonl", samples)
+
+
 class Log:
     """metrics.jsonl, eval_metrics.json and eval_samples.jsonl (of the first and the last evaluation), and what is shown at the end."""
 
@@ -1031,9 +1079,7 @@ class Log:
         self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.last = metrics, [{"step": step, **sample} for sample in samples]
         self.first = self.first or self.last
-        if is_main():
-            write_json(self.folder / "eval_metrics.json", metrics)
-            data.write_jsonl(self.folder / "eval_samples.jsonl", self.first[1] + (self.last[1] if step else []))
+        write_evaluation(self.folder, metrics, self.first[1] + (self.last[1] if step else []))
 
     def finish(self):
         if self.last and self.first is not self.last:
@@ -1046,7 +1092,7 @@ class Log:
 # Other tasks, and the command line
 
 
-def evaluate_only(config, device, resume, overwrite):
+def evaluate_only(config, device, overwrite):
     """Task evaluate: the metrics of policy_model_config.model_path on data_config.validation_path."""
     source = config.policy_model_config.model_path
     tokenizer = Tokenizer(Path(source) / "tokenizer.model")
@@ -1054,21 +1100,24 @@ def evaluate_only(config, device, resume, overwrite):
     config_data = replace(config, data_config=replace(config.data_config, train_path=""))
     _, records = data.get_datasets_from_config(config_data, helpers.write_questions, helpers.classify_actions)
     pairs = make_pairs(records, config.data_config.validation_path)
-    start_output(config, overwrite=overwrite or resume)
+    on_main(check_output, config, False, overwrite)
     mesh = make_mesh(device, config.training_config.dp_replicate_size)
     model = build_model(source, mesh, getattr(torch, config.policy_model_config.dtype), trainable=False)
+    gemma.check_vocabulary(tokenizer, model)
+    on_main(start_output, config)
     template = Template(tokenizer, config.data_config.prompt_format)
-    log = Log(config, 0)
-    log.evaluation(0, *evaluate(model, template, pairs, helpers, config))
-    for name, value in log.last[0].items():
+    metrics, samples = evaluate(model, template, pairs, helpers, config)
+    write_evaluation(config.training_config.output_dir, metrics, samples)
+    for name, value in metrics.items():
         say(f"{name:50} {'-' if value is None else round(value, 4)}")
 
 
-def generate_preference(config, device, resume, overwrite):
+def generate_preference(config, device, overwrite):
     """Task generate_preference: conversations in, preference records out (Algorithm 1), in output_dir."""
     helpers = build_helpers(config)
     train_records, validation_records = data.get_datasets_from_config(config, helpers.write_questions, helpers.classify_actions)
-    start_output(config, overwrite=overwrite or resume)
+    on_main(check_output, config, False, overwrite)
+    on_main(start_output, config)
     for name, records in (("train", train_records), ("validation", validation_records)):
         if records and is_main():
             path = Path(config.training_config.output_dir) / f"{name}.jsonl"
@@ -1091,6 +1140,8 @@ def parse_arguments(arguments):
         if not word.startswith("--"):
             raise InputError(f"{word!r}: expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite")
         if name in ("resume", "overwrite"):
+            if equals:
+                raise InputError(f"{word}: --{name} takes no value")
             flags.add(name)
             continue
         if not equals:
@@ -1113,7 +1164,10 @@ def main(arguments=None):
         path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(path, overrides)
         device = start_processes()
-        TASKS[config.task](config, device, "resume" in flags, "overwrite" in flags)
+        resume = ("resume" in flags,) if TASKS[config.task] is train else ()
+        if "resume" in flags and not resume:
+            raise InputError(f"--resume: task '{config.task}' has nothing to resume, expected --overwrite")
+        TASKS[config.task](config, device, "overwrite" in flags, *resume)
     except INPUT_ERRORS as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"act.py: error: {error}", file=sys.stderr, flush=True)

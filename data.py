@@ -418,7 +418,7 @@ def get_datasets_from_config(config, preference_model=None, action_model=None):
                              training.is_preference, action_model, training.seed)
         records = dataset.prepare_datasets()
         if dataset.skipped and os.environ.get("RANK", "0") == "0":  # said once, not by every process
-            print(f"{path}: {dataset.skipped} user turns without an answer in the data were skipped", file=sys.stderr)
+            print(f"{path}: {dataset.skipped} user turns without an answer in the data were skipped", flush=True)
         return records
 
     return load(config.data_config.train_path, training.class_balance), load(config.data_config.validation_path, None)

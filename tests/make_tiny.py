@@ -16,7 +16,6 @@ Everything is keyed by split and number, so any conversation comes out the same 
 import argparse
 import io
 import itertools
-import json
 import os
 import random
 import re
@@ -34,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from data import INSTRUCTION, write_jsonl  # noqa: E402
-from gemma import Gemma2, Gemma2Config, written_directory  # noqa: E402
+from gemma import Gemma2, Gemma2Config  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------- the world
 
@@ -52,8 +51,8 @@ NOTHING_TO_ADD = "I have nothing to add."  # what the rule-based user simulator 
 
 
 def draw_context(rng):
-    """The values that each slot can take in one conversation: a single one with probability .2, else 2 to 4."""
-    return {slot: rng.sample(words, 1 if rng.random() < 0.2 else rng.randint(2, 4)) for slot, words in SLOTS.items()}
+    """The values that each slot can take in one conversation: a single one with probability .2, else 3 to 5."""
+    return {slot: rng.sample(words, 1 if rng.random() < 0.2 else rng.randint(3, 5)) for slot, words in SLOTS.items()}
 
 
 def context_text(context):
@@ -190,8 +189,8 @@ MODEL = Gemma2Config(
     max_position_embeddings=2048,
 )  # fmt: skip
 BASE = {
-    "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "max_steps": 1000, "per_device_train_batch_size": 64,
-    "icl_examples": 1, "do_eval": False, "logging_steps": 50,
+    "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "max_steps": 1600, "per_device_train_batch_size": 64,
+    "icl_examples": 1, "logging_steps": 50,
 }  # fmt: skip
 SFT = {
     "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "num_train_epochs": 5, "per_device_train_batch_size": 64,
@@ -214,20 +213,23 @@ def init_model(directory, tokenizer, config=MODEL, seed=0):
     shutil.copyfile(tokenizer, Path(directory) / "tokenizer.model")
 
 
-def sft(start, train_path, target, settings, **more):
+def sft(start, train_path, validation_path, target, settings):
     """`act.py --task sft` from checkpoint `start` on `train_path`; the final model takes the place of directory `target`."""
     with tempfile.TemporaryDirectory() as scratch:
         overrides = {
-            "policy_model_config.model_path": start, "data_config.train_path": train_path, "training_config.output_dir": scratch,
-            "training_config.optim": "adamw", "training_config.save_steps": 0, **{f"training_config.{k}": v for k, v in settings.items()},
-            **more,
+            "policy_model_config.model_path": start,
+            "data_config.train_path": train_path, "data_config.validation_path": validation_path,
+            "training_config.output_dir": scratch, "training_config.optim": "adamw", "training_config.save_steps": 0,
+            **{f"training_config.{key}": value for key, value in settings.items()},
         }  # fmt: skip
         arguments = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
         command = [sys.executable, ROOT / "act.py", "--config", ROOT / "configs/tiny.json", "--task", "sft", *arguments]
         subprocess.run(command, check=True)
-        with written_directory(target) as directory:
-            for file in sorted((Path(scratch) / "model").iterdir()):
-                shutil.copyfile(file, directory / file.name)
+        partial = target.with_name(target.name + ".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(Path(scratch) / "model", partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
 
 
 def train_base(out, seed=0):
@@ -237,13 +239,12 @@ def train_base(out, seed=0):
         init_model(start, out / "tokenizer.model", seed=seed)
         turns = BASE["max_steps"] * BASE["per_device_train_batch_size"]
         write_jsonl(stream, user_turns(conversations("base", careless, seed), turns))
-        sft(start, stream, out / "base", BASE)
+        sft(start, stream, "", out / "base", BASE)
 
 
 def train_sft(out, seed=0):
     """sft/: base/ after a short training on the gold replies of train.jsonl, stopped early: *when* to ask is only half learnt."""
-    seeded = {"training_config.seed": seed, "data_config.validation_path": out / "validation.jsonl"}
-    sft(out / "base", out / "train.jsonl", out / "sft", SFT, **seeded)
+    sft(out / "base", out / "train.jsonl", out / "validation.jsonl", out / "sft", {**SFT, "seed": seed})
 
 
 def main():

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -23,7 +22,7 @@ import data
 import gemma
 from act import Config, DataConfig, DataOrder, Pair, PolicyModelConfig, Sampler, Scored, Template, TrainingConfig, dpo_loss, load_config
 from data import ANSWER, CLARIFY
-from gemma import Forest, Gemma2, Gemma2Config, TokenLogps, Tokenizer, generate
+from gemma import Forest, Gemma2, Gemma2Config, Tokenizer, TokenLogps, generate
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny"
@@ -83,7 +82,7 @@ def world(tmp_path_factory):
     shutil.copyfile(TINY / "tokenizer.model", folder / "model" / "tokenizer.model")
     rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:5]]
     write_lines(folder / "train.jsonl", rows[:3])
-    cut = [{"messages": row["messages"][:1 + 2 * turns]} for row, turns in zip(rows[3:], (5, 5), strict=True)]
+    cut = [{"messages": row["messages"][:1 + 2 * turns]} for row, turns in zip(rows[3:], (2, 5), strict=True)]
     write_lines(folder / "validation.jsonl", cut)
     return folder
 
@@ -91,9 +90,13 @@ def world(tmp_path_factory):
 @pytest.fixture
 def one_process():
     """A process group of this process alone, as `python act.py` makes one."""
-    device = act.start_processes()
-    yield device
+    yield act.start_processes()
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def mesh(one_process):
+    return act.make_mesh(one_process, 1)
 
 
 def records_of(path):
@@ -310,7 +313,8 @@ def test_loss_of_a_margin_of_two(options, expected):
 
 def test_sigmoid_loss_of_worked_numbers():
     """ln(1 + e^-1) = 0.313262, ln(1 + e^1) = 1.313262, ln(1 + e^50) = 50."""
-    losses, *_ = dpo_loss(*map(torch.tensor, ([-3.0, -5.0, -110.0], [-6.0, -6.0, -10.0], [-4.0, -4.0, -10.0], [-5.0, -7.0, -10.0])), beta=0.5)
+    columns = [-3.0, -5.0, -110.0], [-6.0, -6.0, -10.0], [-4.0, -4.0, -10.0], [-5.0, -7.0, -10.0]
+    losses, *_ = dpo_loss(*map(torch.tensor, columns), beta=0.5)
     torch.testing.assert_close(losses, torch.tensor([0.313262, 1.313262, 50.0]), rtol=1e-5, atol=1e-6)
 
 
@@ -335,14 +339,14 @@ def test_an_unknown_loss_is_refused():
         margin_of(2.0, beta=0.1, loss_type="dpo")
 
 
-def test_a_preference_step_is_the_loss_of_oracle_logps(model, tokenizer, pairs):
+def test_a_preference_step_is_the_loss_of_oracle_logps(tokenizer, pairs):
     """Losses, the chosen side's likelihood per token and what is logged, from one row per sequence."""
     training, template, policy = training_of(beta=0.3, rpo_alpha=0.4, label_smoothing=0.2), Template(tokenizer, "plain"), random_model(1)
-    batch = pairs[3:7]
+    batch, reference_model = pairs[3:7], random_model()
     sequences = both_sides(batch, template, training)
     logps = oracle_logps(policy, sequences)
     with torch.no_grad():
-        reference = oracle_logps(model, sequences)
+        reference = oracle_logps(reference_model, sequences)
     ratios = (logps - reference).view(-1, 2)
     margin = 0.3 * (ratios[:, 0] - ratios[:, 1])
     likelihood = logps[::2] / torch.tensor([sum(mask) for *_, mask in sequences[::2]])
@@ -351,12 +355,13 @@ def test_a_preference_step_is_the_loss_of_oracle_logps(model, tokenizer, pairs):
     (0.25 * losses.sum()).backward()
     expected = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
     policy.zero_grad()
-    sums = act.preference_step(policy, model, template, batch, 0.25, training, "cpu")
+    sums = act.preference_step(policy, reference_model, template, batch, 0.25, training, "cpu")
     assert_same_gradients({name: parameter.grad for name, parameter in policy.named_parameters()}, expected, 3e-5)
-    assert all(parameter.grad is None for parameter in model.parameters()) or model.embed_tokens.weight.grad is not None
+    assert all(parameter.grad is None for parameter in reference_model.parameters())
     rewards = 0.3 * ratios
     worked = {
-        "loss": losses.sum(), "rewards/chosen": rewards[:, 0].sum(), "rewards/rejected": rewards[:, 1].sum(), "rewards/margins": margin.sum(),
+        "loss": losses.sum(), "rewards/chosen": rewards[:, 0].sum(), "rewards/rejected": rewards[:, 1].sum(),
+        "rewards/margins": margin.sum(),
         "rewards/accuracies": (margin > 0).sum(), "logps/chosen": logps[::2].sum(), "logps/rejected": logps[1::2].sum(),
     }  # fmt: skip
     assert sums.keys() - {"tokens"} == worked.keys()
@@ -476,7 +481,7 @@ def test_batched_rollouts_equal_single_ones_in_every_outcome(max_turns):
     rng = random.Random(max_turns)
     pairs = [a_pair(rng.choice((CLARIFY, ANSWER)), rng.choice("ab"), rng.choice("xy"), target=f"gold {i}") for i in range(200)]
     replies = {pair.target: [rng.choice("abxy") + rng.choice(("", "", "?")) for _ in range(max_turns)] for pair in pairs}
-    scores = {pair.target: rng.random() for pair in pairs}
+    scores = {pair.target: rng.choice((0.0, 0.5, 1.0)) for pair in pairs}  # 0.5 is the tolerance
     calls = []
 
     def respond(pair, trajectory):
@@ -575,7 +580,7 @@ def test_noise_is_keyed_by_seed_step_and_position():
 
 
 def ids(tokenizer, text):
-    """Token ids of written-out pieces, separated by spaces; _ is a piece's own space, \\n a line break. Words that are no piece are spelt."""
+    """Token ids of pieces written out between spaces; _ is a piece's own space, \\n a line break. Words that are no piece are spelt."""
     found = []
     for piece in text.split():
         piece = "\n" if piece == "\\n" else "\u2581" + piece[1:] if piece[0] == "_" else piece
@@ -626,6 +631,11 @@ def test_without_a_context_the_chat_prompt_begins_with_the_user(tokenizer, chat)
 def test_plain_prompt_without_context_keeps_its_block(tokenizer, plain):
     pair = a_pair(**{**TALK, "context": "", "history": [("user", "rome.")]})
     assert plain.prompt(pair, 1000) == ids(tokenizer, PLAIN_HEAD + " \\n [conversation] \\n User: _rome . \\n Assistant:")
+
+
+def test_a_response_stops_at_the_end_of_its_turn(plain, chat):
+    """A line break (6) or <end_of_turn> (5), or </s> (1)."""
+    assert (plain.stop_ids, chat.stop_ids) == ({6, 1}, {5, 1})
 
 
 TRAJECTORY = [("model", "Which place do you mean?"), ("user", "rome."), ("model", "get revenue")]
@@ -758,7 +768,8 @@ def test_a_record_gives_the_tokens_of_its_conversation(tmp_path, tokenizer, prom
 
 
 def test_a_record_without_a_last_user_turn_is_refused():
-    record = data.make_record(data.format_prompt("", [("user", "a"), ("model", "b")]), (ANSWER, CLARIFY), "Assistant: a\n", "Assistant: b?\n", "a")
+    prompt = data.format_prompt("", [("user", "a"), ("model", "b")])
+    record = data.make_record(prompt, (ANSWER, CLARIFY), "Assistant: a\n", "Assistant: b?\n", "a")
     with pytest.raises(data.InputError, match=r"^x\.jsonl: record 0: input_text does not end"):
         act.make_pairs([record], "x.jsonl")
     record = {**record, "input_text": data.format_prompt("", [("user", "a")]), "rejected": "User: no\n"}
@@ -798,15 +809,15 @@ def test_a_file_overrides_the_defaults_and_the_command_line_the_file(tmp_path):
     assert config.task == "dpo" and config.action_model_config.backend == "rule"
     expected = TrainingConfig(beta=1.0, seed=8, learning_rate=1e-6, class_balance={"CLARIFY": 2}, bf16=True)
     assert config.training_config == expected and type(config.training_config.beta) is float
-    overrides = [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "1"), ("training_config.max_steps", "-1")]
-    config = load_config(path, overrides)
+    config = load_config(path, [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "1")])
     assert (config.training_config.output_dir, config.task, config.data_config.tolerance) == ("a b", "sft", 1.0)
 
 
 def test_unknown_keys_name_the_nearest(tmp_path):
     path = config_file(tmp_path, training_config={"learning_rat": 1})
     assert refusal(path) == f"{path}: training_config.learning_rat: unknown key, the nearest known one is training_config.learning_rate"
-    assert refusal(config_file(tmp_path, trainig_config={})).endswith(": trainig_config: unknown key, the nearest known one is training_config")
+    found = refusal(config_file(tmp_path, trainig_config={}))
+    assert found == f"{path}: trainig_config: unknown key, the nearest known one is training_config"
     path = config_file(tmp_path)
     found = refusal(path, [("data_config.train_pth", "x")])
     assert found == "--data_config.train_pth: unknown key, the nearest known one is data_config.train_path"
@@ -856,6 +867,11 @@ def test_tasks_need_their_own_files(tmp_path):
     load_config(config_file(tmp_path, task="generate_preference", policy_model_config={}))
     clash = config_file(tmp_path, task="generate_preference", training_config={"is_preference": True})
     assert "is_preference is set" in refusal(clash)
+
+
+def test_ipo_needs_a_beta(tmp_path):
+    """Its target margin is 1 / (2 beta)."""
+    assert "beta" in refusal(config_file(tmp_path, training_config={"loss_type": "ipo", "beta": 0.0}))
 
 
 def test_a_config_that_is_no_json_object_is_refused(tmp_path):
@@ -909,6 +925,7 @@ def test_command_line():
         (["--config"], "--config: a value is missing"),
         (["a.json"], "'a.json': expected --config FILE"),
         (["--config", "a", "--resume", "--overwrite"], "expected one of them"),
+        (["--config", "a", "--overwrite=false"], "--overwrite"),  # a flag that takes no value, and removes files
     ):
         with pytest.raises(data.InputError, match=re.escape(said)):
             act.parse_arguments(wrong)
@@ -934,9 +951,9 @@ def test_learning_rate_without_warm_up_and_with_nothing_else():
     assert [act.learning_rate(step, 2, training) for step in range(2)] == [0.0, 0.25]
 
 
-def test_fully_sharded_gradients_equal_plain_ones(world, one_process, plain, pairs):
+def test_fully_sharded_gradients_equal_plain_ones(world, mesh, one_process, plain, pairs):
     policy, reference = Gemma2.from_pretrained(world / "model"), random_model(3)
-    sharded = act.build_model(world / "model", one_process, torch.float32)
+    sharded = act.build_model(world / "model", mesh, torch.float32)
     for some in (policy, sharded):
         act.preference_step(some, reference, plain, pairs[:4], 0.25, training_of(beta=0.5), one_process)
     found = {name: parameter.grad.full_tensor() for name, parameter in sharded.named_parameters()}
@@ -945,9 +962,9 @@ def test_fully_sharded_gradients_equal_plain_ones(world, one_process, plain, pai
 
 @pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
-def test_optimizer_steps_equal_torch_on_an_unsharded_model(world, one_process, plain, pairs, kind, max_grad_norm):
+def test_optimizer_steps_equal_torch_on_an_unsharded_model(world, mesh, one_process, plain, pairs, kind, max_grad_norm):
     training = training_of(optim=kind, weight_decay=0.1, learning_rate=9.0, max_grad_norm=max_grad_norm)
-    sharded, whole = act.build_model(world / "model", one_process, torch.float32), Gemma2.from_pretrained(world / "model")
+    sharded, whole = act.build_model(world / "model", mesh, torch.float32), Gemma2.from_pretrained(world / "model")
     optimizer = act.make_optimizer(sharded, training)
     cls = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[kind]
     oracle = cls(whole.parameters(), lr=1.0, weight_decay=0.1)
@@ -967,11 +984,11 @@ def test_optimizer_steps_equal_torch_on_an_unsharded_model(world, one_process, p
         torch.testing.assert_close(found.full_tensor(), wanted, rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_bfloat16_is_close_and_checkpointing_changes_nothing(world, one_process, plain, pairs):
+def test_bfloat16_is_close_and_checkpointing_changes_nothing(world, mesh, one_process, plain, pairs):
     def step(**options):
         torch.manual_seed(0)
-        policy = act.build_model(world / "model", one_process, torch.float32, **options)
-        reference = act.build_model(world / "model", one_process, torch.float32, trainable=False)
+        policy = act.build_model(world / "model", mesh, torch.float32, **options)
+        reference = act.build_model(world / "model", mesh, torch.float32, trainable=False)
         sums = act.preference_step(policy, reference, plain, pairs[:4], 0.25, training_of(rpo_alpha=1.0), one_process)
         return sums, {name: parameter.grad.full_tensor() for name, parameter in policy.named_parameters()}
 
@@ -1049,6 +1066,12 @@ def test_a_wrong_question_gets_nothing():
     assert reply_to("Which item do you mean?", GOLD[2:]) == act.NOTHING_TO_ADD
 
 
+def test_a_question_must_share_half_of_the_gold_questions_words():
+    gold = [("model", "Which fiscal year and region of revenue do you mean?"), ("user", "2019, Asia"), ("model", "5")]
+    assert reply_to("Which fiscal year?", gold) == reply_to("The revenue, and the fiscal region?", gold) == "2019, Asia"
+    assert reply_to("Which year?", gold) == act.NOTHING_TO_ADD
+
+
 def test_a_needless_question_gets_nothing():
     assert reply_to("Which item do you mean?", [("model", "get item stock")]) == act.NOTHING_TO_ADD
 
@@ -1079,8 +1102,11 @@ def judged(action, trajectory, actions, gold=None, target="get stock"):
     return act.judge(pair, messages, actions, data.exact_match)
 
 
+ASKED = [("model", "Which item?"), ("user", "stock"), ("model", "get stock")]
+
+
 def test_judge_of_a_clarified_answer():
-    found = judged(CLARIFY, ["Which item?", "stock", "get stock"], (CLARIFY, ANSWER), gold=[("model", "Which item?"), ("user", "stock"), ("model", "get stock")])
+    found = judged(CLARIFY, ["Which item?", "stock", "get stock"], (CLARIFY, ANSWER), ASKED)
     assert found == {
         "input_text": "x", "trajectory": "Assistant: Which item?\nUser: stock\nAssistant: get stock\n",
         "gold": "Assistant: Which item?\nUser: stock\nAssistant: get stock\n", "inferred_action": CLARIFY, "target_action": CLARIFY,
@@ -1098,11 +1124,11 @@ def test_a_conversation_that_ends_in_a_question_scores_nothing():
 
 def test_metrics_of_written_out_samples():
     samples = [
-        judged(CLARIFY, ["Which item?", "stock", "get stock"], (CLARIFY, ANSWER), [("model", "Which item?"), ("user", "u"), ("model", "get stock")]),
-        judged(CLARIFY, ["get stock"], (ANSWER, ANSWER), [("model", "Which item?"), ("user", "u"), ("model", "get stock")]),
+        judged(CLARIFY, ["Which item?", "stock", "get stock"], (CLARIFY, ANSWER), ASKED),
+        judged(CLARIFY, ["get stock"], (ANSWER, ANSWER), ASKED),
         judged(ANSWER, ["a?", "u", "b?", "u", "get x"], (CLARIFY, ANSWER)),
         judged(ANSWER, ["get stock"], (ANSWER, ANSWER)),
-    ]  # fmt: skip
+    ]
     found = act.summarize(samples)
     assert found == {
         "Accuracy": 0.5, "Weighted F1": 0.5, "Macro F1": 0.5, "Binary F1": 0.5, "Binary Recall": 0.5, "Binary Precision": 0.5,
@@ -1128,9 +1154,9 @@ def test_a_mean_over_nothing_is_none_and_shown_as_a_dash():
     assert rows["Accuracy"] == ["100.0", "100.0"] and rows["Questions per Turn"] == ["0.00", "1.50"]
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(world, one_process, plain):
+def test_evaluation_does_not_depend_on_the_batch_size(world, mesh, plain):
     pairs = act.make_pairs(records_of(world / "validation.jsonl"), "validation.jsonl")
-    model = act.build_model(world / "model", one_process, torch.float32, trainable=False)
+    model = act.build_model(world / "model", mesh, torch.float32, trainable=False)
     results = []
     for size in (1, 3, 100):
         config = Config(training_config=training_of(per_device_eval_batch_size=size, max_turns=3))
@@ -1142,8 +1168,455 @@ def test_evaluation_does_not_depend_on_the_batch_size(world, one_process, plain)
     assert {sample["questions"] for sample in samples} > {0}, "the random model should ask here and there"
 
 
-def test_the_gathered_copy_is_the_model(world, one_process):
-    model = act.build_model(world / "model", one_process, torch.float32)
+def test_the_gathered_copy_is_the_model(world, mesh):
+    model = act.build_model(world / "model", mesh, torch.float32)
     whole, tokens = act.gathered(model), torch.tensor([words(0, 20)])
     assert not any(isinstance(parameter, act.DTensor) for parameter in whole.parameters())
     assert torch.equal(whole(tokens), Gemma2.from_pretrained(world / "model")(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def run_config(world, folder, task="act", is_preference=False, **training):
+    """A config file in `folder` of a run that takes a second; it writes to folder/out."""
+    settings = {
+        "output_dir": str(folder / "out"), "max_steps": 2, "per_device_train_batch_size": 3, "per_device_eval_batch_size": 4, "beta": 0.5,
+        "learning_rate": 1e-3, "warmup_steps": 0, "max_new_tokens": 4, "temperature": 0.7, "max_length": 400, "max_prompt_length": 300,
+        "max_turns": 2, "is_preference": is_preference, **training,
+    }  # fmt: skip
+    files = {"train_path": str(world / "train.jsonl"), "validation_path": str(world / "validation.jsonl"), "tolerance": 0.0}
+    config = {"task": task, "policy_model_config": {"model_path": str(world / "model")}, "data_config": files, "training_config": settings}
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(config))
+    return str(folder / "run.json")
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run_program(*words):
+    """`python *words` as a user runs it."""
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240, env=environment(), check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics_of(folder):
+    """The rows of metrics.jsonl without what a clock measured."""
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows_of(folder / "out" / "metrics.jsonl")]
+
+
+def training_rows(folder):
+    return [row for row in metrics_of(folder) if "loss" in row]
+
+
+def weights_of(directory):
+    return dict(Gemma2.from_pretrained(directory).named_parameters())
+
+
+def assert_same_weights(a, b):
+    first, second = weights_of(a), weights_of(b)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def act_run(world, tmp_path_factory):
+    """`python act.py --config FILE` with defaults: (folder, exit status, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("act_run")
+    return folder, *run_program(ROOT / "act.py", "--config", run_config(world, folder))
+
+
+METRICS = {
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm",
+    "learning_rate", "tokens", "seconds/rollout", "seconds/train",
+}  # fmt: skip
+PUBLISHED = [
+    "Accuracy", "Weighted F1", "Macro F1", "Binary F1", "Binary Recall", "Binary Precision", "Turn-Level DROP F1",
+    "Trajectory-level DROP F1", "Post-Clarification DROP F1", "Turn-Level Exact Match", "Trajectory-level Exact Match",
+    "Post-Clarification Exact Match", "Questions per Turn", "Turn-Level Turns", "Trajectory-level Turns", "Post-Clarification Turns",
+]  # fmt: skip
+
+
+def test_an_act_run_leaves_its_files(world, act_run):
+    folder, status, stdout, stderr = act_run
+    assert (status, stderr) == (0, ""), stderr
+    out = folder / "out"
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model"}
+    assert {path.name for path in (out / "model").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
+    }  # fmt: skip
+    assert load_config(out / "config.json") == load_config(folder / "run.json")
+    assert "step 0 to 2" in stdout and str(out / "model") in stdout and "Trajectory-level Exact Match" in stdout
+
+
+def test_metrics_of_an_act_run(world, act_run):
+    folder, validation = act_run[0], records_of(world / "validation.jsonl")
+    before, *steps, after = rows_of(folder / "out" / "metrics.jsonl")
+    assert [row["step"] for row in (before, *steps, after)] == [0, 1, 2, 2]
+    outcomes = {f"act/{outcome}" for outcome in ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "same_text")}
+    assert all(row.keys() == {"step"} | METRICS | outcomes for row in steps)
+    assert all(sum(row[key] for key in outcomes) == 3 for row in steps), "one outcome an example"
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert steps[1]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-3, 5e-4])
+    assert all(f"eval/{name}" in row for name in PUBLISHED for row in (before, after))
+    assert before["eval/Trajectory-level Turns"] == len(validation)
+    assert json.loads((folder / "out" / "eval_metrics.json").read_text()) == {
+        key.removeprefix("eval/"): value for key, value in after.items() if key != "step"
+    }
+    samples = rows_of(folder / "out" / "eval_samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0] * len(validation) + [2] * len(validation)
+    assert [sample["input_text"] for sample in samples] == 2 * [record["input_text"] for record in validation]
+
+
+def test_the_saved_model_loads_and_generates(world, act_run, tokenizer):
+    trained = Gemma2.from_pretrained(act_run[0] / "out" / "model")
+    start = weights_of(world / "model")
+    assert all((weight - start[name]).abs().max() > 1e-4 for name, weight in trained.named_parameters())
+    assert len(generate(trained, [tokenizer.encode("User: rome.", bos=True)], 3, temperature=0)[0]) == 3
+
+
+def test_a_second_run_needs_a_flag(act_run):
+    folder = act_run[0]
+    status, _, stderr = run_program(ROOT / "act.py", "--config", folder / "run.json")
+    assert status == 2 and len(stderr.splitlines()) == 1
+    assert stderr.startswith(f"act.py: error: {folder / 'out'}: already holds a run, expected --resume")
+
+
+def run(*words):
+    """act.py in this process: its exit status."""
+    return act.main([str(word) for word in words])
+
+
+def error_of(capsys, *words):
+    """The one line of a run that is refused."""
+    assert run(*words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("act.py: error: ") and len(said.splitlines()) == 1 and said.endswith("\n")
+    return said
+
+
+def test_overwrite_gives_the_same_run_again(world, act_run, tmp_path):
+    config = run_config(world, tmp_path)
+    (tmp_path / "out" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 9}\n')
+    assert run("--config", config, "--overwrite") == 0
+    assert metrics_of(tmp_path) == metrics_of(act_run[0])
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert_same_weights(tmp_path / "out" / "model", act_run[0] / "out" / "model")
+
+
+def test_a_dpo_run_samples_nothing(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(act, "act_pairs", lambda *_: pytest.fail("sampled on policy"))
+    config = run_config(world, tmp_path, "dpo", do_eval=False, num_train_epochs=1.0, max_steps=-1, per_device_train_batch_size=8)
+    assert run("--config", config) == 0
+    rows, turns = rows_of(tmp_path / "out" / "metrics.jsonl"), len(records_of(world / "train.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, math.ceil(turns / 8) + 1))
+    assert all(row.keys() == {"step"} | METRICS for row in rows)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["loss"] < 0.65
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_a_run_in_the_chat_format(world, tmp_path):
+    config = run_config(world, tmp_path, max_turns=3)
+    assert run("--config", config, "--data_config.prompt_format", "gemma") == 0
+    first, second = training_rows(tmp_path)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and second["loss"] != first["loss"]
+    assert all(sample["trajectory"].startswith("Assistant:") for sample in rows_of(tmp_path / "out" / "eval_samples.jsonl"))
+
+
+def test_an_sft_run_lowers_the_loss(world, tmp_path):
+    config = run_config(world, tmp_path, "sft", max_steps=16, optim="adamw", learning_rate=1e-2, do_eval=False, max_grad_norm=1.0)
+    assert run("--config", config) == 0
+    rows = training_rows(tmp_path)
+    assert all(row.keys() == {"step", "loss", "grad_norm", "learning_rate", "tokens"} for row in rows)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+
+
+def test_an_act_run_samples_at_every_nth_step(world, tmp_path):
+    assert run("--config", run_config(world, tmp_path, max_steps=4, sample_frequency=2, do_eval=False)) == 0
+    assert ["act/no_answer" in row for row in training_rows(tmp_path)] == [False, True, False, True]
+
+
+def test_steps_between_are_evaluated_and_logged_as_asked(world, tmp_path):
+    assert run("--config", run_config(world, tmp_path, "dpo", max_steps=5, eval_steps=2, logging_steps=3)) == 0
+    rows = metrics_of(tmp_path)
+    assert [row["step"] for row in rows if "eval/Accuracy" in row] == [0, 2, 4, 5]
+    assert [row["step"] for row in rows if "loss" in row] == [3, 5]
+    assert {sample["step"] for sample in rows_of(tmp_path / "out" / "eval_samples.jsonl")} == {0, 5}
+
+
+def test_an_evaluation_alone_equals_that_of_the_run(world, act_run, tmp_path, capsys):
+    config = run_config(world, tmp_path, "evaluate")
+    assert run("--config", config, "--policy_model_config.model_path", act_run[0] / "out" / "model", "--data_config.train_path", "") == 0
+    found = json.loads((tmp_path / "out" / "eval_metrics.json").read_text())
+    assert found == json.loads((act_run[0] / "out" / "eval_metrics.json").read_text())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "eval_metrics.json", "eval_samples.jsonl"}
+    shown = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(found) :])
+    assert shown["Accuracy"] == str(round(found["Accuracy"], 4))
+
+
+def test_generated_preferences_train_as_the_conversations_do(world, tmp_path):
+    config = run_config(world, tmp_path / "a", "generate_preference")
+    assert run("--config", config, "--policy_model_config.model_path", "") == 0
+    train, validation = (tmp_path / "a" / "out" / f"{name}.jsonl" for name in ("train", "validation"))
+    for path in (train, validation):
+        assert all(row.keys() == set(data.RECORD_KEYS) for row in rows_of(path))
+        assert [row["input_text"] for row in rows_of(path)] == [row["input_text"] for row in records_of(world / path.name)]
+    from_files = run_config(world, tmp_path / "b", "dpo", is_preference=True)
+    assert run("--config", from_files, "--data_config.train_path", train, "--data_config.validation_path", validation) == 0
+    assert run("--config", run_config(world, tmp_path / "c", "dpo")) == 0
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "c")
+
+
+def test_gradient_accumulation_and_checkpointing_change_no_result(world, act_run, tmp_path):
+    config = run_config(world, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=3, gradient_checkpointing=True)
+    assert run("--config", config, "--training_config.do_eval", "false") == 0
+    for found, expected in zip(training_rows(tmp_path), training_rows(act_run[0]), strict=True):
+        del found["tokens"], expected["tokens"]
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_a_bfloat16_run_is_close(world, act_run, tmp_path):
+    assert run("--config", run_config(world, tmp_path, "dpo", do_eval=False)) == 0
+    changed = ["--training_config.bf16", "true", "--training_config.output_dir", tmp_path / "bf16"]
+    assert run("--config", tmp_path / "run.json", *changed) == 0
+    plain_rows, rough_rows = training_rows(tmp_path), rows_of(tmp_path / "bf16" / "metrics.jsonl")
+    for plain_row, rough in zip(plain_rows, rough_rows, strict=True):
+        assert rough["logps/chosen"] == pytest.approx(plain_row["logps/chosen"], rel=0.02)
+        assert rough["logps/chosen"] != plain_row["logps/chosen"]
+        assert rough["loss"] == pytest.approx(plain_row["loss"], abs=0.1)
+    assert weights_of(tmp_path / "bf16" / "model")["norm.weight"].dtype == torch.float32
+
+
+def test_old_checkpoints_go(world, tmp_path):
+    def steps(*words):
+        assert run("--config", run_config(world, tmp_path, "sft", max_steps=4, save_steps=1, do_eval=False), *words) == 0
+        return sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+
+    assert steps() == ["step-3"]
+    assert steps("--overwrite", "--training_config.save_total_limit", 2) == ["step-2", "step-3"]
+    assert steps("--overwrite", "--training_config.save_total_limit", 0) == ["step-1", "step-2", "step-3"]
+
+
+# Kills the process in its 4th step, when step 3 is in the log and step 2 in a checkpoint.
+KILLED = """
+import os, sys, act
+step, calls = act.clip_and_step, []
+def killed(*args):
+    calls.append(1)
+    return step(*args) if len(calls) < 4 else os.kill(os.getpid(), 9)
+act.clip_and_step = killed
+act.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_run(world, tmp_path_factory):
+    """(folder of an undisturbed run of 5 steps, folder of one killed in its 4th step)."""
+    folder = tmp_path_factory.mktemp("killed_run")
+    options = {"max_steps": 5, "save_steps": 2, "optim": "adamw", "warmup_steps": 1, "eval_steps": 3}
+    assert run("--config", run_config(world, folder / "whole", **options)) == 0
+    status, _, _ = run_program("-c", KILLED, "--config", run_config(world, folder / "killed", **options))
+    assert status == -9
+    assert [path.name for path in (folder / "killed" / "out" / "checkpoints").iterdir()] == ["step-2"]
+    assert [row["step"] for row in metrics_of(folder / "killed")] == [0, 1, 2, 3, 3]
+    return folder / "whole", folder / "killed"
+
+
+def copy_of(folder, tmp_path, new_config):
+    """A copy of a run whose config writes to the copy."""
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((folder / "run.json").read_text())
+    config["training_config"]["output_dir"] = str(tmp_path / "copy" / "out")
+    (tmp_path / "copy" / "run.json").write_text(json.dumps({**config, **new_config}))
+    return tmp_path / "copy"
+
+
+def assert_resumes_exactly(whole, folder):
+    assert run("--config", folder / "run.json", "--resume") == 0
+    assert metrics_of(folder) == metrics_of(whole)
+    assert_same_weights(folder / "out" / "model", whole / "out" / "model")
+    for name in ("eval_metrics.json", "eval_samples.jsonl"):
+        assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    assert [path.name for path in (folder / "out" / "checkpoints").iterdir()] == ["step-4"]
+
+
+def test_a_killed_run_resumes_bit_for_bit(killed_run, tmp_path):
+    whole, killed = killed_run
+    assert_resumes_exactly(whole, copy_of(killed, tmp_path, {}))
+
+
+def test_a_half_written_checkpoint_is_passed_over(killed_run, tmp_path):
+    whole, killed = killed_run
+    folder = copy_of(killed, tmp_path, {})
+    shutil.copytree(folder / "out" / "checkpoints" / "step-2", folder / "out" / "checkpoints" / ".step-4.part")
+    (folder / "out" / "checkpoints" / ".step-4.part" / "optimizer.safetensors").write_bytes(b"half")
+    assert_resumes_exactly(whole, folder)
+
+
+def test_a_half_written_line_of_metrics_is_dropped(killed_run, tmp_path):
+    whole, killed = killed_run
+    folder = copy_of(killed, tmp_path, {})
+    with open(folder / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0.6')
+    assert_resumes_exactly(whole, folder)
+
+
+def test_resume_before_the_first_checkpoint_starts_again(world, act_run, tmp_path):
+    config = run_config(world, tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps(asdict(load_config(config))))
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert run("--config", config, "--resume") == 0
+    assert metrics_of(tmp_path) == metrics_of(act_run[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What the user got wrong: status 2 and one line
+
+
+def test_a_typo_is_one_line_and_status_2(world, tmp_path):
+    config = run_config(world, tmp_path, learning_rat=1)
+    status, stdout, stderr = run_program(ROOT / "act.py", "--config", config)
+    assert (status, stdout) == (2, "")
+    expected = f"{config}: training_config.learning_rat: unknown key, the nearest known one is training_config.learning_rate"
+    assert stderr == f"act.py: error: {expected}\n"
+
+
+def test_a_missing_model_is_named(world, tmp_path, capsys):
+    config = run_config(world, tmp_path)
+    assert str(tmp_path / "nothing") in error_of(capsys, "--config", config, "--policy_model_config.model_path", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_missing_file_of_the_model_is_named(world, tmp_path, capsys, missing):
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    config = run_config(world, tmp_path)
+    for task in ("act", "evaluate"):
+        error = error_of(capsys, "--config", config, "--task", task, "--policy_model_config.model_path", tmp_path / "model", "--overwrite")
+        assert str(tmp_path / "model" / missing) in error
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ('{"messages": [', "invalid JSON"), ('{"turns": []}', "neither messages nor contents"), ("[]", "expected an object"), ("\xff", "")
+])  # fmt: skip
+def test_a_broken_line_of_data_is_named(world, tmp_path, capsys, line, said):
+    good = (world / "train.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (tmp_path / "bad.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
+    config = run_config(world, tmp_path)
+    error = error_of(capsys, "--config", config, "--data_config.train_path", tmp_path / "bad.jsonl")
+    assert f"{tmp_path / 'bad.jsonl'}:2: " in error and said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_empty_data_are_named(world, tmp_path, capsys):
+    config = run_config(world, tmp_path)
+    assert f"{tmp_path / 'none'}: cannot be read" in error_of(capsys, "--config", config, "--data_config.train_path", tmp_path / "none")
+    no_answer = write_lines(tmp_path / "open.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    assert run("--config", config, "--data_config.train_path", no_answer) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert error == f"act.py: error: {no_answer}: holds no turn with a complete answer"
+    assert error_of(capsys, "--config", tmp_path / "none.json").endswith(f"{tmp_path / 'none.json'}: no such file\n")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(world, tmp_path, capsys):
+    config = Gemma2Config.from_json(world / "model" / "config.json")
+    Gemma2(replace(config, vocab_size=300)).save_pretrained(tmp_path / "model")
+    shutil.copyfile(TINY / "tokenizer.model", tmp_path / "model" / "tokenizer.model")
+    error_of(capsys, "--config", run_config(world, tmp_path), "--policy_model_config.model_path", tmp_path / "model")
+
+
+def test_an_output_directory_that_is_a_file_is_refused(world, tmp_path, capsys):
+    config = run_config(world, tmp_path)
+    (tmp_path / "out").write_text("mine")
+    assert str(tmp_path / "out") in error_of(capsys, "--config", config)
+
+
+def test_a_refused_run_leaves_the_output_of_a_former_one(world, act_run, tmp_path, capsys):
+    """Its model must not be removed before the new run has read all that it needs."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    folder = copy_of(act_run[0], tmp_path, {"policy_model_config": {"model_path": str(tmp_path / "model")}})
+    error_of(capsys, "--config", folder / "run.json", "--overwrite")
+    assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
+
+
+def test_a_run_that_could_not_start_does_not_claim_its_output_directory(world, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    config = run_config(world, tmp_path, do_eval=False)
+    error_of(capsys, "--config", config, "--policy_model_config.model_path", tmp_path / "model")
+    assert run("--config", config) == 0
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_evaluating_a_runs_own_model_does_not_remove_it(act_run, tmp_path, flag):
+    """`--task evaluate --policy_model_config.model_path OUT/model` with the config that trained it, whose output_dir is OUT."""
+    folder = copy_of(act_run[0], tmp_path, {})
+    run("--config", folder / "run.json", "--task", "evaluate", "--policy_model_config.model_path", folder / "out" / "model", flag)
+    assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Two processes
+
+
+@pytest.fixture(scope="module")
+def one_rank(world, tmp_path_factory):
+    """The folder of a run of 5 steps of 4 examples, sampled on policy."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    assert run("--config", run_config(world, folder, per_device_train_batch_size=4, **FIVE_STEPS)) == 0
+    return folder
+
+
+FIVE_STEPS = {"max_steps": 5, "eval_steps": 3, "learning_rate": 1e-4, "save_steps": 2}
+
+
+@pytest.mark.parametrize("replicas", [1, 2], ids=["sharded", "replicated"])
+def test_two_ranks_match_one(world, one_rank, tmp_path, replicas):
+    """The same global batch: losses, sampled trajectories and evaluations; 7 validation turns are unequal work."""
+    assert len(records_of(world / "validation.jsonl")) == 7
+    config = run_config(world, tmp_path, per_device_train_batch_size=2, dp_replicate_size=replicas, **FIVE_STEPS)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    status, _, stderr = run_program(*launch, ROOT / "act.py", "--config", config)
+    assert status == 0, stderr
+    rows, expected = metrics_of(tmp_path), metrics_of(one_rank)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5, 5]
+    for row, wanted in zip(rows, expected, strict=True):
+        assert {k: v for k, v in row.items() if k[:4] == "act/"} == {k: v for k, v in wanted.items() if k[:4] == "act/"}
+        row.pop("tokens", None), wanted.pop("tokens", None)  # ranks share no prefixes
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    assert len({key for row in rows for key, value in row.items() if key.startswith("act/") and value}) > 1, "more than one outcome"
+    for name in ("eval_samples.jsonl", "eval_metrics.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (one_rank / "out" / name).read_bytes()
+    found, wanted = (weights_of(folder / "out" / "model") for folder in (tmp_path, one_rank))
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-5) for name in wanted)
+
+
+def test_the_checkpoint_of_two_ranks_goes_on_as_one(world, one_rank, tmp_path):
+    """Its optimiser's state was gathered when it was written, and is read again by whoever holds which rows."""
+    config = run_config(world, tmp_path, per_device_train_batch_size=2, **{**FIVE_STEPS, "max_steps": 3, "lr_scheduler_type": "constant"})
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    status, _, stderr = run_program(*launch, ROOT / "act.py", "--config", config)
+    assert status == 0, stderr
+    one = run_config(world, tmp_path / "one", per_device_train_batch_size=4, **{**FIVE_STEPS, "lr_scheduler_type": "constant"})
+    assert run("--config", one) == 0
+    assert run("--config", one, "--training_config.output_dir", tmp_path / "out", "--resume") == 0
+    for row, wanted in zip(training_rows(tmp_path), training_rows(tmp_path / "one"), strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-5) and row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+
+
+def test_ranks_that_cannot_be_split_into_copies_are_refused(world, tmp_path, capsys):
+    error = error_of(capsys, "--config", run_config(world, tmp_path, dp_replicate_size=2))
+    assert "dp_replicate_size is 2, expected a divisor of the number of processes, 1" in error

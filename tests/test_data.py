@@ -414,7 +414,7 @@ def test_config_gives_training_and_validation_records(tmp_path, capsys):
     config = SimpleNamespace(data_config=SimpleNamespace(train_path=str(path), validation_path=str(path)), training_config=training)
     train, validation = data.get_datasets_from_config(config)
     assert (len(train), len(validation)) == (8, 4)  # only the training records are balanced
-    assert capsys.readouterr().err.splitlines() == [f"{path}: 1 user turns without an answer in the data were skipped"] * 2
+    assert capsys.readouterr().out.splitlines() == [f"{path}: 1 user turns without an answer in the data were skipped"] * 2
     data.write_jsonl(tmp_path / "p.jsonl", validation)
     training.is_preference, training.class_balance = True, None
     config.data_config.train_path, config.data_config.validation_path = None, tmp_path / "p.jsonl"
