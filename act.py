@@ -60,7 +60,7 @@ class HelperConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train_path: str = ""  # JSONL: conversations, or preference records where is_preference is set
-    validation_path: str = ""
+    validation_path: str = ""  # the same, for the evaluation; it may be left out
     prompt_format: str = "plain"  # "plain": User: / Assistant: lines; "gemma": Gemma's chat template
     heuristic: str = "drop_f1"  # the task's score of a final answer: drop_f1, coqa_f1 or exact_match
     tolerance: float = 0.9  # a trajectory wins if its score is above this
@@ -68,23 +68,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    output_dir: str = "output"
-    seed: int = 42
+    output_dir: str = "output"  # everything that a run writes
+    seed: int = 42  # of the data order, the samples and the pairs; they do not depend on the number of processes
     per_device_train_batch_size: int = 1  # examples of one forward pass on one device
     per_device_eval_batch_size: int = 16  # examples that are continued together in an evaluation
     gradient_accumulation_steps: int = 1  # forward passes to one optimiser step; all of them sample from the same policy
-    learning_rate: float = 5e-7
+    learning_rate: float = 5e-7  # at the end of the warm-up; the paper's, as are beta, optim, the schedule and the epochs
     lr_scheduler_type: str = "cosine"  # cosine, linear or constant, after the warm-up
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # from 0 up to learning_rate
     optim: str = "rmsprop"  # rmsprop or adamw
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # 0: no clipping
-    num_train_epochs: float = 2.0
+    weight_decay: float = 0.0  # of the optimiser
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it; 0: no clipping
+    num_train_epochs: float = 2.0  # passes over the training turns
     max_steps: int = -1  # above 0 it replaces num_train_epochs
-    do_eval: bool = True
+    do_eval: bool = True  # where there is a validation_path
     eval_steps: int = 0  # 0: evaluate before the first and after the last step only
-    logging_steps: int = 1
-    save_steps: int = 0  # 0: no checkpoints, only the final model
+    logging_steps: int = 1  # a line of metrics.jsonl every n steps
+    save_steps: int = 0  # a checkpoint every n steps; 0: only the final model
     save_total_limit: int = 1  # checkpoints kept; 0 keeps all
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
@@ -92,19 +92,19 @@ class TrainingConfig:
     max_length: int = 1024  # tokens of prompt and trajectory; what is longer loses its end
     max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context
     beta: float = 0.05  # DPO: how far the policy may move from the reference
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round (conservative DPO)
     loss_type: str = "sigmoid"  # sigmoid (DPO), hinge or ipo
     rpo_alpha: float = 0.0  # weight of the chosen side's negative log-likelihood per token, added to the DPO loss
     loss_on: str = "assistant"  # "assistant": its tokens only; "all": the simulated user's too
     sample_frequency: int = 1  # sample on policy at every n-th step; 0: never, which is offline DPO
-    target_label: str = CLARIFY
+    target_label: str = CLARIFY  # the action that the preference model writes; no other is known
     icl_examples: int = 10  # examples that the preference model is shown
     class_balance: dict | None = None  # e.g. {"CLARIFY": 2, "ANSWER": 1}: resample the training turns of each action
     is_preference: bool = False  # the data files hold preference records
     max_new_tokens: int = 128  # of one response
     temperature: float = 1.0  # of the policy's samples in training; evaluation is greedy
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int = 0  # sample among the k most likely tokens only; 0: all
+    top_p: float = 1.0  # sample among the most likely tokens that together have this probability
     max_turns: int = 3  # responses of one simulated trajectory
 
 
@@ -257,7 +257,7 @@ class Progress:
 
     def __call__(self, done, text=""):
         now = time.monotonic()
-        if not is_main() or (now < self.next and not (self.tty and done == self.total)):
+        if not is_main() or (now < self.next and done < self.total):
             return
         self.next = now + (0.1 if self.tty else self.every)
         line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()

@@ -1,6 +1,6 @@
 """Make the tiny world: dialogues, tokenizer and checkpoints small enough to train on a laptop's CPU.
 
-    python tests/make_tiny.py                       # everything, about ten minutes on two cores
+    python tests/make_tiny.py                       # everything, about five minutes on two cores
     python tests/make_tiny.py --only data           # train.jsonl, validation.jsonl, test.jsonl (Vertex JSONL)
     python tests/make_tiny.py --only data --train 400    # more training conversations; the first 100 stay the same
     python tests/make_tiny.py --only tokenizer      # tokenizer.model (SentencePiece)
@@ -193,7 +193,7 @@ BASE = {
     "icl_examples": 1, "logging_steps": 50,
 }  # fmt: skip
 SFT = {
-    "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "num_train_epochs": 5, "per_device_train_batch_size": 64,
+    "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "num_train_epochs": 5, "per_device_train_batch_size": 128,
     "max_steps": -1, "logging_steps": 10,
 }  # fmt: skip
 

@@ -1620,3 +1620,29 @@ def test_the_checkpoint_of_two_ranks_goes_on_as_one(world, one_rank, tmp_path):
 def test_ranks_that_cannot_be_split_into_copies_are_refused(world, tmp_path, capsys):
     error = error_of(capsys, "--config", run_config(world, tmp_path, dp_replicate_size=2))
     assert "dp_replicate_size is 2, expected a divisor of the number of processes, 1" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_readme_names_every_key_with_its_default():
+    text = (ROOT / "README.md").read_text()
+    for section in (act.PolicyModelConfig, act.HelperConfig, act.DataConfig, act.TrainingConfig):
+        for item in fields(section):
+            default = json.dumps(item.default)
+            default = default.replace("e-07", "e-7")
+            assert f"| `{item.name}` | `{default}` |" in text, f"{item.name}: {default}"
+
+
+def test_readme_commands_parse():
+    text = (ROOT / "README.md").read_text()
+    assert "pip install -r requirements.txt && torchrun act.py --config tiny.json\n" in text
+    assert "pip install -r requirements.txt && pytest\n" in text
+    commands = [line.split("act.py ", 1)[1] for line in text.splitlines() if line.startswith("torchrun ") and "act.py --config my" in line]
+    assert len(commands) >= 2
+    for command in commands:
+        _, overrides, _ = act.parse_arguments(command.split())
+        for key, _ in overrides:
+            section, _, name = key.rpartition(".")
+            assert key == "task" or name in {item.name for item in fields(type(getattr(act.Config(), section)))}
