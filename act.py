@@ -850,7 +850,7 @@ def check_output(config, resume, overwrite):
     for key, value in now.items():
         if then.get(key) != value and key.rpartition(".")[2] not in MAY_CHANGE:
             raise InputError(f"--resume: {key} is {value!r}, expected {then.get(key)!r} as in {former}")
-    if (output / "model").exists():
+    if (output / "model").exists() and all(then[key] == now[key] for key in now if key.endswith(("max_steps", "num_train_epochs"))):
         return "done"
     return next(reversed(checkpoints(output)), None)
 

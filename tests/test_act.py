@@ -76,7 +76,7 @@ def write_lines(path, rows):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with model/, train.jsonl (3 conversations) and validation.jsonl (2 conversations, 7 turns)."""
+    """A folder with model/, train.jsonl (3 conversations) and validation.jsonl (2, cut short)."""
     folder = tmp_path_factory.mktemp("world")
     random_model().save_pretrained(folder / "model")
     shutil.copyfile(TINY / "tokenizer.model", folder / "model" / "tokenizer.model")
@@ -1583,8 +1583,8 @@ FIVE_STEPS = {"max_steps": 5, "eval_steps": 3, "learning_rate": 1e-4, "save_step
 
 @pytest.mark.parametrize("replicas", [1, 2], ids=["sharded", "replicated"])
 def test_two_ranks_match_one(world, one_rank, tmp_path, replicas):
-    """The same global batch: losses, sampled trajectories and evaluations; 7 validation turns are unequal work."""
-    assert len(records_of(world / "validation.jsonl")) == 7
+    """The same global batch: losses, sampled trajectories and evaluations; an odd number of validation turns is unequal work."""
+    assert len(records_of(world / "validation.jsonl")) % 2 == 1
     config = run_config(world, tmp_path, per_device_train_batch_size=2, dp_replicate_size=replicas, **FIVE_STEPS)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     status, _, stderr = run_program(*launch, ROOT / "act.py", "--config", config)
