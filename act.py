@@ -15,18 +15,28 @@ Where we depart from the paper's Algorithm 2 and from the published research cod
   - The action is classified from every response by the same classifier that labels unlabelled data.
 """
 
+import hashlib
+import http.client
 import json
 import math
 import os
 import random
+import re
 import shutil
+import sqlite3
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import get_type_hints
+from urllib.parse import quote, urlsplit
 
 import torch
 import torch.distributed as dist
@@ -54,7 +64,18 @@ class PolicyModelConfig:
 
 @dataclass(frozen=True)
 class HelperConfig:
-    backend: str = "rule"  # who plays this role; "rule" needs no model
+    backend: str = ""  # "rule", "gemma" or "gemini"; "": "gemini" where model_id is set, else "rule", which needs no model
+    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the frozen reference's weights
+    model_id: str = ""  # gemini: e.g. "gemini-2.0-flash-001"
+    base_url: str = "https://generativelanguage.googleapis.com"  # gemini: or that of a proxy
+    temperature: float = 0.0  # 0: greedy
+    max_new_tokens: int = 128  # of one answer
+    batch_size: int = 16  # gemma: prompts that are continued together
+    concurrency: int = 16  # gemini: calls in flight
+    max_retries: int = 5  # gemini: of one call, after 429, 5xx, resets, time-outs and half answers
+    max_failures: int = 20  # gemini: calls in a row without an answer, failed or blocked, after which the run saves and stops
+    timeout: float = 60.0  # gemini: seconds without a sign of life
+    cache_path: str = "helper_cache.sqlite"  # gemini: answers already paid for; "" keeps none
 
 
 @dataclass(frozen=True)
@@ -122,7 +143,7 @@ class Config:
 
 CHOICES = {
     "task": ("act", "sft", "dpo", "generate_preference", "evaluate"),
-    "backend": ("rule",),
+    "backend": ("", "rule", "gemma", "gemini"),
     "dtype": ("float32", "bfloat16"),
     "prompt_format": ("plain", "gemma"),
     "heuristic": tuple(data.HEURISTICS),
@@ -133,7 +154,7 @@ CHOICES = {
 }
 AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "max_new_tokens",
-    "max_turns", "dp_replicate_size",
+    "max_turns", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
 
@@ -185,7 +206,7 @@ def build_section(cls, raw, path, prefix, where):
         if key in CHOICES and value not in CHOICES[key]:
             near = get_close_matches(value, CHOICES[key], 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InputError(f"{at} is {value!r}, expected one of {', '.join(CHOICES[key])}{hint}")
+            raise InputError(f"{at} is {value!r}, expected one of {', '.join(filter(None, CHOICES[key]))}{hint}")
         if key in AT_LEAST_ONE and value < 1:
             raise InputError(f"{at} is {value}, expected at least 1")
         if type(value) in (int, float) and key not in ANY_NUMBER and not 0 <= value < math.inf:
@@ -488,7 +509,8 @@ GOOD_OUTCOME = "good_outcome"  # right action, and the trajectory ends in a good
 BAD_OUTCOME = "bad_outcome"  # right action, but the answer is not good enough
 NO_ANSWER = "no_answer"  # right action, but it is still asking after max_turns responses
 SAME_TEXT = "same_text"  # the two sides have become equal: the original pair stays
-OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, SAME_TEXT)
+HELPER_FAILED = "helper_failed"  # a helper model gave no usable answer: the original pair stays
+OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, SAME_TEXT, HELPER_FAILED)
 
 
 def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, max_turns):
@@ -496,28 +518,35 @@ def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, ma
 
     y_w = pair.chosen, y_l = pair.rejected, a = pair.action; the rest are plain functions:
     respond(pair, trajectory) -> text         y ~ pi_theta(. | prompt, trajectory)
-    classify_action(text) -> action           A
-    simulate_user(pair, trajectory) -> text   U
+    classify_action(text) -> action           A; None where the helper failed
+    simulate_user(pair, trajectory) -> text   U; None where the helper failed
     score(text, target) -> number             H, and `tolerance` is epsilon
     """
     response = respond(pair, [])
     action = classify_action(response)
     trajectory = [("model", response)]
-    if action != pair.action:  # the implicit action is not the gold one: the response loses
+    if action not in (pair.action, None):  # the implicit action is not the gold one: the response loses
         return contrast(pair, trajectory, WRONG_ACTION)
     while action == CLARIFY:  # play the conversation on until there is an answer
         if len(trajectory) >= 2 * max_turns - 1:
             return contrast(pair, trajectory, NO_ANSWER)
-        trajectory.append(("user", simulate_user(pair, trajectory)))
+        reply = simulate_user(pair, trajectory)
+        if reply is None:
+            return contrast(pair, trajectory, HELPER_FAILED)
+        trajectory.append(("user", reply))
         response = respond(pair, trajectory)
         action = classify_action(response)
         trajectory.append(("model", response))
+    if action is None:
+        return contrast(pair, trajectory, HELPER_FAILED)
     good = score(response, pair.target) > tolerance  # judged by where it leads
     return contrast(pair, trajectory, GOOD_OUTCOME if good else BAD_OUTCOME)
 
 
 def contrast(pair, trajectory, outcome):
-    """A good trajectory becomes y_w, any other y_l."""
+    """A good trajectory becomes y_w, any other y_l; one that a helper cut short tells nothing and changes nothing."""
+    if outcome == HELPER_FAILED:
+        return pair, outcome
     new = replace(pair, chosen=trajectory) if outcome == GOOD_OUTCOME else replace(pair, rejected=trajectory)
     if new.chosen == new.rejected:
         return pair, SAME_TEXT
@@ -529,7 +558,9 @@ def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance
     trajectories, actions = rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=True)
     new = []
     for pair, trajectory, (first, last) in zip(pairs, trajectories, actions, strict=True):
-        if first != pair.action:
+        if last is None:
+            outcome = HELPER_FAILED
+        elif first != pair.action:
             outcome = WRONG_ACTION
         elif last == CLARIFY:
             outcome = NO_ANSWER
@@ -540,25 +571,29 @@ def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance
 
 
 def rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=False):
-    """Play every conversation on until the policy answers, or has responded `max_turns` times.
+    """Play every conversation on until the policy answers, or has responded `max_turns` times, or a helper fails.
 
     The functions take and return lists: respond(rows, trajectories), classify_actions(texts), simulate_users(rows, trajectories),
     rows being positions in `pairs`. gold_action_only: go on only where the first response took the gold action.
-    Returns trajectories [[(role, text)]] and the actions of each one's first and last response.
+    Returns trajectories [[(role, text)]] and the actions of each one's first and last response; last is None where a helper failed.
     """
     trajectories, actions = [[] for _ in pairs], [None] * len(pairs)
     active = list(range(len(pairs)))
     for turn in range(max_turns):
         if turn > 0:
             for row, text in zip(active, simulate_users(active, [trajectories[row] for row in active]), strict=True):
-                trajectories[row].append(("user", text))
+                if text is None:
+                    actions[row] = (actions[row][0], None)
+                else:
+                    trajectories[row].append(("user", text))
+            active = [row for row in active if actions[row][1] is not None]
+        if not active:
+            break
         responses = respond(active, [trajectories[row] for row in active])
         for row, response, action in zip(active, responses, classify_actions(responses), strict=True):
             trajectories[row].append(("model", response))
             actions[row] = (actions[row][0] if turn else action, action)
         active = [row for row in active if actions[row][1] == CLARIFY and not (gold_action_only and pairs[row].action != CLARIFY)]
-        if not active:
-            break
     return trajectories, actions
 
 
@@ -601,7 +636,7 @@ def noise_generators(seed, step, positions):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Helper models. Each role is a function from a list of requests to a list of answers; a back end is one such function per role.
+# Helper models: rules. Each role is a function from a list of requests to a list of results.
 
 COMMON_WORDS = set("""a an and any are asking about be by can could did do does exactly for from how i in interested is it like looking
     mean me more of on or please precisely referring s say specific specifically talking that the there they this to want was were what
@@ -612,11 +647,6 @@ NOTHING_TO_ADD = "I have nothing to add."
 def content_words(text):
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
     return set(words) - COMMON_WORDS
-
-
-def rule_intents(pairs):
-    """The gold trajectory itself serves as the summary of what the user wants."""
-    return [data.format_reply(pair.gold) for pair in pairs]
 
 
 def rule_users(conversations):
@@ -637,39 +667,569 @@ def rule_users(conversations):
     return answers
 
 
+def rule_intents(pairs):
+    """The gold trajectory itself, without its final answer, serves as the summary of what the user wants."""
+    return [data.format_reply(pair.gold[:-1]) for pair in pairs]
+
+
+RULES = {
+    "action_model_config": data.rule_actions,
+    "intent_model_config": rule_intents,
+    "user_simulator_config": rule_users,
+    "preference_model_config": data.rule_preferences,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helper models: prompts
+
+PROMPTS = {
+    "action_model_config": """\
+What does an assistant's message do? Write CLARIFY if it asks the user for something that it must know before it can answer. \
+Write ANSWER if it answers, states something or declines, even if it then offers more help. Write that one word only.
+
+Message: Do you mean the museum in Lyon or the one in Nice?
+Action: CLARIFY
+
+Message: It opened in 1911.
+Action: ANSWER
+
+Message: Please tell me which of the two seasons you have in mind.
+Action: CLARIFY
+
+Message: 310 - 290 = 20, so 20 more. Is there anything else that I can do?
+Action: ANSWER
+
+Message: Sales of the whole group, or of the bakery alone?
+Action: CLARIFY
+
+Message: The text does not say.
+Action: ANSWER
+
+Message: {response}
+Action:""",
+    "intent_model_config": """\
+Write in one sentence or two what the user of a conversation wants to know at its end, beginning with "The user". \
+Include every detail that the user gave, also when asked: which one, when, where, whose, in what unit. Do not answer the user.
+
+Conversation:
+User: When did the north station open?
+Assistant: In 1887.
+User: And how many people used it?
+Assistant: In which year?
+User: In 1990, please.
+Intent: The user wants to know how many people used the north station in 1990.
+
+Conversation:
+User: What did the bakery spend on staff?
+Assistant: Do you mean wages alone, or wages and pensions?
+User: Both together.
+Assistant: For which of the two years?
+User: The later one.
+Intent: The user wants to know how much the bakery spent on wages and pensions together in the later of the two years.
+
+Conversation:
+User: Who wrote the second letter?
+Intent: The user wants to know who wrote the second letter.
+
+Conversation:
+{conversation}Intent:""",
+    "user_simulator_config": """\
+Play the user of an assistant. Write the user's next message, one short line that replies to what the assistant asked last. \
+Tell only what the intent says. If it does not settle what was asked, write: {nothing}
+
+Intent: The user wants to know how many people used the north station in 1990.
+Conversation:
+User: How many people used it?
+Assistant: In which year?
+User: In 1990.
+
+Intent: The user wants to know how many people used the north station in 1990.
+Conversation:
+User: How many people used it?
+Assistant: Do you mean the south station?
+User: No, the north station.
+
+Intent: The user wants to know who painted the mayor's portrait.
+Conversation:
+User: Who painted it?
+Assistant: How large should the picture be?
+User: {nothing}
+
+Intent: {intent}
+Conversation:
+{conversation}User:""",
+    "preference_model_config": """\
+Each conversation below ends with the assistant asking one short clarifying question about something that the user may have left open. \
+Write the question that ends the last conversation, and nothing else.
+
+{examples}""",
+}
+
+
+def action_prompt(text):
+    return PROMPTS["action_model_config"].format(response=data.fold(text))
+
+
+def intent_prompt(pair):
+    """From the gold trajectory without its final answer: what the summary does not know, the simulated user cannot give away."""
+    return PROMPTS["intent_model_config"].format(conversation=data.format_reply(pair.history + pair.gold[:-1]))
+
+
+def user_prompt(conversation):
+    messages, intent = conversation
+    prompt = PROMPTS["user_simulator_config"]
+    return prompt.format(intent=data.fold(intent), conversation=data.format_reply(messages), nothing=NOTHING_TO_ADD)
+
+
+def question_prompt(request):
+    return PROMPTS["preference_model_config"].format(examples=request["prompt"])
+
+
+def parse_action(answer):
+    """The first of the two words, in capitals if there is one, else in any case; None where neither is written."""
+    answer = unlabelled(answer, "Answer")
+    found = re.search("CLARIFY|ANSWER", answer) or re.search(r"(?i)clarify|\banswer", answer)
+    return found and found[0].upper()
+
+
+def parse_intent(answer):
+    """The first paragraph that is no announcement ("Here is the summary:"), on one line, up to what looks like a next example."""
+    answer = re.split(r"\n\s*(?:Intent|Conversation|User|Assistant):", unlabelled(answer, "Intent"))[0]
+    paragraphs = [data.fold(paragraph) for paragraph in re.split(r"\n\s*\n", answer)]
+    return next((text for text in paragraphs if text and not text.endswith(":")), None)
+
+
+def parse_user(answer):
+    """The first line, up to what the model writes for the assistant."""
+    line = unlabelled(answer, "User").partition("\n")[0]
+    return line.partition("Assistant:")[0].strip() or None
+
+
+def parse_question(answer):
+    """The first line that is a question, before anybody else speaks; None where none was written."""
+    lines = re.split(r"\n\s*User:", unlabelled(answer, "Assistant"))[0].split("\n")
+    return next((line for line in (unlabelled(line, "Assistant").strip() for line in lines) if data.is_question(line)), None)
+
+
+def unlabelled(answer, name):
+    """Without a "User: ", "**Assistant:** " or "Assistant (asks): " in front."""
+    return re.sub(rf"\A[\s*]*{name}(?: \([^)\n]*\))?[\s*]*:[\s*]*", "", answer.strip())
+
+
+# How a model plays a role: what turns a request into a prompt, what turns an answer into a result, where an answer may be cut short.
+ROLES = {
+    "action_model_config": (action_prompt, parse_action, ("\nMessage:",)),
+    "intent_model_config": (intent_prompt, parse_intent, ("\nConversation:",)),
+    "user_simulator_config": (user_prompt, parse_user, ("\nAssistant:",)),
+    "preference_model_config": (question_prompt, parse_question, ("\nUser:",)),
+}
+COUNTED = ("asked", "cached", "retried", "failed", "blocked", "unusable")  # failed: given up; blocked: or empty; unusable: not understood
+HELPER_COUNTS = Counter()  # of these, since the start
+COUNTS_LOCK = threading.Lock()
+
+
+class HelperError(RuntimeError):
+    """A helper model cannot be used any longer: one line, for the user. The run saves and stops."""
+
+
+def count(what, number=1):
+    with COUNTS_LOCK:
+        HELPER_COUNTS[what] += number
+
+
+def played(ask, write_prompt, parse):
+    """A role: requests -> results, None where the model gave nothing usable. ask: prompts -> answers, each a text or None."""
+
+    def play(requests):
+        answers = ask([write_prompt(request) for request in requests])
+        results = [None if answer is None else parse(answer) for answer in answers]
+        count("unusable", sum(result is None and answer is not None for result, answer in zip(results, answers, strict=True)))
+        return results
+
+    return play
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helper models: a local Gemma 2
+
+
+def gemma_asker(model, tokenizer, config):
+    """ask(prompts) with a local checkpoint, in its chat template where its vocabulary has one, else one line is continued.
+
+    An answer depends on its prompt alone, not on the batch: what is random is drawn from a generator keyed by the prompt.
+    """
+    template = Template(tokenizer, "plain" if tokenizer.end_of_turn_id is None else "gemma")
+    before, after = [tokenizer.bos_id], []
+    if not template.plain:
+        before, after = before + template.turn("user"), template.end + template.newline + template.opening
+    room = max(1, model.config.max_position_embeddings - config.max_new_tokens - len(before) - len(after))
+
+    def tokens_of(prompt):  # one that is too long loses its first examples
+        return before + tokenizer.encode(prompt)[-room:] + after
+
+    def continued(prompts):
+        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big") for prompt in prompts]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        tokens = [tokens_of(prompt) for prompt in prompts]
+        answers = generate(model, tokens, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, generator=generators)
+        return [tokenizer.decode(answer).strip() or None for answer in answers]
+
+    def ask(prompts):
+        new, answers = list(dict.fromkeys(prompts)), {}
+        for start in range(0, len(new), config.batch_size):
+            batch = new[start : start + config.batch_size]
+            answers.update(zip(batch, continued(batch), strict=True))
+        count("asked", len(new))
+        count("blocked", sum(answer is None for answer in answers.values()))
+        return [answers[prompt] for prompt in prompts]
+
+    return ask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helper models: Gemini's REST API
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most, and however often it has failed
+HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
+
+
+class GeminiAsker:
+    """ask(prompts) by Gemini's REST API: calls run side by side, are tried again where that may help, and are never paid twice.
+
+    stop: texts at which an answer ends. None stands for an answer that was blocked, empty, or not to be had in max_retries + 1 calls.
+    Raises HelperError where the API refuses a request as such, and when max_failures calls in a row led to None; the asker is then spent.
+    """
+
+    def __init__(self, config, stop=()):
+        address = urlsplit(config.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
+            raise InputError("base_url of a helper model: expected http://HOST or https://HOST, with neither '?' nor '@'")
+        self.key = os.environ.get("GOOGLE_API_KEY", "").strip()
+        if not re.fullmatch("[!-~]+", self.key):
+            problem = "holds a blank or a character beyond ASCII" if self.key else "is not set"
+            raise InputError(f"GOOGLE_API_KEY {problem}, expected the key for helper model {config.model_id!r}")
+        self.url = f"{config.base_url.rstrip('/')}/v1beta/models/{quote(config.model_id)}:generateContent"
+        self.config, self.stop, self.cache = config, list(stop), answer_cache(config.cache_path)
+        self.lock, self.spent = threading.Lock(), threading.Event()
+        self.in_a_row, self.error = 0, "interrupted"
+
+    def __call__(self, prompts):
+        answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in dict.fromkeys(prompts)}
+        missing = [prompt for prompt, answer in answers.items() if answer is None]
+        count("cached", len(answers) - len(missing))
+        count("asked", len(missing))
+        pool = ThreadPoolExecutor(self.config.concurrency)
+        try:
+            futures = {pool.submit(self.answer, prompt): prompt for prompt in missing}
+            answers.update((futures[future], future.result()) for future in as_completed(futures))
+        except BaseException:  # whatever it is, the calls that still run shall not try again
+            self.spent.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [answers[prompt] for prompt in prompts]
+
+    def body(self, prompt):
+        sampling = {"temperature": self.config.temperature, "topP": 1.0, "topK": 40 if self.config.temperature else 1}
+        return {
+            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
+            "generationConfig": {**sampling, "maxOutputTokens": self.config.max_new_tokens, "stopSequences": self.stop},
+            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
+        }
+
+    def cache_key(self, prompt):
+        return hashlib.sha256(json.dumps([self.config.model_id, self.body(prompt)], sort_keys=True).encode()).hexdigest()
+
+    def answer(self, prompt):
+        """The answer to one prompt, stored as soon as it is there, or None; runs in a thread of its own."""
+        text, outcome = None, "failed"
+        for attempt in range(self.config.max_retries + 1):
+            if self.spent.is_set():
+                raise HelperError(self.error)
+            try:
+                text, why = call_gemini(self.url, self.body(prompt), self.key, self.config.timeout)
+                outcome = "blocked"  # unless there is a text
+                break
+            except CallFailed as failure:
+                why = str(failure)
+                if failure.final:
+                    self.give_up(f"{self.config.model_id}: {why}")
+                if attempt < self.config.max_retries:
+                    count("retried")
+                    back_off = random.uniform(0, FIRST_WAIT * 2**attempt)
+                    self.spent.wait(min(failure.wait + back_off, LONGEST_WAIT))
+        if text:
+            self.cache.put(self.cache_key(prompt), text)
+        else:
+            count(outcome)
+        with self.lock:
+            self.in_a_row = 0 if text else self.in_a_row + 1
+            if self.in_a_row >= self.config.max_failures:
+                self.give_up(f"{self.in_a_row} requests to {self.config.model_id} in a row failed, the last one with: {why}")
+        return text
+
+    def give_up(self, message):
+        if not self.spent.is_set():
+            self.error = message
+        self.spent.set()
+        raise HelperError(message)
+
+
+class CallFailed(Exception):
+    """One call brought no answer. wait: seconds for which the server asks; final: the same call can only fail again."""
+
+    def __init__(self, message, wait=0.0, final=False):
+        super().__init__(message)
+        self.wait, self.final = wait, final
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would send the key on to wherever a redirect points."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirects)
+
+
+def call_gemini(url, body, key, timeout):
+    """One POST: (text, "") or (None, why there is no text). Raises CallFailed. The key is in none of them, even if the server echoes it."""
+    headers = {"Content-Type": "application/json", "x-goog-api-key": key}
+    try:
+        with OPENER.open(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=timeout) as response:
+            text, why = answer_of(json.loads(response.read()))
+    except urllib.error.HTTPError as error:
+        raise http_failure(error, key) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise CallFailed(one_line(getattr(error, "reason", error) or type(error).__name__, key)) from None
+    except (ValueError, TypeError, AttributeError, LookupError):
+        raise CallFailed("its reply is not the JSON of an answer") from None
+    return text and text.replace(key, "[key]"), one_line(why, key)
+
+
+def answer_of(reply):
+    """(text, "") of Gemini's reply, or (None, why there is no text). Half of a character becomes "?"."""
+    blocked = (reply.get("promptFeedback") or {}).get("blockReason")
+    if blocked or not reply.get("candidates"):
+        return None, f"prompt blocked ({blocked})" if blocked else "no candidates"
+    candidate = reply["candidates"][0]
+    finish = candidate.get("finishReason", "STOP")
+    parts = (candidate.get("content") or {}).get("parts") or []
+    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+    if finish not in ("STOP", "MAX_TOKENS") or not text.strip():
+        return None, f"no text (finishReason {finish})"
+    return text.encode("utf-8", "replace").decode(), ""
+
+
+def http_failure(error, key):
+    """CallFailed for an HTTP status: 408, 429 and 5xx may pass. The wait stands in Retry-After, or in Google's RetryInfo ("27s")."""
+    message, waits = error.reason, [error.headers.get("Retry-After", "")]
+    try:
+        report = json.loads(error.read())["error"]
+        message = report["message"]
+        waits += [detail.get("retryDelay", "")[:-1] for detail in report.get("details", [])]
+    except (OSError, http.client.HTTPException, ValueError, TypeError, AttributeError, LookupError):
+        pass  # the status says enough
+    wait = max((float(text) for text in waits if re.fullmatch(r"\d+(\.\d+)?", text)), default=0.0)
+    return CallFailed(one_line(f"HTTP {error.code}: {message}", key), wait, final=error.code < 500 and error.code not in (408, 429))
+
+
+def one_line(message, key):
+    return " ".join(str(message).replace(key, "[key]").split())[:300]
+
+
+class AnswerCache:
+    """Answers on disk, for any number of threads and processes; the file is opened at the first use."""
+
+    def __init__(self, path):
+        self.path, self.lock, self.connection = path, threading.Lock(), None
+
+    def get(self, key):
+        row = self.execute("SELECT answer FROM answers WHERE key = ?", (key,))
+        return row and row[0]
+
+    def put(self, key, answer):
+        self.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, answer))
+
+    def execute(self, statement, values):
+        """The first row of the result. Each statement is a transaction of its own; where another process writes, it waits."""
+        with self.lock:
+            try:
+                if self.connection is None:
+                    self.connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+                    self.connection.execute("PRAGMA synchronous = OFF")  # safe from kill -9, and 100 times as fast as waiting for the disk
+                    self.connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+                return self.connection.execute(statement, values).fetchone()
+            except sqlite3.Error as error:
+                raise HelperError(f"{self.path}: not usable as the cache of helper models ({error})") from None
+
+
+answer_cache = cache(AnswerCache)  # one connection to a file, whichever roles share it
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helper models: who plays which role
+
+
 @dataclass(frozen=True)
 class Helpers:
-    """The four roles: functions from lists to lists."""
+    """The four roles: functions from lists to lists. None where a helper model failed, which rules never do."""
 
-    classify_actions: callable  # [response text] -> ["CLARIFY" | "ANSWER"]
-    summarize_intents: callable  # [Pair] -> [text]
-    simulate_users: callable  # [(messages, intent)] -> [text]
-    write_questions: callable  # [request of data.ACTDataset] -> [text]
-
-
-BACKENDS = {"rule": Helpers(data.rule_actions, rule_intents, rule_users, data.rule_preferences)}
+    classify_actions: callable  # [response text] -> ["CLARIFY" | "ANSWER" | None]
+    summarize_intents: callable  # [Pair] -> [text | None]
+    simulate_users: callable  # [(messages, intent | None)] -> [text | None]
+    write_questions: callable  # [request of data.ACTDataset] -> [text, "" where the model failed]
+    early_intents: bool = False  # intents come over the network: ask for them while the policy decodes
 
 
-def build_helpers(config):
+def build_helpers(config, reference=None):
+    """The four roles as the configuration casts them; a checkpoint that several share is loaded once.
+
+    reference() -> (whole model, tokenizer) of the frozen reference, called if a role wants it; None: it is read from its file.
+    """
+    models = {}
+
+    def local_model(path):
+        if path not in models:
+            models[path] = reference() if path == "reference" and reference else load_helper(config, path)
+        return models[path]
+
+    def cast(role):
+        helper = getattr(config, role)
+        backend = backend_of(helper)
+        if backend == "rule":
+            return RULES[role]
+        needed = {"gemma": "model_path", "gemini": "model_id"}[backend]
+        if not getattr(helper, needed):
+            raise InputError(f"{role}.{needed} is missing, backend '{backend}' needs it")
+        write_prompt, parse, stop = ROLES[role]
+        ask = GeminiAsker(helper, stop) if backend == "gemini" else gemma_asker(*local_model(helper.model_path), helper)
+        return played(ask, write_prompt, parse)
+
+    write_questions = cast("preference_model_config")
     return Helpers(
-        BACKENDS[config.action_model_config.backend].classify_actions,
-        BACKENDS[config.intent_model_config.backend].summarize_intents,
-        BACKENDS[config.user_simulator_config.backend].simulate_users,
-        BACKENDS[config.preference_model_config.backend].write_questions,
+        cast("action_model_config"),
+        cast("intent_model_config"),
+        where_intent_is_known(cast("user_simulator_config")),
+        lambda requests: [question or "" for question in write_questions(requests)],
+        early_intents=backend_of(config.intent_model_config) == "gemini",
     )
 
 
+def backend_of(helper):
+    return helper.backend or ("gemini" if helper.model_id else "rule")
+
+
+def load_helper(config, path):
+    """(model, tokenizer) of a checkpoint, whole on this rank's device, in the precision in which the policy computes."""
+    directory = Path(config.policy_model_config.model_path if path == "reference" else path)
+    dtype = torch.bfloat16 if config.training_config.bf16 else getattr(torch, config.policy_model_config.dtype)
+    tokenizer = Tokenizer(directory / "tokenizer.model")
+    model = Gemma2.from_pretrained(directory, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    return model.requires_grad_(False), tokenizer
+
+
+def where_intent_is_known(simulate_users):
+    """A user whose intent could not be summarised (None) says None."""
+
+    def simulate(conversations):
+        known = [i for i, (_, intent) in enumerate(conversations) if intent is not None]
+        replies = dict(zip(known, simulate_users([conversations[i] for i in known]), strict=True)) if known else {}
+        return [replies.get(i) for i in range(len(conversations))]
+
+    return simulate
+
+
 def user_for(pairs, helpers):
-    """`simulate_users` for `rollouts`: each user's intent is summarised once, when it is first asked something."""
-    intents = {}
+    """`simulate_users` for `rollouts`: each user's intent is summarised once, when it is first asked something.
+
+    With early_intents, those of the turns that call for a question are asked for at once, while the policy decodes.
+    """
+    intents, pending = {}, None
+    early = [row for row, pair in enumerate(pairs) if helpers.early_intents and pair.action == CLARIFY]
+    if early:
+        pool = ThreadPoolExecutor(1)
+        pending = pool.submit(helpers.summarize_intents, [pairs[row] for row in early])
+        pool.shutdown(wait=False)  # it finishes what it has
 
     def simulate_users(rows, trajectories):
+        if pending and not intents:
+            intents.update(zip(early, pending.result(), strict=True))
         new = [row for row in rows if row not in intents]
-        intents.update(zip(new, helpers.summarize_intents([pairs[row] for row in new]), strict=True))
+        intents.update(zip(new, helpers.summarize_intents([pairs[row] for row in new]) if new else [], strict=True))
         said = [pairs[row].history + trajectory for row, trajectory in zip(rows, trajectories, strict=True)]
         return helpers.simulate_users([(messages, intents[row]) for messages, row in zip(said, rows, strict=True)])
 
     return simulate_users
+
+
+def together(work):
+    """work() on every rank; where a helper gives up on one of them, HelperError on all, so that none waits for another."""
+    result, errors = None, []
+    try:
+        result = work()
+    except HelperError as error:
+        errors = [str(error)]
+    errors = all_gathered(errors)
+    if errors:
+        raise HelperError(errors[0])
+    return result
+
+
+def split_over_ranks(label, answer):
+    """The role `answer` for requests that are the same on all ranks: each asks for its share, and all get all results."""
+
+    def ask(requests, chunk=64):
+        results, progress = [], Progress(label, len(requests))
+        for start in range(0, len(requests), chunk):
+            results += answer(requests[start : start + chunk])
+            progress(len(results))
+        return results
+
+    def split(requests):
+        mine = [requests[i] for i in shares(len(requests), dist.get_rank(), dist.get_world_size())]
+        return all_gathered(together(lambda: ask(mine)))
+
+    return split
+
+
+def gold_actions(classify_actions):
+    """`classify_actions` for turns that need an action in any case: the rule decides where the model fails."""
+
+    def classify(texts):
+        return [action or rule for action, rule in zip(classify_actions(texts), data.rule_actions(texts), strict=True)]
+
+    return classify
+
+
+def load_records(config, helpers):
+    """(training, validation) preference records, with gold actions and questions from the helper models where the files lack them."""
+    questions = split_over_ranks("writing question", helpers.write_questions)
+    classify = split_over_ranks("classifying reply", gold_actions(helpers.classify_actions))
+    if not config.training_config.is_preference:
+        for path in filter(None, (config.data_config.train_path, config.data_config.validation_path)):
+            report_agreement(path, classify)
+    return data.get_datasets_from_config(config, questions, classify)
+
+
+def report_agreement(path, classify_actions):
+    """Where only a part of a file's turns is labelled: how well the classifier that labels the rest agrees with those labels."""
+    turns = []
+    for conversation in data.read_vertex_jsonl(path):
+        messages = conversation["messages"]
+        both = [(turn, reply) for turn, reply in zip(messages, messages[1:], strict=False) if reply["role"] == "model"]
+        turns += [(turn.get("requires_clarification"), reply["content"]) for turn, reply in both if turn["role"] == "user"]
+    labelled = [(CLARIFY if label else ANSWER, text) for label, text in turns if label is not None]
+    if len(labelled) == len(turns):
+        return
+    text = f"{path}: the action classifier labels {len(turns) - len(labelled)} of {len(turns)} turns"
+    if labelled:
+        gold, replies = map(list, zip(*labelled, strict=True))
+        found = data.action_metrics(gold, classify_actions(replies))
+        text += f"; with the labels of the others it agrees in {found['Accuracy']:.3f}, Macro F1 {found['Macro F1']:.3f}"
+    say(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -679,20 +1239,28 @@ def user_for(pairs, helpers):
 def evaluate(model, template, pairs, helpers, config):
     """Play every validation turn with greedy decoding. Returns (metrics, samples), the same on all ranks."""
     training, score = config.training_config, data.HEURISTICS[config.data_config.heuristic]
-    mine, samples = shares(len(pairs), dist.get_rank(), dist.get_world_size()), []
-    whole, progress = gathered(model, training.bf16), Progress("evaluating turn", len(mine))
-    for start in range(0, len(mine), training.per_device_eval_batch_size):
-        batch = [pairs[i] for i in mine[start : start + training.per_device_eval_batch_size]]
-        respond = Sampler(whole, template, batch, training)
-        played = rollouts(batch, respond, helpers.classify_actions, user_for(batch, helpers), training.max_turns)
-        samples += [judge(pair, *result, score) for pair, *result in zip(batch, *played, strict=True)]
-        progress(len(samples))
-    samples = all_gathered(samples)
+    mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
+    whole, progress, size = gathered(model, training.bf16), Progress("evaluating turn", len(mine)), training.per_device_eval_batch_size
+
+    def play():
+        samples = []
+        for start in range(0, len(mine), size):
+            batch = [pairs[i] for i in mine[start : start + size]]
+            respond = Sampler(whole, template, batch, training)
+            played = rollouts(batch, respond, helpers.classify_actions, user_for(batch, helpers), training.max_turns)
+            samples += [judge(pair, *result, score) for pair, *result in zip(batch, *played, strict=True)]
+            progress(len(samples))
+        return samples
+
+    samples = all_gathered(together(play))
     return summarize(samples), samples
 
 
 def judge(pair, trajectory, actions, score):
-    """What is kept of one evaluated turn. A conversation that ends in a question has no answer and scores 0."""
+    """What is kept of one evaluated turn. A conversation that ends in a question has no answer and scores 0.
+
+    inferred_action is None where a helper failed: the turn is then counted, but left out of all means.
+    """
     first, last = actions
     turn = score(trajectory[0][1], pair.gold[0][1])
     final = score(trajectory[-1][1], pair.target) if last == ANSWER else (0.0, 0.0)
@@ -700,7 +1268,7 @@ def judge(pair, trajectory, actions, score):
         "input_text": pair.record["input_text"],
         "trajectory": data.format_reply(trajectory),
         "gold": data.format_reply(pair.gold),
-        "inferred_action": first,
+        "inferred_action": first if last else None,
         "target_action": pair.action,
         "final_answer": trajectory[-1][1] if last == ANSWER else None,
         "gold_target": pair.target,
@@ -723,6 +1291,8 @@ def summarize(samples):
             f"{name} Turns": len(chosen),
         }
 
+    failures = sum(sample["inferred_action"] is None for sample in samples)
+    samples = [sample for sample in samples if sample["inferred_action"] is not None]
     asked = [sample for sample in samples if sample["inferred_action"] == CLARIFY]
     by_action = {action: [sample for sample in samples if sample["target_action"] == action] for action in (CLARIFY, ANSWER)}
     actions = [[sample[key] for sample in samples] for key in ("target_action", "inferred_action")]
@@ -735,6 +1305,7 @@ def summarize(samples):
         **means("ANSWER Turns: Trajectory-level", "f1", "exact_match", by_action[ANSWER]),
         "Questions per Turn": data.mean_or_none([sample["questions"] for sample in samples]),
         "Gold Questions per Turn": data.mean_or_none([sample["gold_questions"] for sample in samples]),
+        "Helper Failures": failures,
     }
 
 
@@ -756,7 +1327,7 @@ def comparison(before, after):
 
 def changed_conversations(before, after, count=2):
     """Turns that went wrong before and right after, as text; conversations with a question first."""
-    changed = [(b, a) for b, a in zip(before, after, strict=True) if a["exact_match"] > b["exact_match"]]
+    changed = [(b, a) for b, a in zip(before, after, strict=True) if a["exact_match"] > b["exact_match"] and b["inferred_action"]]
     changed.sort(key=lambda pair: (pair[0]["inferred_action"], -pair[1]["questions"]))  # ANSWER before CLARIFY, sorted by name
     lines = []
     for b, a in changed[:count]:
@@ -792,10 +1363,11 @@ def save_model(model, tokenizer, directory, optimizer=None, step=None):
         partial.rename(directory)
 
 
-def save_checkpoint(model, optimizer, tokenizer, step, training):
+def save_checkpoint(run, step):
     """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
+    training = run.config.training_config
     folder = Path(training.output_dir) / "checkpoints"
-    save_model(model, tokenizer, folder / f"step-{step}", optimizer, step)
+    save_model(run.policy, run.tokenizer, folder / f"step-{step}", run.optimizer, step)
     if is_main() and training.save_total_limit:
         for old in checkpoints(training.output_dir)[: -training.save_total_limit]:
             gemma.remove_tree(old)
@@ -975,84 +1547,122 @@ def clip_and_step(policy, optimizer, max_grad_norm, lr):
     return norm.item()
 
 
-def train(config, device, overwrite, resume):
-    """Tasks sft, dpo and act: the whole run, told straight through."""
-    training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
-    source = config.policy_model_config.model_path
+@dataclass
+class Run:
+    """What a training run consists of."""
+
+    config: Config
+    device: torch.device
+    tokenizer: Tokenizer
+    template: Template
+    helpers: Helpers
+    records: list  # of the training turns
+    pairs: list
+    validation: list  # pairs of the validation turns
+    policy: Gemma2
+    reference: Gemma2 | None  # None in task sft
+    optimizer: torch.optim.Optimizer
+    start: int  # optimiser steps that a resumed run has behind it
+
+
+def prepare(config, device, overwrite, resume):
+    """Read, check and build all that a run needs; only then is its output directory touched. None: nothing is left to do."""
+    training, source = config.training_config, config.policy_model_config.model_path
     tokenizer = Tokenizer(Path(source) / "tokenizer.model")
-    template, helpers = Template(tokenizer, config.data_config.prompt_format), build_helpers(config)
-    train_records, validation_records = data.get_datasets_from_config(config, helpers.write_questions, helpers.classify_actions)
-    if not train_records:
-        raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
-    pairs = make_pairs(train_records, config.data_config.train_path)
-    validation = make_pairs(validation_records, config.data_config.validation_path)
+    template, mesh = Template(tokenizer, config.data_config.prompt_format), make_mesh(device, training.dp_replicate_size)
     checkpoint = on_main(check_output, config, resume, overwrite)
     if checkpoint == "done":
-        say(f"{training.output_dir}: this run is finished, nothing to resume")
-        return
-    dtype = getattr(torch, config.policy_model_config.dtype)
-    mesh = make_mesh(device, training.dp_replicate_size)
-    policy = build_model(checkpoint or source, mesh, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
-    reference = None
+        return say(f"{training.output_dir}: this run is finished, nothing to resume")
+    dtype, reference = getattr(torch, config.policy_model_config.dtype), None
     if config.task != "sft":
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
+    helpers = build_helpers(config, reference and (lambda: (gathered(reference), tokenizer)))
+    records, validation = load_records(config, helpers)
+    if not records:
+        raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
+    pairs = make_pairs(records, config.data_config.train_path)
+    validation = make_pairs(validation, config.data_config.validation_path) if training.do_eval else []
+    policy = build_model(checkpoint or source, mesh, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
     gemma.check_vocabulary(tokenizer, policy)
     optimizer, start = make_optimizer(policy, training), 0
     if checkpoint:
         gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
         start = gemma.read_json(checkpoint / "trainer_state.json")["step"]
     on_main(start_output, config, checkpoint)
+    return Run(config, device, tokenizer, template, helpers, records, pairs, validation, policy, reference, optimizer, start)
 
-    local = training.per_device_train_batch_size * training.gradient_accumulation_steps  # examples of a step on this rank
+
+def on_policy(run, batch, step, positions):
+    """Sample on policy and contrast: the batch's new pairs, and how many had which outcome."""
+    training, helpers = run.config.training_config, run.helpers
+    heuristic, tolerance = data.HEURISTICS[run.config.data_config.heuristic], run.config.data_config.tolerance
+    before = Counter(HELPER_COUNTS)
+    respond = Sampler(
+        gathered(run.policy, training.bf16), run.template, batch, training, noise_generators(training.seed, step, positions)
+    )
+
+    def score(answer, target):
+        return heuristic(answer, target)[1]
+
+    batch, outcomes = together(
+        lambda: act_pairs(
+            batch, respond, helpers.classify_actions, user_for(batch, helpers), score, tolerance, training.max_turns
+        )
+    )  # fmt: skip
+    counts = {f"act/{outcome}": outcomes.count(outcome) for outcome in OUTCOMES}
+    if any(backend_of(getattr(run.config, role)) != "rule" for role in ROLES):
+        counts |= {f"helpers/{key}": HELPER_COUNTS[key] - before[key] for key in COUNTED}
+    return batch, counts
+
+
+def train(config, device, overwrite, resume):
+    """Tasks sft, dpo and act: the whole run, told straight through."""
+    run = prepare(config, device, overwrite, resume)
+    if not run:
+        return
+    training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
+    pairs, micro = run.pairs, training.per_device_train_batch_size
+    local = micro * training.gradient_accumulation_steps  # examples of a step on this rank
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(pairs) / (local * world))
-    order, score = DataOrder(train_records, training.seed), data.HEURISTICS[config.data_config.heuristic]
-    log = Log(config, start)
-    evaluating = training.do_eval and validation
-    sizes = f"{len(pairs)} training turns, {len(validation)} for validation, steps of {local * world} turns"
-    say(f"{config.task}: {sizes}, step {start} to {steps}")
-    if evaluating and start == 0:
-        log.evaluation(0, *evaluate(policy, template, validation, helpers, config))
-    progress = Progress("step", steps)
-    for step in range(start, steps):
-        positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
-        batch = [pairs[order[position]] for position in positions]
-        sums = Counter()
+    order, log, progress, done = DataOrder(run.records, training.seed), Log(config, run.start), Progress("step", steps), run.start
+    sizes = f"{len(pairs)} training turns, {len(run.validation)} for validation, steps of {local * world} turns"
+    say(f"{config.task}: {sizes}, step {done} to {steps}")
+    try:
+        if run.validation and run.start == 0:
+            log.evaluation(0, *evaluate(run.policy, run.template, run.validation, run.helpers, config))
+        for step in range(run.start, steps):
+            positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
+            batch, sums, began = [pairs[order[position]] for position in positions], Counter(), time.perf_counter()
+            if config.task == "act" and training.sample_frequency and (step + 1) % training.sample_frequency == 0:
+                batch, counts = on_policy(run, batch, step, positions)
+                sums.update(counts)
+            rolled = time.perf_counter()
 
-        began = time.perf_counter()
-        if config.task == "act" and training.sample_frequency and (step + 1) % training.sample_frequency == 0:
-            respond = Sampler(gathered(policy, training.bf16), template, batch, training, noise_generators(training.seed, step, positions))
-            user = user_for(batch, helpers)
-            tolerance = config.data_config.tolerance
-            batch, outcomes = act_pairs(
-                batch, respond, helpers.classify_actions, user, lambda text, gold: score(text, gold)[1], tolerance, training.max_turns
-            )
-            del respond
-            sums.update({f"act/{outcome}": 0 for outcome in OUTCOMES} | {f"act/{outcome}": n for outcome, n in Counter(outcomes).items()})
-        rolled = time.perf_counter()
+            for i in range(0, local, micro):
+                rest = run.template, batch[i : i + micro], 1 / local, training, device  # gradients are averaged over ranks
+                sums.update(preference_step(run.policy, run.reference, *rest) if run.reference else sft_step(run.policy, *rest))
+            lr = learning_rate(step, steps, training)
+            grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
+            seconds, done = {"seconds/rollout": rolled - began, "seconds/train": time.perf_counter() - rolled}, step + 1
 
-        weight = 1 / local  # gradients are averaged over ranks
-        for i in range(0, local, training.per_device_train_batch_size):
-            micro_batch = batch[i : i + training.per_device_train_batch_size]
-            if reference:
-                sums.update(preference_step(policy, reference, template, micro_batch, weight, training, device))
-            else:
-                sums.update(sft_step(policy, template, micro_batch, weight, training, device))
-        lr = learning_rate(step, steps, training)
-        grad_norm = clip_and_step(policy, optimizer, training.max_grad_norm, lr)
-        seconds = {"seconds/rollout": rolled - began, "seconds/train": time.perf_counter() - rolled}
-
-        done = step + 1
-        if done % training.logging_steps == 0 or done == steps:
-            totals = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
-            means = {key: value if key.startswith("act/") or key == "tokens" else value / (local * world) for key, value in totals.items()}
-            log.step(done, {**means, "grad_norm": grad_norm, "learning_rate": lr, **seconds})
-            progress(done, f"loss {means['loss']:.4f}" + (f"  margin {means['rewards/margins']:.3f}" if reference else ""))
-        if evaluating and (done == steps or (training.eval_steps and done % training.eval_steps == 0)):
-            log.evaluation(done, *evaluate(policy, template, validation, helpers, config))
-        if training.save_steps and done % training.save_steps == 0 and done < steps:
-            save_checkpoint(policy, optimizer, tokenizer, done, training)
-    save_model(policy, tokenizer, Path(training.output_dir) / "model")
+            if done % training.logging_steps == 0 or done == steps:
+                totals = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
+                means = {key: value if key in TOTALS else value / (local * world) for key, value in totals.items()}
+                log.step(done, {**means, "grad_norm": grad_norm, "learning_rate": lr, **seconds})
+                progress(done, f"loss {means['loss']:.4f}" + (f"  margin {means['rewards/margins']:.3f}" if run.reference else ""))
+            if run.validation and (done == steps or (training.eval_steps and done % training.eval_steps == 0)):
+                log.evaluation(done, *evaluate(run.policy, run.template, run.validation, run.helpers, config))
+            if training.save_steps and done % training.save_steps == 0 and done < steps:
+                save_checkpoint(run, done)
+    except HelperError:
+        if done > run.start:
+            save_checkpoint(run, done)
+        raise
+    save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
     log.finish()
+
+
+TOTALS = {"tokens", *(f"act/{outcome}" for outcome in OUTCOMES), *(f"helpers/{key}" for key in COUNTED)}  # logged as sums, not as means
 
 
 def write_evaluation(folder, metrics, samples):
@@ -1097,8 +1707,7 @@ def evaluate_only(config, device, overwrite):
     source = config.policy_model_config.model_path
     tokenizer = Tokenizer(Path(source) / "tokenizer.model")
     helpers = build_helpers(config)
-    config_data = replace(config, data_config=replace(config.data_config, train_path=""))
-    _, records = data.get_datasets_from_config(config_data, helpers.write_questions, helpers.classify_actions)
+    _, records = load_records(replace(config, data_config=replace(config.data_config, train_path="")), helpers)
     pairs = make_pairs(records, config.data_config.validation_path)
     on_main(check_output, config, False, overwrite)
     mesh = make_mesh(device, config.training_config.dp_replicate_size)
@@ -1115,7 +1724,7 @@ def evaluate_only(config, device, overwrite):
 def generate_preference(config, device, overwrite):
     """Task generate_preference: conversations in, preference records out (Algorithm 1), in output_dir."""
     helpers = build_helpers(config)
-    train_records, validation_records = data.get_datasets_from_config(config, helpers.write_questions, helpers.classify_actions)
+    train_records, validation_records = load_records(config, helpers)
     on_main(check_output, config, False, overwrite)
     on_main(start_output, config)
     for name, records in (("train", train_records), ("validation", validation_records)):
@@ -1172,6 +1781,10 @@ def main(arguments=None):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"act.py: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except HelperError as error:
+        if is_main():
+            print(f"act.py: stopped: {error}; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         if is_main():
             print("\nact.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)

@@ -90,7 +90,13 @@ class HashTokenizer:
     path, bos_id, eos_id, pad_id, end_of_turn_id = "(hash)", 2, 1, 0, None
 
     def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
+        self.vocab_size, self.sp = vocab_size, self
+
+    def __len__(self):
+        return self.vocab_size
+
+    def id_to_piece(self, i):
+        return "\n" if i == NEWLINE else f"<{i}>"
 
     def encode(self, text, bos=False):
         return [self.bos_id] * bos + [self._id(word) for word in re.findall(r"<\d+>|\n|\w+|[^\w\s]", text)]
@@ -358,7 +364,7 @@ def peer_model(folder, dtype):
 
 
 def trl_steps(folder, vocab_size, batches, checkpointing):
-    """Seconds of TRL's training steps, one per batch of [prompt, chosen, rejected], and the first one's mean log-probability."""
+    """Seconds of TRL's training steps, one per batch of [prompt, chosen, rejected], the first one's log-probability, and versions."""
     import datasets
     import tokenizers
     import transformers
@@ -391,12 +397,12 @@ def trl_steps(folder, vocab_size, batches, checkpointing):
         processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special), callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    return times, trainer.state.log_history[0]["logps/chosen"]
+    return times, trainer.state.log_history[0]["logps/chosen"], f"trl {trl.__version__}, torch {torch.__version__}"
 
 
 def trl_dpo(folder, tokens, checkpointing):
-    times, logps = trl_steps(folder, tokens["vocab_size"], [tokens["dpo"]] * 4, checkpointing)
-    return {"seconds": times[1:], "logps": logps}
+    times, logps, note = trl_steps(folder, tokens["vocab_size"], [tokens["dpo"]] * 4, checkpointing)
+    return {"seconds": times[1:], "logps": logps, "note": note}
 
 
 def trl_dialogues(folder, tokens, checkpointing):
@@ -404,7 +410,7 @@ def trl_dialogues(folder, tokens, checkpointing):
     pairs = [pair for group in tokens["dialogues"] for pair in group]
     size = max(1, round(len(pairs) / len(tokens["dialogues"])))
     batches = [(pairs * size)[:size]] + [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    times, _ = trl_steps(folder, tokens["vocab_size"], batches, checkpointing)
+    times, _, _ = trl_steps(folder, tokens["vocab_size"], batches, checkpointing)
     return {"seconds": [sum(times[1:]) / len(pairs)], "note": f"batches of {size} pairs"}
 
 
@@ -424,8 +430,11 @@ def hf_generate(folder, **options):
 
 
 def hf_rollout(folder, tokens, checkpointing):
+    import transformers
+
     run, prompts, new = hf_generate(folder), tokens["rollout"], tokens["new"]
-    return {"seconds": timed(lambda: run(prompts, new)), "units": len(prompts) * new}
+    note = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    return {"seconds": timed(lambda: run(prompts, new)), "units": len(prompts) * new, "note": note}
 
 
 def hf_uncached(folder, tokens, checkpointing):

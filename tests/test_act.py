@@ -503,7 +503,7 @@ def test_batched_rollouts_equal_single_ones_in_every_outcome(max_turns):
     expected = [act.act_pair(pair, respond, lambda text: data.rule_actions([text])[0], simulate, score, 0.5, max_turns) for pair in pairs]
     new, outcomes = act.act_pairs(pairs, batched("policy", respond), data.rule_actions, batched("user", simulate), score, 0.5, max_turns)
     assert list(zip(new, outcomes, strict=True)) == expected
-    assert set(outcomes) == set(act.OUTCOMES)
+    assert set(outcomes) == set(act.OUTCOMES) - {act.HELPER_FAILED}
     active = list(range(len(pairs)))
     wanted = [("policy", active)]
     for turn in range(max_turns - 1):
@@ -806,7 +806,7 @@ def refusal(*args):
 def test_a_file_overrides_the_defaults_and_the_command_line_the_file(tmp_path):
     path = config_file(tmp_path, training_config={"beta": 1, "seed": 7, "class_balance": {"CLARIFY": 2}}, task="dpo")
     config = load_config(path, [("training_config.seed", "8"), ("training_config.learning_rate", "1e-6"), ("training_config.bf16", "true")])
-    assert config.task == "dpo" and config.action_model_config.backend == "rule"
+    assert config.task == "dpo" and act.backend_of(config.action_model_config) == "rule"
     expected = TrainingConfig(beta=1.0, seed=8, learning_rate=1e-6, class_balance={"CLARIFY": 2}, bf16=True)
     assert config.training_config == expected and type(config.training_config.beta) is float
     config = load_config(path, [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "1")])
@@ -911,10 +911,10 @@ def test_every_knob_is_read():
         for field in fields(cls):
             read = rf'\b{section}\.{field.name}\b|for key in \([^)]*"{field.name}"'
             assert re.search(read, source), f"{section}.{field.name}: nothing reads it"
+    for field in fields(act.HelperConfig):
+        assert re.search(rf"\b(helper|config)\.{field.name}\b|\"{field.name}\"", source), f"helper model's {field.name}: nothing reads it"
     for field in fields(Config):
-        assert re.search(rf"\bconfig\.{field.name}\b", source), f"{field.name}: nothing reads it"
-        if field.name.endswith(("action_model_config", "simulator_config", "intent_model_config", "preference_model_config")):
-            assert f"config.{field.name}.backend" in source
+        assert re.search(rf'\bconfig\.{field.name}\b|cast\("{field.name}"\)', source), f"{field.name}: nothing reads it"
 
 
 def test_command_line():
@@ -1139,7 +1139,7 @@ def test_metrics_of_written_out_samples():
         "CLARIFY Turns: Trajectory-level Turns": 2,
         "ANSWER Turns: Trajectory-level DROP F1": 0.5, "ANSWER Turns: Trajectory-level Exact Match": 0.5,
         "ANSWER Turns: Trajectory-level Turns": 2,
-        "Questions per Turn": 0.75, "Gold Questions per Turn": 0.5,
+        "Questions per Turn": 0.75, "Gold Questions per Turn": 0.5, "Helper Failures": 0,
     }  # fmt: skip
 
 
@@ -1160,7 +1160,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(world, mesh, plain):
     results = []
     for size in (1, 3, 100):
         config = Config(training_config=training_of(per_device_eval_batch_size=size, max_turns=3))
-        results.append(act.evaluate(model, plain, pairs, act.BACKENDS["rule"], config))
+        results.append(act.evaluate(model, plain, pairs, act.build_helpers(config), config))
     assert results[0] == results[1] == results[2]
     metrics, samples = results[0]
     assert len(samples) == len(pairs) and [s["input_text"] for s in samples] == [pair.record["input_text"] for pair in pairs]
@@ -1259,7 +1259,7 @@ def test_metrics_of_an_act_run(world, act_run):
     folder, validation = act_run[0], records_of(world / "validation.jsonl")
     before, *steps, after = rows_of(folder / "out" / "metrics.jsonl")
     assert [row["step"] for row in (before, *steps, after)] == [0, 1, 2, 2]
-    outcomes = {f"act/{outcome}" for outcome in ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "same_text")}
+    outcomes = {f"act/{outcome}" for outcome in ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "same_text", "helper_failed")}
     assert all(row.keys() == {"step"} | METRICS | outcomes for row in steps)
     assert all(sum(row[key] for key in outcomes) == 3 for row in steps), "one outcome an example"
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
