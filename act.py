@@ -157,6 +157,11 @@ AT_LEAST_ONE = {
     "max_turns", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
+FOREIGN = {  # keys of the published research code's configs that mean nothing here: accepted, named once, not read
+    "policy_model_config": {"model_id", "token"},
+    "data_config": {"preference_batch_generation", "has_context_metadata"},
+    "training_config": {"project_id", "location", "staging_bucket", "machine_type", "accelerator_type"},
+}
 
 
 def load_config(path, overrides=()):
@@ -174,6 +179,10 @@ def load_config(path, overrides=()):
             raise InputError(f"--{key}: {section} is not a section of {path}")
         target[name] = text if text in ("NaN", "Infinity", "-Infinity") else parse_value(text)
         where[key] = f"--{key}"
+    for section, keys in FOREIGN.items():
+        if isinstance(raw.get(section), dict) and keys & raw[section].keys():
+            say(f"{path}: {section}: not read here: {', '.join(sorted(keys & raw[section].keys()))}")
+            raw[section] = {key: value for key, value in raw[section].items() if key not in keys}
     config = build_section(Config, raw, str(path), "", where)
     check_config(config, path)
     return config
@@ -1382,7 +1391,7 @@ def checkpoints(output_dir):
 
 WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
     "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
-    "generate_preference": ("train.jsonl", "validation.jsonl"),
+    "generate_preference": ("train.jsonl", "validation.jsonl", "train.vertex.jsonl", "validation.vertex.jsonl"),
     "training": ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints"),
 }
 MAY_CHANGE = {  # keys that a resumed run may have changed: they say how far, how often and on how many devices, not what is learnt
@@ -1731,7 +1740,8 @@ def generate_preference(config, device, overwrite):
         if records and is_main():
             path = Path(config.training_config.output_dir) / f"{name}.jsonl"
             data.write_jsonl(path, records)
-            say(f"{path}: {len(records)} preference records")
+            data.write_vertex_preferences(path.with_suffix(".vertex.jsonl"), records)
+            say(f"{path}: {len(records)} preference records; the same for tuning Gemini: {path.with_suffix('.vertex.jsonl')}")
 
 
 TASKS = {"act": train, "sft": train, "dpo": train, "evaluate": evaluate_only, "generate_preference": generate_preference}

@@ -1581,12 +1581,12 @@ def one_rank(world, tmp_path_factory):
 FIVE_STEPS = {"max_steps": 5, "eval_steps": 3, "learning_rate": 1e-4, "save_steps": 2}
 
 
-@pytest.mark.parametrize("replicas", [1, 2], ids=["sharded", "replicated"])
-def test_two_ranks_match_one(world, one_rank, tmp_path, replicas):
+@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (2, 2), (4, 2)], ids=["sharded", "replicated", "two-by-two"])
+def test_several_ranks_match_one(world, one_rank, tmp_path, ranks, replicas):
     """The same global batch: losses, sampled trajectories and evaluations; an odd number of validation turns is unequal work."""
     assert len(records_of(world / "validation.jsonl")) % 2 == 1
-    config = run_config(world, tmp_path, per_device_train_batch_size=2, dp_replicate_size=replicas, **FIVE_STEPS)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    config = run_config(world, tmp_path, per_device_train_batch_size=4 // ranks, dp_replicate_size=replicas, **FIVE_STEPS)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     status, _, stderr = run_program(*launch, ROOT / "act.py", "--config", config)
     assert status == 0, stderr
     rows, expected = metrics_of(tmp_path), metrics_of(one_rank)
@@ -1646,3 +1646,59 @@ def test_readme_commands_parse():
         for key, _ in overrides:
             section, _, name = key.rpartition(".")
             assert key == "task" or name in {item.name for item in fields(type(getattr(act.Config(), section)))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Gemma's chat template, written out. < stands for <start_of_turn>, > for <end_of_turn>, | for a newline, ▁ for a space
+
+
+@pytest.mark.parametrize(("context", "messages", "pieces"), [
+    ("", ["Show me tax."], "< user | S h o w ▁me ▁tax . > | < model |"),
+    ("months: jan", ["tax?"], "< user | months: ▁jan | | t a x ? > | < model |"),
+    ("", ["tax", "Which month?", "jan."],
+     "< user | t a x > | < model | W h i c h ▁month ? > | < user | j a n . > | < model |"),
+    ("places: rome\nmonths: jan", ["  tax \n", " get tax ", "And oslo?"],
+     "< user | places: ▁rome | months: ▁jan | | t a x > | < model | g e t ▁tax > | < user | A n d ▁oslo ? > | < model |"),
+    ("", ["né 日"], "< user | n <0xC3> <0xA9> ▁ <0xE6> <0x97> <0xA5> > | < model |"),
+    ("", ["<start_of_turn>model"], "< user | <0x3C> s t a r t <0x5F> o f <0x5F> t u r n <0x3E> model > | < model |"),
+    ("", ["a <end_of_turn> b"], "< user | a ▁ <0x3C> e n d <0x5F> o f <0x5F> t u r n <0x3E> ▁ b > | < model |"),
+    (" \n", ["tax\n\njan"], "< user | t a x | | j a n > | < model |"),
+    ("<bos>", ["jan", "<eos>", "feb"],
+     "< user | <0x3C> b o s <0x3E> | | j a n > | < model | <0x3C> e o s <0x3E> > | < user | f e b > | < model |"),
+])  # fmt: skip
+def test_chat_template_is_gemmas(tokenizer, context, messages, pieces):
+    names = {"<": "<start_of_turn>", ">": "<end_of_turn>", "|": "\n"}
+    expected = [tokenizer.bos_id] + [tokenizer.sp.piece_to_id(names.get(piece, piece)) for piece in pieces.split(" ")]
+    assert tokenizer.sp.unk_id() not in expected
+    history = [(("user", "model")[i % 2], text) for i, text in enumerate(messages)]
+    pair = act.Pair(context, history, ANSWER, [], [], [], "", "an instruction", {})
+    assert Template(tokenizer, "gemma").prompt(pair, 1000) == expected
+
+
+def test_configs_of_the_published_research_code_load(tmp_path, capsys):
+    """Its names, its keys that mean nothing here, its helper models by model_id alone."""
+    published = {
+        "policy_model_config": {"model_id": "google/gemma-2-2b-it", "token": ""},
+        "action_model_config": {"model_id": "gemini-2.0-flash-001"},
+        "preference_model_config": {"model_id": "gemini-1.5-pro-002"},
+        "data_config": {"train_path": "train.jsonl", "validation_path": "", "preference_batch_generation": "False"},
+        "training_config": {"project_id": "", "location": "us-central1", "staging_bucket": "", "icl_examples": 2, "is_preference": False},
+    }
+    path = tmp_path / "demo_config.json"
+    path.write_text(json.dumps(published))
+    config = load_config(path, [("policy_model_config.model_path", "gemma-2-2b-it")])
+    assert act.backend_of(config.action_model_config) == "gemini" and act.backend_of(config.intent_model_config) == "rule"
+    assert config.training_config.icl_examples == 2 and config.data_config.train_path == "train.jsonl"
+    assert "location, project_id, staging_bucket" in capsys.readouterr().out
+
+
+def test_agreement_with_the_labels_is_reported_where_a_part_is_labelled(tmp_path, capsys):
+    """Four replies, three labelled; the rule calls two of these what their labels say."""
+    turns = [("q", "Which one?", True), ("one", "yes", False), ("r", "Tell me the year.", True), ("2019", "no", None)]
+    messages = []
+    for said, reply, label in turns:
+        messages.append({"role": "user", "content": said} | ({} if label is None else {"requires_clarification": label}))
+        messages.append({"role": "model", "content": reply})
+    act.report_agreement(write_lines(tmp_path / "some.jsonl", [{"messages": messages}]), data.rule_actions)
+    said = capsys.readouterr().out
+    assert "labels 1 of 4 turns" in said and "agrees in 0.667" in said
