@@ -1639,13 +1639,11 @@ def test_readme_commands_parse():
     text = (ROOT / "README.md").read_text()
     assert "pip install -r requirements.txt && torchrun act.py --config tiny.json\n" in text
     assert "pip install -r requirements.txt && pytest\n" in text
-    commands = [line.split("act.py ", 1)[1] for line in text.splitlines() if line.startswith("torchrun ") and "act.py --config my" in line]
+    commands = [line.split("act.py ", 1)[1] for line in text.splitlines() if line.startswith("torchrun ") and "act.py --config gemma2" in line]
     assert len(commands) >= 2
     for command in commands:
-        _, overrides, _ = act.parse_arguments(command.split())
-        for key, _ in overrides:
-            section, _, name = key.rpartition(".")
-            assert key == "task" or name in {item.name for item in fields(type(getattr(act.Config(), section)))}
+        path, overrides, _ = act.parse_arguments(command.split())
+        load_config(ROOT / "configs" / path, [(key, value.strip('"')) for key, value in overrides])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
