@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -98,6 +100,9 @@ class Gemma2Config:
             wrong = "num_key_value_heads", f"a divisor of num_attention_heads {self.num_attention_heads}"
         if self.head_dim % 2:
             wrong = "head_dim", "an even number"
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, key) > 80:
+                wrong = key, "at most 80, whose exponential a float32 still holds (no maximum is taken off capped scores)"
         types, layers = self.layer_types, self.num_hidden_layers
         if not isinstance(types, list) or len(types) != layers or not {LOCAL, GLOBAL}.issuperset(map(str, types)):
             wrong = "layer_types", f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'"
@@ -217,33 +222,113 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        return Normalize.apply(x, self.weight, self.eps)
+
+
+class Normalize(torch.autograd.Function):
+    """What RMSNorm computes. With y = x / rms(x) and g = grad (1 + weight): dx = (g - y mean(g y)) / rms(x)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype)
+        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (y * scale).mul_(1 + weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        y, grad = x.float() * scale, grad.float()
+        product = grad * y
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        gain = 1 + weight.float()
+        mean = (product @ gain).div_(len(gain))[..., None]
+        return (grad * gain).addcmul_(y, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
 def rotary(positions, config):
     """cos and sin, float32 [B, 1, T, D], for positions [B, T]. The two halves of a head are rotated, not neighbouring pairs."""
     frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
     angles = positions[:, None, :, None].float() * frequencies
-    return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    """The first half of `sin` has its sign turned, so that a rotated half needs no copy of its own."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def attend(q, k, v, bias, scale, softcap):
-    """Soft-capped attention with the keys left unexpanded: the G query heads of a key head are stacked along the query axis.
+class Attend(torch.autograd.Function):
+    """Soft-capped attention in blocks of queries; nothing of the size [T, S] is kept for the backward pass, which computes it again.
 
-    q [B, N, T, D], k and v [B, K, S, D], bias [B, T, S] (0 or -inf), returns [B, N, T, D]. The cap comes before the mask.
+    The G query heads of a key head are stacked along the query axis, so that keys are not expanded. Scores z = c tanh(q k / c) are
+    bounded by the cap c, so exp(z) needs no maximum taken off: out = sum exp(z) v / n with n = sum exp(z). In the backward pass
+    dz = p (dout v - dout out) with p = exp(z) / n, and d(q k) = dz (1 - (z / c)^2).
     """
-    (B, N, T, D), (K, S) = q.shape, k.shape[1:3]
-    scores = (q * (scale / softcap)).reshape(B, K, N // K * T, D) @ k.transpose(-1, -2)
-    scores = torch.add(bias[:, None, None], scores.tanh().view(B, K, N // K, T, S), alpha=softcap)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(B, K, N // K * T, S)
-    return (weights @ v).view(B, N, T, D)
+
+    @staticmethod
+    def forward(ctx, q, k, v, blocks, scale, softcap):
+        """q [B, N, T, D], k and v [B, K, S, D]; blocks [(queries, keys, bias [B, t, s])] as `tree_blocks` makes them."""
+        (B, N, T, D), K = q.shape, k.shape[1]
+        q = (q * (scale / softcap)).view(B, K, N // K, T, D)
+        out, norms = torch.empty_like(q), torch.empty(q.shape[:4], device=q.device)
+        for queries, keys, bias in blocks:
+            weights = Attend.scores(q, k, queries, keys).mul_(softcap).add_(bias[:, None, None]).exp_()
+            norm = weights.sum(-1, keepdim=True)
+            t, s = weights.shape[3:]
+            values = weights.to(v.dtype).view(B, K, -1, s) @ v[:, :, keys]
+            out[:, :, :, queries] = values.view(B, K, -1, t, D).div_(norm)
+            norms[:, :, :, queries] = norm[..., 0]
+        ctx.save_for_backward(q, k, v, out, norms)
+        ctx.rest = blocks, scale, softcap
+        return out.view(B, N, T, D)
+
+    @staticmethod
+    def scores(q, k, queries, keys):
+        """tanh of the scaled products, float32 [B, K, G, t, s]."""
+        part = q[:, :, :, queries]
+        B, K, G, t, D = part.shape
+        return (part.reshape(B, K, G * t, D) @ k[:, :, keys].transpose(-1, -2)).float().tanh_().view(B, K, G, t, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, norms = ctx.saved_tensors
+        blocks, scale, softcap = ctx.rest
+        grad = grad.reshape(out.shape)
+        means = (grad * out).sum(-1, keepdim=True, dtype=torch.float32).div_(norms[..., None])
+        grad = (grad / norms[..., None]).to(v.dtype)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        B, K, G, T, D = q.shape
+        for queries, keys, bias in blocks:
+            tanh = Attend.scores(q, k, queries, keys)
+            weights = torch.add(bias[:, None, None], tanh, alpha=softcap).exp_()
+            t, s = weights.shape[3:]
+            flat = B, K, G * t, s
+            part = grad[:, :, :, queries].reshape(B, K, G * t, D)
+            dv[:, :, keys] += weights.to(v.dtype).view(flat).transpose(-1, -2) @ part
+            slope = (part @ v[:, :, keys].transpose(-1, -2)).float().view(weights.shape)
+            slope.sub_(means[:, :, :, queries]).mul_(weights)
+            slope.addcmul_(slope, tanh.square_(), value=-1)
+            slope = slope.to(q.dtype).view(flat)
+            dq[:, :, :, queries] = (slope @ k[:, :, keys]).view(B, K, G, t, D)
+            dk[:, :, keys] += slope.transpose(-1, -2) @ q[:, :, :, queries].reshape(B, K, G * t, D)
+        return dq.mul_(scale).view(B, K * G, T, D), dk.mul_(softcap), dv, None, None, None
+
+
+def flex_attend(q, k, v, mask, scale, softcap):
+    """The same by one fused kernel, on a GPU; mask is a BlockMask of `tree_masks`. Blocks that nothing sees are not computed."""
+    kernel = compiled_flex_attention() if q.is_cuda else flex_attention
+
+    def cap(score, batch, head, query, key):
+        return softcap * torch.tanh(score / softcap)
+
+    return kernel(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+@cache
+def compiled_flex_attention():
+    return torch.compile(flex_attention, dynamic=True)
 
 
 class Attention(nn.Module):
@@ -263,6 +348,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache(self.index, k, v)
+        attend = flex_attend if isinstance(biases[self.kind], BlockMask) else Attend.apply
         out = attend(q, k, v, biases[self.kind], self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -314,9 +400,10 @@ class TokenLogps(torch.autograd.Function):
         """hidden [P, C], embedding [V, C], targets int64 [P]; returns float32 [P]."""
         logps, norms = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
         for rows in TokenLogps.chunks(hidden, embedding):
-            logits = soft_capped(hidden[rows] @ embedding.T, softcap)
-            norms[rows] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - norms[rows]
+            logits = TokenLogps.logits(hidden[rows], embedding, softcap)
+            logps[rows] = logits.gather(-1, targets[rows, None])[:, 0]
+            norms[rows] = logits.exp_().sum(-1).log_()  # the cap bounds the logits, so no maximum need be taken off
+        logps -= norms
         ctx.save_for_backward(hidden, embedding, targets, norms)
         ctx.softcap = softcap
         return logps
@@ -327,11 +414,11 @@ class TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_embedding = torch.zeros_like(embedding, dtype=torch.float32)  # float32 sums over the chunks
         for rows in TokenLogps.chunks(hidden, embedding):
-            logits = soft_capped(hidden[rows] @ embedding.T, ctx.softcap)
-            slope = (logits / ctx.softcap).square_().neg_().add_(1)
-            delta = logits.sub_(norms[rows, None]).exp_().neg_()
+            logits = TokenLogps.logits(hidden[rows], embedding, ctx.softcap)
+            delta = (logits - norms[rows, None]).exp_().neg_()
             delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
-            delta = delta.mul_(slope).mul_(grad[rows, None]).to(embedding.dtype)
+            delta.mul_(grad[rows, None])
+            delta = delta.addcmul_(delta, logits.square_(), value=-(ctx.softcap**-2)).to(embedding.dtype)
             grad_hidden[rows] = delta @ embedding
             if embedding.dtype == torch.float32:
                 grad_embedding.addmm_(delta.T, hidden[rows])
@@ -340,8 +427,13 @@ class TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_embedding.to(embedding.dtype), None, None
 
     @staticmethod
-    def chunks(hidden, embedding, entries=2**25):
-        step = max(1, entries // len(embedding))  # at most 128 MiB of float32 logits at once
+    def logits(hidden, embedding, softcap):
+        return (hidden @ embedding.T).float().div_(softcap).tanh_().mul_(softcap)
+
+    @staticmethod
+    def chunks(hidden, embedding, entries=None):
+        entries = entries or max(2**28 if hidden.is_cuda else 2**22, 64 * len(embedding))  # 16 MiB of float32 logits, 1 GiB on a GPU
+        step = max(1, entries // len(embedding))
         return [slice(i, i + step) for i in range(0, len(hidden), step)]
 
 
@@ -380,11 +472,11 @@ class Gemma2(nn.Module):
         assert tokens.ndim == 2 and tokens.dtype == torch.int64, f"tokens: int64 [batch, time], not {tokens.dtype} {list(tokens.shape)}"
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         ends = torch.full_like(tokens, tokens.shape[1])
-        return self.logits(self.hidden(tokens, positions, tree_biases(positions, ends, self.config.sliding_window)))
+        return self.logits(self.hidden(tokens, positions, tree_masks(positions, ends, self.config.sliding_window)))
 
     def logps(self, forest, rows, slots, targets):
         """Log-probabilities, float32 [P], of `targets` as predicted in (`rows`, `slots`) of a Forest; all int64 [P]."""
-        biases = tree_biases(forest.positions, forest.ends, self.config.sliding_window)
+        biases = tree_masks(forest.positions, forest.ends, self.config.sliding_window)
         hidden = self.hidden(forest.tokens, forest.positions, biases)[rows, slots]
         return TokenLogps.apply(hidden, self.embed_tokens.weight, targets, self.config.final_logit_softcapping)
 
@@ -432,15 +524,40 @@ class Gemma2(nn.Module):
 # Masks
 
 
-def tree_biases(positions, ends, window):
-    """Additive attention masks [B, T, T] of a Forest, for global and for sliding-window layers; positions and ends int64 [B, T].
+def tree_masks(positions, ends, window):
+    """Who sees whom in a Forest, {GLOBAL, LOCAL: mask}, in the form that the attention of the device takes."""
+    return tree_block_masks(positions, ends, window) if positions.is_cuda else tree_blocks(positions, ends, window)
 
-    A token sees its ancestors and itself; in a window layer those at most window - 1 positions back.
+
+def tree_block_masks(positions, ends, window):
+    """Flex attention's BlockMasks of a Forest."""
+
+    def ancestor(batch, head, query, key):
+        return (key <= query) & (query < ends[batch, key])
+
+    def near(batch, head, query, key):
+        return ancestor(batch, head, query, key) & (positions[batch, query] - positions[batch, key] < window)
+
+    (B, T), device = positions.shape, positions.device
+    return {kind: create_block_mask(sees, B, None, T, T, device=device) for kind, sees in ((GLOBAL, ancestor), (LOCAL, near))}
+
+
+def tree_blocks(positions, ends, window, size=128):
+    """Who sees whom in a Forest, by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, bias [B, t, s])]}.
+
+    A token sees its ancestors and itself; in a window layer those at most window - 1 positions back. A block's keys end with
+    its last query and begin with the first key that any of its queries sees. positions and ends are int64 [B, T].
     """
-    slots = torch.arange(positions.shape[1], device=positions.device)
-    visible = (slots <= slots[:, None]) & (slots[:, None] < ends[:, None, :])
-    near = positions[:, :, None] - positions[:, None, :] < window
-    return {GLOBAL: as_bias(visible), LOCAL: as_bias(visible & near)}
+    blocks, T = {GLOBAL: [], LOCAL: []}, positions.shape[1]
+    slots = torch.arange(T, device=positions.device)
+    for start in range(0, T, size):
+        queries, stop = slice(start, min(start + size, T)), min(start + size, T)
+        visible = (slots[:stop] <= slots[queries, None]) & (slots[queries, None] < ends[:, None, :stop])
+        near = positions[:, queries, None] - positions[:, None, :stop] < window
+        for kind, seen in ((GLOBAL, visible), (LOCAL, visible & near)):
+            first = int(seen.flatten(0, 1).any(0).int().argmax())
+            blocks[kind].append((queries, slice(first, stop), as_bias(seen[:, :, first:])))
+    return blocks
 
 
 def as_bias(visible):
@@ -630,7 +747,7 @@ class KVCache:
                 store.append(F.pad(x[rows, :, slots].transpose(1, 2), (0, 0, 0, room)))
             return k, v
 
-        biases = tree_biases(forest.positions, forest.ends, model.config.sliding_window)
+        biases = tree_masks(forest.positions, forest.ends, model.config.sliding_window)
         hidden = model.hidden(forest.tokens, forest.positions, biases, copy_branches)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
         return hidden[rows[:, 0], slots.gather(1, lengths[:, None] - 1)[:, 0]]
@@ -660,6 +777,7 @@ class KVCache:
         near = distance < window
         near |= positions[:, :, None] >= spans[GLOBAL].stop  # padding: unused, but it must see something, lest it be NaN
         biases = {GLOBAL: as_bias(distance >= 0), LOCAL: as_bias(((distance >= 0) & near)[:, :, spans[LOCAL]])}
+        biases = {kind: [(slice(0, T), slice(0, bias.shape[2]), bias)] for kind, bias in biases.items()}
 
         def write(layer, k, v):
             for store, x in ((self.keys, k), (self.values, v)):

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import gemma
 from gemma import Gemma2, Gemma2Config, InputError, Tokenizer, generate
 
 ROOT = Path(__file__).parent.parent
@@ -669,3 +670,39 @@ def test_wrong_directory_ends_in_one_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert str(tmp_path / "nowhere") in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_flex_attention_with_block_masks_equals_attention_in_blocks():
+    """The GPU's path, as far as a CPU can run it: the forward pass, on a forest of two tries and padding."""
+    torch.manual_seed(3)
+    forest = gemma.Forest([[5, 6, 7, *range(20, 20 + n)] for n in (90, 140, 7)] + [[1, 2, 3, 4] * 9])
+    (B, T), window = forest.tokens.shape, 30
+    q, k, v = torch.randn(B, 4, T, 16), torch.randn(B, 2, T, 16), torch.randn(B, 2, T, 16)
+    blocks, masks = (make(forest.positions, forest.ends, window) for make in (gemma.tree_blocks, gemma.tree_block_masks))
+    for kind in (gemma.LOCAL, gemma.GLOBAL):
+        expected = gemma.Attend.apply(q, k, v, blocks[kind], 0.3, 2.0)
+        found = gemma.flex_attend(q, k, v, masks[kind], 0.3, 2.0)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_in_blocks_equals_attention_written_out():
+    """Scores, cap, mask, softmax as in the paper, in float64; forward and backward, with blocks smaller than the window and larger."""
+    torch.manual_seed(4)
+    forest = gemma.Forest([[5, 6, 7, *range(20, 20 + n)] for n in (30, 50, 7)] + [[1, 2, 3, 4] * 5])
+    (B, T), window = forest.tokens.shape, 12
+    slots = torch.arange(T)
+    sees = (slots <= slots[:, None]) & (slots[:, None] < forest.ends[:, None, :])
+    sees &= forest.positions[:, :, None] - forest.positions[:, None, :] < window
+    q, k, v = (torch.randn(B, heads, T, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    scores = (2.0 * torch.tanh(scores / 2.0)).masked_fill(~sees[:, None], float("-inf"))
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for size in (5, 16, 512):
+        blocks = gemma.tree_blocks(forest.positions, forest.ends, window, size)[gemma.LOCAL]
+        inputs = [x.detach().float().requires_grad_() for x in (q, k, v)]
+        found = gemma.Attend.apply(*inputs, blocks, 0.3, 2.0)
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+        for a, b in zip(torch.autograd.grad((found * weight.float()).sum(), inputs), gradients, strict=True):
+            torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
