@@ -269,12 +269,12 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, blocks, scale, softcap):
-        """q [B, N, T, D], k and v [B, K, S, D]; blocks [(queries, keys, bias [B, t, s])] as `tree_blocks` makes them."""
+        """q [B, N, T, D], k and v [B, K, S, D]; blocks [(queries, keys, mask [B, t, s])] as `tree_blocks` makes them."""
         (B, N, T, D), K = q.shape, k.shape[1]
         q = (q * (scale / softcap)).view(B, K, N // K, T, D)
         out, norms = torch.empty_like(q), torch.empty(q.shape[:4], device=q.device)
-        for queries, keys, bias in blocks:
-            weights = Attend.scores(q, k, queries, keys).mul_(softcap).add_(bias[:, None, None]).exp_()
+        for queries, keys, mask in blocks:
+            weights = Attend.scores(q, k, queries, keys).mul_(softcap).exp_().mul_(mask[:, None, None])
             norm = weights.sum(-1, keepdim=True)
             t, s = weights.shape[3:]
             values = weights.to(v.dtype).view(B, K, -1, s) @ v[:, :, keys]
@@ -300,9 +300,9 @@ class Attend(torch.autograd.Function):
         grad = (grad / norms[..., None]).to(v.dtype)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         B, K, G, T, D = q.shape
-        for queries, keys, bias in blocks:
+        for queries, keys, mask in blocks:
             tanh = Attend.scores(q, k, queries, keys)
-            weights = torch.add(bias[:, None, None], tanh, alpha=softcap).exp_()
+            weights = (tanh * softcap).exp_().mul_(mask[:, None, None])
             t, s = weights.shape[3:]
             flat = B, K, G * t, s
             part = grad[:, :, :, queries].reshape(B, K, G * t, D)
@@ -342,14 +342,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, biases, cache):
+    def forward(self, x, cos, sin, masks, cache):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache(self.index, k, v)
-        attend = flex_attend if isinstance(biases[self.kind], BlockMask) else Attend.apply
-        out = attend(q, k, v, biases[self.kind], self.scale, self.softcap)
+        attend = flex_attend if isinstance(masks[self.kind], BlockMask) else Attend.apply
+        out = attend(q, k, v, masks[self.kind], self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -382,9 +382,9 @@ class Layer(nn.Module):
             return checkpoint(self._forward, x, *args, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x, *args)
 
-    def _forward(self, x, cos, sin, biases, cache=None):
+    def _forward(self, x, cos, sin, masks, cache=None):
         # Norms on both sides of each block: what is added to the residual stream is normalised too.
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, biases, cache))
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, masks, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -454,13 +454,13 @@ class Gemma2(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
-    def hidden(self, tokens, positions, biases, cache=None):
-        """The last hidden states [B, T, C]. biases: {LOCAL, GLOBAL: [B, T, S]}; cache: (layer, k, v) -> the k, v to attend to."""
+    def hidden(self, tokens, positions, masks, cache=None):
+        """The last hidden states [B, T, C]. masks: as `tree_masks` makes them; cache: (layer, k, v) -> the k, v to attend to."""
         x = self.embed_tokens(tokens)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded to the model's dtype, as the checkpoints expect
         cos, sin = rotary(positions, self.config)
         for layer in self.layers:
-            x = layer(x, cos, sin, biases, cache)
+            x = layer(x, cos, sin, masks, cache)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -476,8 +476,8 @@ class Gemma2(nn.Module):
 
     def logps(self, forest, rows, slots, targets):
         """Log-probabilities, float32 [P], of `targets` as predicted in (`rows`, `slots`) of a Forest; all int64 [P]."""
-        biases = tree_masks(forest.positions, forest.ends, self.config.sliding_window)
-        hidden = self.hidden(forest.tokens, forest.positions, biases)[rows, slots]
+        masks = tree_masks(forest.positions, forest.ends, self.config.sliding_window)
+        hidden = self.hidden(forest.tokens, forest.positions, masks)[rows, slots]
         return TokenLogps.apply(hidden, self.embed_tokens.weight, targets, self.config.final_logit_softcapping)
 
     def set_checkpointing(self, on):
@@ -543,10 +543,10 @@ def tree_block_masks(positions, ends, window):
 
 
 def tree_blocks(positions, ends, window, size=128):
-    """Who sees whom in a Forest, by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, bias [B, t, s])]}.
+    """Who sees whom in a Forest, by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, mask [B, t, s])]}.
 
-    A token sees its ancestors and itself; in a window layer those at most window - 1 positions back. A block's keys end with
-    its last query and begin with the first key that any of its queries sees. positions and ends are int64 [B, T].
+    positions, ends int64 [B, T]. A token sees its ancestors and itself; in a window layer only window - 1 positions back. Keys end with
+    its last query and begin with the first key that any of its queries sees; mask is 1 where a query sees a key, else 0.
     """
     blocks, T = {GLOBAL: [], LOCAL: []}, positions.shape[1]
     slots = torch.arange(T, device=positions.device)
@@ -556,12 +556,8 @@ def tree_blocks(positions, ends, window, size=128):
         near = positions[:, queries, None] - positions[:, None, :stop] < window
         for kind, seen in ((GLOBAL, visible), (LOCAL, visible & near)):
             first = int(seen.flatten(0, 1).any(0).int().argmax())
-            blocks[kind].append((queries, slice(first, stop), as_bias(seen[:, :, first:])))
+            blocks[kind].append((queries, slice(first, stop), seen[:, :, first:].float()))
     return blocks
-
-
-def as_bias(visible):
-    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, NEVER)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -747,8 +743,8 @@ class KVCache:
                 store.append(F.pad(x[rows, :, slots].transpose(1, 2), (0, 0, 0, room)))
             return k, v
 
-        biases = tree_masks(forest.positions, forest.ends, model.config.sliding_window)
-        hidden = model.hidden(forest.tokens, forest.positions, biases, copy_branches)
+        masks = tree_masks(forest.positions, forest.ends, model.config.sliding_window)
+        hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
         return hidden[rows[:, 0], slots.gather(1, lengths[:, None] - 1)[:, 0]]
 
@@ -776,8 +772,8 @@ class KVCache:
         distance = positions[:, :, None] - torch.arange(spans[GLOBAL].stop, device=device)
         near = distance < window
         near |= positions[:, :, None] >= spans[GLOBAL].stop  # padding: unused, but it must see something, lest it be NaN
-        biases = {GLOBAL: as_bias(distance >= 0), LOCAL: as_bias(((distance >= 0) & near)[:, :, spans[LOCAL]])}
-        biases = {kind: [(slice(0, T), slice(0, bias.shape[2]), bias)] for kind, bias in biases.items()}
+        seen = {GLOBAL: distance >= 0, LOCAL: ((distance >= 0) & near)[:, :, spans[LOCAL]]}
+        masks = {kind: [(slice(0, T), slice(0, mask.shape[2]), mask.float())] for kind, mask in seen.items()}
 
         def write(layer, k, v):
             for store, x in ((self.keys, k), (self.values, v)):
@@ -785,7 +781,7 @@ class KVCache:
             span = spans[model.config.layer_types[layer]]
             return self.keys[layer][:B, :, span], self.values[layer][:B, :, span]
 
-        hidden = model.hidden(tokens, positions, biases, write)
+        hidden = model.hidden(tokens, positions, masks, write)
         return hidden[rows[:, 0], torch.tensor([len(tail) - 1 for tail in new], device=device)]
 
     def _reserve(self, width):

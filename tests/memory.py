@@ -1,17 +1,18 @@
 """How much memory a real size takes: loading, one sharded optimiser step, saving; and how much a GPU needs for training.
 
     python tests/memory.py --size tiny                 a check of this script, a minute
-    python tests/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 22 GB of memory, 11 GB of disk, minutes; nothing else may run beside it
+    python tests/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 20 GB of memory that nothing else wants, 11 GB of disk, some minutes
     python tests/memory.py --plan                      the computed table alone
 
 A random bfloat16 checkpoint is written shard by shard into a temporary folder of --dir. Each measurement is a process of its own (one
 a rank, over gloo), in bfloat16 throughout so that 2B fits a desktop. A thread of it reads RssAnon of /proc/self/status every 10 ms:
 memory that the process holds itself, without the pages of files that it has mapped, which the system may drop (VmHWM, the largest
-resident size, has them too). "More" is the peak over what the process held just before, imports and all.
+resident size, has them too). "More" is the peak over what the process held just before, imports and all. Ranks run with a malloc
+that gives memory back when it is freed.
 
   load   Gemma2.from_pretrained, peak RssAnon (all of it) over the checkpoint's size: at most 1.15
   step   act.build_model, a forward and backward pass of one short sequence with checkpointing, act.clip_and_step with RMSprop:
-         bytes of parameters, gradients and optimiser state that a rank holds; of two ranks at most 0.55 of what one holds
+         bytes of parameters, gradients and optimiser state that a rank holds; each of two at most 0.55 of what one alone holds
   save   a frozen sharded model in small shards: a rank that does not write may hold one tensor whole, the writer a shard and a tensor
 
 `training_memory` says what training needs from the sizes alone; what it says is held all along is set against what `step` and
@@ -27,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ import torch.distributed as dist  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import act  # noqa: E402
-from gemma import Gemma2, Gemma2Config, TokenLogps, write_json  # noqa: E402
+from gemma import Gemma2, Gemma2Config, write_json  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 # layers, hidden, intermediate, heads, key/value heads, head_dim, query_pre_attn_scalar, vocabulary: the published ones, and a small one
@@ -133,6 +133,7 @@ def held(tensors):
 
 
 def load(directory):
+    on_meta(config_of("tiny"))  # torch imports some 20 MB more when it first makes a model on the meta device
     with watched() as seen:
         model = Gemma2.from_pretrained(directory, dtype=torch.bfloat16)
     assert held(model.parameters()) > 0
@@ -149,11 +150,11 @@ def step(directory):
     training = act.TrainingConfig(optim="rmsprop", learning_rate=1e-3)
     with watched() as seen:
         model = sharded(directory, checkpointing=True)
-        optimizer = act.make_optimizer(model, training)
         tokens = torch.randint(model.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         scored = act.Scored([(tokens[: TOKENS // 2], tokens[TOKENS // 2 :], [1] * (TOKENS // 2))], torch.device("cpu"))
         (-scored.logps(model).sum() / TOKENS).backward()
         gradients = held([parameter.grad for parameter in model.parameters()])
+        optimizer = act.make_optimizer(model, training)  # training has it before; here the peak of two ranks must fit one machine
         norm = act.clip_and_step(model, optimizer, training.max_grad_norm, training.learning_rate)
     assert 0 < norm < float("inf"), f"the gradient's norm is {norm}"
     state = held([value for values in optimizer.state.values() for value in values.values()])
@@ -189,7 +190,8 @@ def measure(name, directory, ranks=1):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable] if name == "load" else command
     command += [__file__, "--child", name, "--dir", str(directory)]
-    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    env = {"CUDA_VISIBLE_DEVICES": ""} | ({} if name == "load" else {"MALLOC_MMAP_THRESHOLD_": str(MIB)})
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"memory.py: {name} with {ranks} ranks failed ({done.returncode})\n{done.stderr[-3000:]}")
     results = [json.loads((directory.parent / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
@@ -200,56 +202,55 @@ def measure(name, directory, ranks=1):
 # --------------------------------------------------------------------------------------------------- computed from the sizes
 
 HELD = ("parameters", "gradients", "optimizer", "reference")
+IN_TURN = ("rollout", "evaluation", "update")
 
 
 def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1792, reply=256, new=128):
-    """Bytes that one of `ranks` GPUs needs for ACT with RMSprop, bf16 compute and checkpointing, the model sharded over all of them.
+    """Bytes that each of `ranks` GPUs needs for ACT with RMSprop, bf16 compute and checkpointing, the model sharded over all of them.
 
-    `rows` pairs are trained on at a time, `eval_rows` turns are played at a time; prompts of `prompt` tokens that share nothing,
-    replies of `reply` tokens, responses of `new`. What is computed in bfloat16 has 2 bytes; `dtype_bytes`: of a held parameter.
+    `rows` pairs are trained on at a time and `eval_rows` turns are played at a time, on each GPU. Prompts have `prompt` tokens and
+    share nothing, replies `reply`, responses `new`. What is held is exact, with `dtype_bytes` to a parameter. What comes in turn is
+    an estimate from the tensors that are alive at the same time in gemma.py, and leaves out what the allocator wastes.
     """
-    model = on_meta(config)
-    total, embedding = (sum(p.numel() for p in part.parameters()) for part in (model, model.embed_tokens))
-    layer = sum(p.numel() for p in model.layers[0].parameters())
-    hidden, wide, heads, layers = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_hidden_layers
-    kv = config.num_key_value_heads * config.head_dim
-    logits = 4 * TokenLogps.chunks(range(10**9), range(config.vocab_size))[0].stop * config.vocab_size  # one chunk, float32
-
-    def attention(rows, length, kept):
-        return rows * heads * length**2 * kept  # the scores of a layer, in all the forms that are alive at once
+    model, vocabulary, wide, hidden = on_meta(config), config.vocab_size, config.intermediate_size, config.hidden_size
+    total, embedding, layer = (
+        sum(p.numel() for p in part.parameters()) for part in (model, model.embed_tokens, model.layers[0])
+    )
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
 
     def decoding(rows):
-        """The whole copy, the cache of a conversation, and the largest of: prefill of one layer, logits of one token a row."""
-        cache = rows * (prompt + new) * layers * 2 * kv * 2
-        prefill = attention(rows, prompt, 12) + rows * prompt * (8 * hidden + 3 * wide) * 2 + rows * prompt**2 * 8
-        return 2 * total + cache + max(prefill, 4 * rows * config.vocab_size * 4)
+        """The whole copy; keys and values, with half as much room again for a second turn; prefill of a layer, or choosing a token."""
+        cache = rows * 1.5 * (prompt + new) * config.num_hidden_layers * 2 * keys * 2
+        prefill = rows * prompt * (6 * wide + 16 * hidden + 16 * queries) + 10 * rows * prompt**2  # the last: making the mask
+        return 2 * total + cache + max(prefill, 28 * rows * vocabulary)
 
-    width = prompt + 2 * reply  # of a pair: its prompt once, and both sides
-    tokens = rows * width
-    gathered = 2 * (2 * embedding + 2 * layer)  # of policy and reference the embedding stays whole; of the layers the next one comes early
-    inside = attention(rows, width, 16) + tokens * (16 * hidden + 5 * wide) * 2 + rows * width**2 * 8 + (2 + 4) * layer
-    head = 4 * logits + 2 * rows * reply * hidden * 2 + (4 + 2) * embedding
-    end = (2 + 4) * embedding  # the embedding's gradient, whole, in bfloat16 and as it is summed over ranks
+    tokens, scored = rows * (prompt + 2 * reply), rows * 2 * reply  # a pair: its prompt once and both its sides
+    gathered = 2 * 2 * embedding + 2 * 2 * layer  # both models' embeddings stay whole; the next layer comes early
+    inputs = config.num_hidden_layers * tokens * hidden * 2  # of each layer, all that is kept of it
+    recomputed = tokens * (14 * wide + 24 * hidden + 16 * queries) + 6 * layer + 10 * rows * (prompt + 2 * reply) ** 2
+    logits = 14 * min(2**28, scored * vocabulary) + 8 * embedding  # TokenLogps: a chunk in several forms, the embedding's gradient
+    summed = 8 * embedding  # the embedding's gradient from its other end, and in float32 to be summed over ranks
     return {
-        **{key: dtype_bytes * total / ranks for key in ("parameters", "gradients", "optimizer")},
+        **dict.fromkeys(HELD[:3], dtype_bytes * total / ranks),
         "reference": 2 * total / ranks,
         "rollout": decoding(rows),
         "evaluation": decoding(eval_rows),
-        "update": gathered + tokens * hidden * layers * 2 + max(inside, head, end),
+        "update": gathered + inputs + max(recomputed, logits, summed),
     }
 
 
 def peak_of(memory):
-    """Rollout, evaluation and update come one after the other."""
-    return sum(memory[key] for key in HELD) + max(memory[key] for key in ("rollout", "evaluation", "update"))
+    """Gradients are held during an update only, and rollout, evaluation and update come one after the other."""
+    held = sum(memory[key] for key in HELD)
+    return held + max(memory["update"], max(memory["rollout"], memory["evaluation"]) - memory["gradients"])
 
 
 def print_plan(ranks=(1, 8, 16)):
-    print("\n### Memory a GPU needs, computed\n")
-    print("GiB; `act` with the lengths and batch sizes of configs/gemma2_SIZE_pacific.json, prompts as long as they may be. Held all")
-    print("along: float32 parameters, gradients and RMSprop state, and the bfloat16 reference, all sharded. In turn: a rollout and an")
-    print("evaluation (whole bfloat16 copy, key-value cache, prefill), an update (gathered weights, activations, logits).\n")
-    print("| model | GPUs | policy | reference | rollout | evaluation | update | peak | gradients gone: peak of rollout |")
+    print("\n### Memory of each GPU, computed\n")
+    print("GiB for `act` as in configs/gemma2_SIZE_pacific.json, every prompt as long as it may be. Held all along, sharded over the GPUs:")
+    print("float32 parameters and RMSprop state, and the bfloat16 reference. In turn: a rollout, an evaluation (whole bfloat16 copy,")
+    print("key-value cache, prefill), an update (gathered weights, activations, logits) with the gradients, sharded too.\n")
+    print("| model | GPUs | parameters, state | reference | rollout | evaluation | gradients | update | peak |")
     print("|---|---|---|---|---|---|---|---|---|")
     for size in ("2b", "9b", "27b"):
         training = act.load_config(ROOT / "configs" / f"gemma2_{size}_pacific.json").training_config
@@ -258,58 +259,64 @@ def print_plan(ranks=(1, 8, 16)):
                 config_of(size), n, 4, training.per_device_train_batch_size, training.per_device_eval_batch_size,
                 training.max_prompt_length, training.max_length - training.max_prompt_length, training.max_new_tokens,
             )  # fmt: skip
-            policy = sum(memory[key] for key in HELD[:3])
-            cells = [policy, *(memory[key] for key in ("reference", "rollout", "evaluation", "update")), peak_of(memory)]
+            cells = [memory["parameters"] + memory["optimizer"]]
+            cells += [memory[key] for key in ("reference", "rollout", "evaluation", "gradients", "update")] + [peak_of(memory)]
             print(f"| {size} | {n} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + " |")
 
 
 # --------------------------------------------------------------------------------------------------------------- the tables
 
 
+def gb(*values):
+    return [f"{value / 1e9:.4f} GB" for value in values]
+
+
+def row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def header(*titles):
+    print()
+    row(*titles)
+    row(*["---"] * len(titles))
+
+
 def table(directory, size, total):
     """Measure everything and print it. Returns whether all is within limits."""
     verdicts = []
 
-    def within(value, limit):
+    def judged(value, limit):
+        """The last cells of a row."""
         verdicts.append(value <= limit)
-        return "ok" if value <= limit else "OVER THE LIMIT"
+        return f"{value:.4f}", limit, "ok" if value <= limit else "OVER THE LIMIT"
 
-    print(f"\n### {size}: checkpoint of {total / 1e9:.3f} GB in bfloat16 ({total // 2:,} parameters)\n")
-    print("| load | peak RssAnon | of it before | over the checkpoint | limit | VmHWM | |\n|---|---|---|---|---|---|---|")
+    print(f"\n### {size}: a checkpoint of {total / 1e9:.3f} GB in bfloat16, {total // 2:,} parameters")
+    header("load", "peak RssAnon", "before", "VmHWM", "over the checkpoint's size", "limit", "")
     [seen] = measure("load", directory)
-    excess = seen["before"] if size == "tiny" else 0  # beside so small a model the imports alone would count
-    ratio = (seen["peak"] - excess) / total
-    cells = [f"{seen['peak'] / 1e9:.3f} GB", f"{seen['before'] / 1e9:.3f} GB", f"{ratio:.3f}", LOAD_LIMIT, f"{seen['resident'] / 1e9:.3f} GB"]
-    print("| from_pretrained | " + " | ".join(map(str, cells)) + f" | {within(ratio, LOAD_LIMIT)} |")
+    imports = seen["before"] if size == "tiny" else 0  # beside so small a model they would count
+    row("from_pretrained", *gb(seen["peak"], seen["before"], seen["resident"]), *judged((seen["peak"] - imports) / total, LOAD_LIMIT))
 
-    print("\n| step | rank | parameters | gradients | optimiser | sum | of one rank | limit | peak RssAnon | VmHWM | |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    header("step", "rank", "peak RssAnon", "VmHWM", "parameters", "gradients", "optimiser", "together", "of one rank's", "limit", "")
     steps = {ranks: measure("step", directory, ranks) for ranks in (1, 2)}
     sums = {ranks: [sum(seen[key] for key in HELD[:3]) for seen in results] for ranks, results in steps.items()}
     for ranks, results in steps.items():
         for rank, seen in enumerate(results):
-            share, limit = sums[ranks][rank] / sums[1][0], RANK_LIMIT if ranks == 2 else 1
-            cells = [seen[key] / 1e9 for key in HELD[:3]] + [sums[ranks][rank] / 1e9]
-            row = f"| {ranks} ranks | {rank} | " + " | ".join(f"{cell:.4f} GB" for cell in cells)
-            row += f" | {share:.4f} | {limit} | {seen['peak'] / 1e9:.3f} GB | {seen['resident'] / 1e9:.3f} GB | {within(share, limit)} |"
-            print(row)
+            cells = gb(seen["peak"], seen["resident"], *(seen[key] for key in HELD[:3]), sums[ranks][rank])
+            row(f"of {ranks}", rank, *cells, *judged(sums[ranks][rank] / sums[1][0], RANK_LIMIT if ranks == 2 else 1))
 
-    print("\n| save | rank | parameters held | largest tensor | more RssAnon while saving | in tensors | limit | |")
-    print("|---|---|---|---|---|---|---|---|")
+    header("save", "rank", "parameters", "largest tensor", "more RssAnon", "in largest tensors", "limit", "")
     saves = {ranks: measure("save", directory, ranks) for ranks in (1, 2)}
     for ranks, results in saves.items():
         for rank, seen in enumerate(results):
-            more, limit = (seen["peak"] - seen["before"]) / seen["largest"], (1 if rank else 2) + SLACK
-            row = f"| {ranks} ranks | {rank} ({'does not write' if rank else 'writes'}) | {seen['reference'] / 1e9:.4f} GB "
-            row += f"| {seen['largest'] / MIB:.1f} MiB | {(seen['peak'] - seen['before']) / MIB:.1f} MiB | {more:.2f} | {limit} "
-            print(row + f"| {within(more, limit)} |")
+            more = seen["peak"] - seen["before"]
+            cells = gb(seen["reference"], seen["largest"], more)
+            row(f"of {ranks}", f"{rank}{'' if rank else ', writes'}", *cells, *judged(more / seen["largest"], (1 if rank else 2) + SLACK))
 
-    print("\n| held all along, computed and measured | ranks | computed | measured | deviation | |\n|---|---|---|---|---|---|")
+    header("held all along", "computed", "measured", "deviation", "limit", "")
     for ranks in (1, 2):
         memory = training_memory(config_of(size), ranks, dtype_bytes=2)
         computed, found = sum(memory[key] for key in HELD), max(sums[ranks]) + max(seen["reference"] for seen in saves[ranks])
-        deviation = found / computed - 1
-        print(f"| {size}, bfloat16 | {ranks} | {computed / 1e9:.4f} GB | {found / 1e9:.4f} GB | {deviation:+.4%} | {within(abs(deviation), 0.01)} |")
+        row(f"{size}, {ranks} ranks, bfloat16", *gb(computed, found), *judged(abs(found / computed - 1), 0.01))
     return all(verdicts)
 
 
