@@ -1,12 +1,12 @@
 """ACT, Action-Based Contrastive Self-Training (arXiv 2406.00222): teach a language model when to ask a clarifying question.
 
-    torchrun act.py --config tiny.json                                           on a laptop, no GPU: two minutes
+    torchrun act.py --config tiny.json                                           on a laptop, no GPU: 90 seconds
     torchrun --nproc-per-node 8 act.py --config configs/gemma2_2b_pacific.json   on GPUs, sharded with fully_shard
     torchrun act.py --config tiny.json --task dpo --training_config.beta 0.1     any key of the file can be overridden
 
 Read data.py first (what a turn and a preference record are), then this file from "ACT" to "Training", then gemma.py.
 
-Where we depart from the paper's Algorithm 2 and from the published research code, and why:
+Where we depart from the paper's Algorithm 2 and from the published research code, and why (README.md has the whole list):
   - `max_turns` bounds the simulated conversation; one that never answers loses (the paper's loop has no bound, the code allows one turn).
   - A lucky answer on a turn that called for a question is still the wrong action (the published code rewards it).
   - Policy and reference score the same sequences (the published code samples inside a forward pass that both models run).
@@ -154,7 +154,7 @@ CHOICES = {
 }
 AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "max_new_tokens",
-    "max_turns", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
+    "max_turns", "icl_examples", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
 FOREIGN = {  # keys of the published research code's configs that mean nothing here: accepted, named once, not read
@@ -208,8 +208,10 @@ def build_section(cls, raw, path, prefix, where):
         if is_dataclass(types[key]):
             values[key] = build_section(types[key], value, path, f"{prefix}{key}.", where)
             continue
-        if types[key] is float and type(value) is int:
+        if types[key] is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
+        if types[key] is str and type(value) in (int, float) and prefix + key in where:
+            value = str(value)  # a number on the command line may be a name
         if not isinstance(value, types[key]) or (isinstance(value, bool) and types[key] is not bool):
             raise InputError(f"{at} is {value!r}, expected {getattr(types[key], '__name__', types[key])}")
         if key in CHOICES and value not in CHOICES[key]:
@@ -380,9 +382,9 @@ def make_pairs(records, path):
         instruction, context, history = data.split_dialogue(record["input_text"])
         chosen, rejected, gold = (data.split_reply(record[key]) for key in ("chosen", "rejected", "output_text"))
         if not history or history[-1][0] != "user":
-            raise InputError(f"{path}: record {i}: input_text does not end with a line 'User: '")
+            raise InputError(f"{path}: record {i + 1}: input_text does not end with a line 'User: '")
         if not all(messages and messages[0][0] == "model" for messages in (chosen, rejected, gold)):
-            raise InputError(f"{path}: record {i}: chosen, rejected or output_text does not begin with the assistant's text")
+            raise InputError(f"{path}: record {i + 1}: chosen, rejected or output_text does not begin with the assistant's text")
         target = data.first_reply(record["gold_target"])
         pairs.append(Pair(context, history, record["dialogue_policy"], chosen, rejected, gold, target, instruction, record))
     return pairs
@@ -398,8 +400,10 @@ class Template:
     def __init__(self, tokenizer, prompt_format):
         self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
         self.newline = self.encode("\n")
-        if not self.plain and tokenizer.end_of_turn_id is None:
-            raise InputError(f"{tokenizer.path}: no piece '<end_of_turn>', which prompt_format 'gemma' needs")
+        if tokenizer.bos_id is None or tokenizer.decode(self.encode("a\nb")) != "a\nb":
+            raise InputError(f"{tokenizer.path}: a prompt needs <bos> and newlines, this vocabulary lacks one of them")
+        if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
+            raise InputError(f"{tokenizer.path}: no pieces '<start_of_turn>' and '<end_of_turn>', which prompt_format 'gemma' needs")
         self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
         self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
         self.stop_ids = {self.end[-1], tokenizer.eos_id}
@@ -432,23 +436,22 @@ class Template:
             before, after = [self.tokenizer.bos_id], []
             context = self.encode(pair.context.strip()) + self.encode("\n\n") if pair.context.strip() else []
         room = max_length - len(before) - len(after) - len(self.opening)
-        kept = 0
         users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
+        kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
         while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
             kept = next(i for i in users if i > kept)
         turns = turns[kept:]
-        spare = room - sum(map(len, turns))
-        context = context[max(0, len(context) - max(0, spare)) :]
+        spare = max(0, room - sum(map(len, turns)))
+        context = context[max(0, len(context) - spare) :]
         if not self.plain and context:  # no system role: the context stands at the head of the first user turn
-            head = self.turn("user")
-            turns[0] = head + context + turns[0][len(head) :]
-            context = []
+            start = self.turn("user")
+            turns[0], context = start + context + turns[0][len(start) :], []
         return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
 
     def reply(self, messages):
         """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote the token."""
         pieces = [piece for message in messages for piece in self.message(*message)][1:]  # the prompt ends with the opening
-        while pieces and pieces[-1][1] == 0:  # nothing after the last reply
+        while pieces and not pieces[-1][1]:  # nothing after the last reply
             pieces.pop()
         tokens = [token for tokens, _ in pieces for token in tokens]
         return tokens, [int(written) for tokens, written in pieces for _ in tokens]
@@ -524,6 +527,8 @@ OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, SAME_TEXT, HELPE
 
 def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, max_turns):
     """The on-policy pair of one example, and its outcome. Everything between "sample" and "update" in Algorithm 2.
+
+    This is the form to read beside the paper; training runs `act_pairs`, and a test holds the two equal.
 
     y_w = pair.chosen, y_l = pair.rejected, a = pair.action; the rest are plain functions:
     respond(pair, trajectory) -> text         y ~ pi_theta(. | prompt, trajectory)
@@ -874,7 +879,7 @@ def gemma_asker(model, tokenizer, config):
         before, after = before + template.turn("user"), template.end + template.newline + template.opening
     room = max(1, model.config.max_position_embeddings - config.max_new_tokens - len(before) - len(after))
 
-    def tokens_of(prompt):  # one that is too long loses its first examples
+    def tokens_of(prompt):  # one that is too long loses its head: the task and the first examples
         return before + tokenizer.encode(prompt)[-room:] + after
 
     def continued(prompts):
@@ -1108,7 +1113,7 @@ def build_helpers(config, reference=None):
     def cast(role):
         helper = getattr(config, role)
         backend = backend_of(helper)
-        if backend == "rule":
+        if backend == "rule" or (config.task == "generate_preference" and role not in ("action_model_config", "preference_model_config")):
             return RULES[role]
         needed = {"gemma": "model_path", "gemini": "model_id"}[backend]
         if not getattr(helper, needed):
@@ -1214,13 +1219,22 @@ def gold_actions(classify_actions):
 
 
 def load_records(config, helpers):
-    """(training, validation) preference records, with gold actions and questions from the helper models where the files lack them."""
+    """(training, validation) preference records, with gold actions and questions from the helper models where the files lack them.
+
+    A losing question is paid for only where it is used: in training on pairs, and in files of pairs.
+    """
+    files, written = config.data_config, config.task == "generate_preference"
     questions = split_over_ranks("writing question", helpers.write_questions)
     classify = split_over_ranks("classifying reply", gold_actions(helpers.classify_actions))
     if not config.training_config.is_preference:
-        for path in filter(None, (config.data_config.train_path, config.data_config.validation_path)):
+        for path in filter(None, (files.train_path, files.validation_path)):
             report_agreement(path, classify)
-    return data.get_datasets_from_config(config, questions, classify)
+    halves = (
+        ({"validation_path": ""}, questions if config.task in ("act", "dpo") or written else None),
+        ({"train_path": ""}, questions if written else None),
+    )
+    halves = [data.get_datasets_from_config(replace(config, data_config=replace(files, **no)), q, classify) for no, q in halves]
+    return halves[0][0], halves[1][1]
 
 
 def report_agreement(path, classify_actions):
@@ -1235,7 +1249,7 @@ def report_agreement(path, classify_actions):
         return
     text = f"{path}: the action classifier labels {len(turns) - len(labelled)} of {len(turns)} turns"
     if labelled:
-        gold, replies = map(list, zip(*labelled, strict=True))
+        gold, replies = map(list, zip(*labelled[:: -(-len(labelled) // 200)], strict=True))  # a sample: calls may cost money
         found = data.action_metrics(gold, classify_actions(replies))
         text += f"; with the labels of the others it agrees in {found['Accuracy']:.3f}, Macro F1 {found['Macro F1']:.3f}"
     say(text)
@@ -1356,7 +1370,7 @@ def optimizer_tensors(model, optimizer):
     return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
-def save_model(model, tokenizer, directory, optimizer=None, step=None):
+def save_model(model, tokenizer, directory, optimizer=None, step=None, examples_per_step=None):
     """The model, its tokenizer and what a resumed run needs, as a directory that appears when it is complete. Every rank calls this."""
     partial = directory.with_name(f".{directory.name}.part")
     if is_main():
@@ -1367,7 +1381,7 @@ def save_model(model, tokenizer, directory, optimizer=None, step=None):
     if is_main():
         shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
         if optimizer:
-            write_json(partial / "trainer_state.json", {"step": step})
+            write_json(partial / "trainer_state.json", {"step": step, "examples_per_step": examples_per_step})
         gemma.remove_tree(directory)
         partial.rename(directory)
 
@@ -1376,7 +1390,7 @@ def save_checkpoint(run, step):
     """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
     training = run.config.training_config
     folder = Path(training.output_dir) / "checkpoints"
-    save_model(run.policy, run.tokenizer, folder / f"step-{step}", run.optimizer, step)
+    save_model(run.policy, run.tokenizer, folder / f"step-{step}", run.optimizer, step, run.local * dist.get_world_size())
     if is_main() and training.save_total_limit:
         for old in checkpoints(training.output_dir)[: -training.save_total_limit]:
             gemma.remove_tree(old)
@@ -1407,7 +1421,7 @@ def on_main(function, *arguments):
     if is_main():
         try:
             answer[0] = function(*arguments)
-        except (InputError, OSError) as error:
+        except (*INPUT_ERRORS, OSError) as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1]:
@@ -1417,23 +1431,36 @@ def on_main(function, *arguments):
 
 def check_output(config, resume, overwrite):
     """May this run write to its output directory? Changes nothing. Returns the checkpoint to resume from, "done", or None."""
-    output, source = Path(config.training_config.output_dir), config.policy_model_config.model_path
-    if config.task not in WRITES and source and output.resolve() in Path(source).resolve().parents:
-        raise InputError(f"policy_model_config.model_path {source} lies in output_dir {output}, which this run writes anew")
+    output = Path(config.training_config.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: output_dir is a file, expected a directory")
+    written = [output / name for name in (*WRITES.get(config.task, WRITES["training"]), "config.json")]
+    for key, source in flat(asdict(config)).items():
+        if key.endswith("_path") and source:
+            at = Path(source).resolve()
+            if any(path.resolve() in (at, at / "config.json", *at.parents) for path in written):
+                raise InputError(f"{key} {source}: this run would write over it, expected another output_dir than {output}")
+    former, there = output / "config.json", next((path for path in written if path.exists()), None)
+    if there and not overwrite and not (resume and former.exists()):
+        flags = "--overwrite to start again" if config.task in WRITES else "--resume to continue it or --overwrite to start again"
+        raise InputError(f"{output}: already holds {'a run' if former.exists() else there.name}, expected {flags}")
+    return resume_from(output, config) if resume and former.exists() else None
+
+
+def resume_from(output, config):
+    """The newest checkpoint of the run in `output`, if that run learnt as this one does; "done" if it has ended."""
     former = output / "config.json"
-    if not resume and not overwrite and former.exists():
-        raise InputError(f"{output}: already holds a run, expected --resume to continue it or --overwrite to start again")
-    if not resume or not former.exists():
-        return None
     then, now = flat(gemma.read_json(former)), flat(asdict(config))
-    for key, value in now.items():
-        if then.get(key) != value and key.rpartition(".")[2] not in MAY_CHANGE:
-            raise InputError(f"--resume: {key} is {value!r}, expected {then.get(key)!r} as in {former}")
-    if (output / "model").exists() and all(then[key] == now[key] for key in now if key.endswith(("max_steps", "num_train_epochs"))):
+    changed = [key for key, value in now.items() if then.get(key) != value]
+    for key in changed:
+        if key.rpartition(".")[2] not in MAY_CHANGE:
+            raise InputError(f"--resume: {key} is {now[key]!r}, expected {then.get(key)!r} as in {former}")
+    if (output / "model").exists() and not {"training_config.max_steps", "training_config.num_train_epochs"} & set(changed):
         return "done"
-    return next(reversed(checkpoints(output)), None)
+    checkpoint = next(reversed(checkpoints(output)), None)
+    if (output / "model").exists() and not checkpoint:
+        raise InputError(f"--resume: {output} holds a finished model but no checkpoint, expected --overwrite to start again")
+    return checkpoint
 
 
 def flat(section, prefix=""):
@@ -1446,21 +1473,24 @@ def start_output(config, checkpoint=None):
     """Remove what a former run wrote, as far as this one will write it again. The first thing that a run changes on disk."""
     output = Path(config.training_config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    if checkpoint:  # what was logged after the checkpoint will be logged again
+    if checkpoint:  # what was logged after the checkpoint will be logged again, and the model is no longer the last one
+        gemma.remove_tree(output / "model")
         step = int(checkpoint.name[5:])
         for name in ("metrics.jsonl", "eval_samples.jsonl"):
             data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
     else:
         for name in WRITES.get(config.task, WRITES["training"]):
             gemma.remove_tree(output / name)
-            (output / name).unlink(missing_ok=True)
     write_json(output / "config.json", asdict(config))
 
 
 def whole_rows(path):
     """The rows of a JSONL file that a killed run may have left with half a line at its end."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: a line is not an object with a step, expected what a run wrote") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1572,6 +1602,8 @@ class Run:
     reference: Gemma2 | None  # None in task sft
     optimizer: torch.optim.Optimizer
     start: int  # optimiser steps that a resumed run has behind it
+    steps: int  # and how many it shall have at its end
+    local: int  # examples of a step on this rank
 
 
 def prepare(config, device, overwrite, resume):
@@ -1593,12 +1625,21 @@ def prepare(config, device, overwrite, resume):
     validation = make_pairs(validation, config.data_config.validation_path) if training.do_eval else []
     policy = build_model(checkpoint or source, mesh, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
     gemma.check_vocabulary(tokenizer, policy)
+    world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(pairs) / (local * world))
     optimizer, start = make_optimizer(policy, training), 0
     if checkpoint:
         gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
-        start = gemma.read_json(checkpoint / "trainer_state.json")["step"]
+        state = gemma.read_json(checkpoint / "trainer_state.json")
+        start, former = state.get("step"), state.get("examples_per_step")
+        if former != local * world:
+            raise InputError(f"--resume: a step is of {local * world} examples on {world} processes, expected {former} as in {checkpoint}")
+        if start > steps:
+            raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
     on_main(start_output, config, checkpoint)
-    return Run(config, device, tokenizer, template, helpers, records, pairs, validation, policy, reference, optimizer, start)
+    return Run(
+        config, device, tokenizer, template, helpers, records, pairs, validation, policy, reference, optimizer, start, steps, local
+    )  # fmt: skip
 
 
 def on_policy(run, batch, step, positions):
@@ -1630,16 +1671,18 @@ def train(config, device, overwrite, resume):
     if not run:
         return
     training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
-    pairs, micro = run.pairs, training.per_device_train_batch_size
-    local = micro * training.gradient_accumulation_steps  # examples of a step on this rank
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(pairs) / (local * world))
+    pairs, local, steps, micro = run.pairs, run.local, run.steps, training.per_device_train_batch_size
     order, log, progress, done = DataOrder(run.records, training.seed), Log(config, run.start), Progress("step", steps), run.start
+    evaluated = on_main(evaluated_steps, training.output_dir)
     sizes = f"{len(pairs)} training turns, {len(run.validation)} for validation, steps of {local * world} turns"
     say(f"{config.task}: {sizes}, step {done} to {steps}")
     try:
-        if run.validation and run.start == 0:
-            log.evaluation(0, *evaluate(run.policy, run.template, run.validation, run.helpers, config))
-        for step in range(run.start, steps):
+        for step in range(run.start, steps + 1):
+            due = step in (0, steps) or (training.eval_steps and step % training.eval_steps == 0)
+            if run.validation and due and step not in evaluated:
+                log.evaluation(step, *evaluate(run.policy, run.template, run.validation, run.helpers, config))
+            if step == steps:
+                break
             positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
             batch, sums, began = [pairs[order[position]] for position in positions], Counter(), time.perf_counter()
             if config.task == "act" and training.sample_frequency and (step + 1) % training.sample_frequency == 0:
@@ -1659,19 +1702,22 @@ def train(config, device, overwrite, resume):
                 means = {key: value if key in TOTALS else value / (local * world) for key, value in totals.items()}
                 log.step(done, {**means, "grad_norm": grad_norm, "learning_rate": lr, **seconds})
                 progress(done, f"loss {means['loss']:.4f}" + (f"  margin {means['rewards/margins']:.3f}" if run.reference else ""))
-            if run.validation and (done == steps or (training.eval_steps and done % training.eval_steps == 0)):
-                log.evaluation(done, *evaluate(run.policy, run.template, run.validation, run.helpers, config))
             if training.save_steps and done % training.save_steps == 0 and done < steps:
                 save_checkpoint(run, done)
-    except HelperError:
-        if done > run.start:
-            save_checkpoint(run, done)
-        raise
+    except HelperError as error:
+        if done == run.start:
+            raise
+        save_checkpoint(run, done)
+        raise HelperError(f"{error}; saved, --resume goes on from step {done}") from None
     save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
     log.finish()
 
 
 TOTALS = {"tokens", *(f"act/{outcome}" for outcome in OUTCOMES), *(f"helpers/{key}" for key in COUNTED)}  # logged as sums, not as means
+
+
+def evaluated_steps(folder):
+    return {row["step"] for row in whole_rows(Path(folder) / "metrics.jsonl") if "eval/Accuracy" in row}
 
 
 def write_evaluation(folder, metrics, samples):
@@ -1698,7 +1744,7 @@ class Log:
         self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.last = metrics, [{"step": step, **sample} for sample in samples]
         self.first = self.first or self.last
-        write_evaluation(self.folder, metrics, self.first[1] + (self.last[1] if step else []))
+        write_evaluation(self.folder, metrics, self.first[1] + (self.last[1] if self.last is not self.first else []))
 
     def finish(self):
         if self.last and self.first is not self.last:
@@ -1711,15 +1757,15 @@ class Log:
 # Other tasks, and the command line
 
 
-def evaluate_only(config, device, overwrite):
+def evaluate_only(config, device, overwrite, _):
     """Task evaluate: the metrics of policy_model_config.model_path on data_config.validation_path."""
     source = config.policy_model_config.model_path
+    on_main(check_output, config, False, overwrite)
+    mesh = make_mesh(device, config.training_config.dp_replicate_size)
     tokenizer = Tokenizer(Path(source) / "tokenizer.model")
     helpers = build_helpers(config)
     _, records = load_records(replace(config, data_config=replace(config.data_config, train_path="")), helpers)
     pairs = make_pairs(records, config.data_config.validation_path)
-    on_main(check_output, config, False, overwrite)
-    mesh = make_mesh(device, config.training_config.dp_replicate_size)
     model = build_model(source, mesh, getattr(torch, config.policy_model_config.dtype), trainable=False)
     gemma.check_vocabulary(tokenizer, model)
     on_main(start_output, config)
@@ -1730,11 +1776,10 @@ def evaluate_only(config, device, overwrite):
         say(f"{name:50} {'-' if value is None else round(value, 4)}")
 
 
-def generate_preference(config, device, overwrite):
+def generate_preference(config, _, overwrite, __):
     """Task generate_preference: conversations in, preference records out (Algorithm 1), in output_dir."""
-    helpers = build_helpers(config)
-    train_records, validation_records = load_records(config, helpers)
     on_main(check_output, config, False, overwrite)
+    train_records, validation_records = load_records(config, build_helpers(config))
     on_main(start_output, config)
     for name, records in (("train", train_records), ("validation", validation_records)):
         if records and is_main():
@@ -1783,17 +1828,18 @@ def main(arguments=None):
         path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(path, overrides)
         device = start_processes()
-        resume = ("resume" in flags,) if TASKS[config.task] is train else ()
-        if "resume" in flags and not resume:
+        if "resume" in flags and TASKS[config.task] is not train:
             raise InputError(f"--resume: task '{config.task}' has nothing to resume, expected --overwrite")
-        TASKS[config.task](config, device, "overwrite" in flags, *resume)
+        TASKS[config.task](config, device, "overwrite" in flags, "resume" in flags)
     except INPUT_ERRORS as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"act.py: error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        if rank:  # mostly the same error on all ranks: the first one says it, and torchrun ends the others meanwhile
+            time.sleep(2)
+        print(f"act.py: error: {error}" + (f" (local rank {rank})" if rank else ""), file=sys.stderr, flush=True)
         return 2
     except HelperError as error:
         if is_main():
-            print(f"act.py: stopped: {error}; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print(f"act.py: stopped: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         if is_main():

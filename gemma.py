@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
@@ -66,7 +67,7 @@ class Gemma2Config:
     layer_types: list | None = None  # default: sliding, full, sliding, full, ...
 
     def __post_init__(self):
-        if self.layer_types is None:
+        if self.layer_types is None and isinstance(self.num_hidden_layers, int):
             self.layer_types = [(LOCAL, GLOBAL)[i % 2] for i in range(self.num_hidden_layers)]
 
     @classmethod
@@ -129,7 +130,7 @@ def read_json(path):
         value = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
@@ -432,7 +433,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def chunks(hidden, embedding, entries=None):
-        entries = entries or max(2**28 if hidden.is_cuda else 2**22, 64 * len(embedding))  # 16 MiB of float32 logits, 1 GiB on a GPU
+        entries = entries or max(2**28 if hidden.is_cuda else 2**22, 64 * len(embedding))  # float32 logits held at once
         step = max(1, entries // len(embedding))
         return [slice(i, i + step) for i in range(0, len(hidden), step)]
 
@@ -653,11 +654,12 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
         write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
-def remove_tree(directory):
-    if directory.is_dir():
-        for path in directory.iterdir():
-            remove_tree(path) if path.is_dir() else path.unlink()
-        directory.rmdir()
+def remove_tree(path):
+    """Remove a directory or file, if it is there; of a link only the link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def write_json(path, value):
@@ -895,12 +897,12 @@ def main():
         tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
         model = Gemma2.from_pretrained(args.model_dir)
         check_vocabulary(tokenizer, model)
+        stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
+        prompt = tokenizer.encode(args.prompt, bos=True)
+        [tokens] = generate(model, [prompt], args.max_new_tokens, args.temperature, stop_ids=stop)
     except InputError as error:
         print(f"gemma.py: error: {error}", file=sys.stderr)
         return 2
-    stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
-    prompt = tokenizer.encode(args.prompt, bos=True)
-    [tokens] = generate(model, [prompt], args.max_new_tokens, args.temperature, stop_ids=stop)
     print(args.prompt + tokenizer.decode(tokens))
     return 0
 

@@ -150,6 +150,7 @@ def trl_step(args):
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
     config = transformers.AutoConfig.from_pretrained(TINY / "sft")
     config.vocab_size = len(vocabulary)
+    torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(args.folder / "random")
     options = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
     trainer = trl.DPOTrainer(

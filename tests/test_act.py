@@ -770,16 +770,16 @@ def test_a_record_gives_the_tokens_of_its_conversation(tmp_path, tokenizer, prom
 def test_a_record_without_a_last_user_turn_is_refused():
     prompt = data.format_prompt("", [("user", "a"), ("model", "b")])
     record = data.make_record(prompt, (ANSWER, CLARIFY), "Assistant: a\n", "Assistant: b?\n", "a")
-    with pytest.raises(data.InputError, match=r"^x\.jsonl: record 0: input_text does not end"):
+    with pytest.raises(data.InputError, match=r"^x\.jsonl: record 1: input_text does not end"):
         act.make_pairs([record], "x.jsonl")
     record = {**record, "input_text": data.format_prompt("", [("user", "a")]), "rejected": "User: no\n"}
-    with pytest.raises(data.InputError, match=r"^x\.jsonl: record 0: .*does not begin with the assistant"):
+    with pytest.raises(data.InputError, match=r"^x\.jsonl: record 1: .*does not begin with the assistant"):
         act.make_pairs([record], "x.jsonl")
 
 
 def test_a_tokenizer_without_turns_cannot_chat(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "end_of_turn_id", None)
-    with pytest.raises(data.InputError, match="tokenizer.model: no piece '<end_of_turn>'"):
+    with pytest.raises(data.InputError, match="tokenizer.model: no pieces"):
         Template(tokenizer, "gemma")
 
 
@@ -832,7 +832,7 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     ("training_config.learning_rate", "fast", "expected float"),
     ("training_config.learning_rate", True, "expected float"),
     ("training_config.bf16", 1, "expected bool"),
-    ("training_config.output_dir", 3, "expected str"),
+    ("training_config.output_dir", [3], "expected str"),
     ("training_config.class_balance", [1], "expected "),
     ("training_config.beta", -0.1, "expected a number from 0"),
     ("training_config.beta", "NaN", "expected"),
@@ -1639,7 +1639,8 @@ def test_readme_commands_parse():
     text = (ROOT / "README.md").read_text()
     assert "pip install -r requirements.txt && torchrun act.py --config tiny.json\n" in text
     assert "pip install -r requirements.txt && pytest\n" in text
-    commands = [line.split("act.py ", 1)[1] for line in text.splitlines() if line.startswith("torchrun ") and "act.py --config gemma2" in line]
+    lines = [line for line in text.splitlines() if line.startswith("torchrun ") and "act.py --config gemma2" in line]
+    commands = [line.split("act.py ", 1)[1] for line in lines]
     assert len(commands) >= 2
     for command in commands:
         path, overrides, _ = act.parse_arguments(command.split())
@@ -1700,3 +1701,76 @@ def test_agreement_with_the_labels_is_reported_where_a_part_is_labelled(tmp_path
     act.report_agreement(write_lines(tmp_path / "some.jsonl", [{"messages": messages}]), data.rule_actions)
     said = capsys.readouterr().out
     assert "labels 1 of 4 turns" in said and "agrees in 0.667" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What a run must not do to what is there
+
+
+@pytest.mark.parametrize(("task", "files", "source"), [
+    ("generate_preference", ["train.jsonl"], "data_config.train_path"),
+    ("act", ["metrics.jsonl"], "data_config.validation_path"),
+])  # fmt: skip
+def test_a_run_does_not_write_over_what_it_reads(world, tmp_path, capsys, task, files, source):
+    config = run_config(world, tmp_path, task)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in files:
+        shutil.copyfile(world / "train.jsonl", out / name)
+    assert "this run would write over it" in error_of(capsys, "--config", config, f"--{source}", out / files[0], "--overwrite")
+    assert (out / files[0]).read_bytes() == (world / "train.jsonl").read_bytes()
+
+
+def test_a_directory_that_holds_a_model_but_no_run_needs_overwrite(world, tmp_path, capsys):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "mine").write_text("kept")
+    assert "already holds model" in error_of(capsys, "--config", run_config(world, tmp_path))
+    assert (tmp_path / "out" / "model" / "mine").read_text() == "kept"
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_started_over_by_resume(world, act_run, tmp_path, capsys):
+    folder = copy_of(act_run[0], tmp_path, {})
+    said = error_of(capsys, "--config", folder / "run.json", "--resume", "--training_config.max_steps", "9")
+    assert "holds a finished model but no checkpoint" in said
+    assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
+
+
+def test_an_extended_run_that_was_killed_is_not_taken_for_finished(world, tmp_path, monkeypatch):
+    config = run_config(world, tmp_path, "sft", max_steps=3, save_steps=1, do_eval=False, lr_scheduler_type="constant")
+    assert run("--config", config) == 0
+    killed = [0]
+
+    def stop(run, step):
+        killed[0] = step
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(act, "save_checkpoint", stop)
+        assert run("--config", config, "--resume", "--training_config.max_steps", "6") == 130
+    assert killed == [3]
+    assert run("--config", config, "--resume", "--training_config.max_steps", "6") == 0
+    assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "out" / "model").exists()
+
+
+def test_resuming_with_another_batch_is_refused(world, tmp_path, capsys):
+    config = run_config(world, tmp_path, "sft", max_steps=3, save_steps=1, do_eval=False)
+    assert run("--config", config) == 0
+    changed = ["--training_config.max_steps", "5", "--training_config.gradient_accumulation_steps", "2"]
+    assert "expected 3 as in" in error_of(capsys, "--config", config, "--resume", *changed)
+
+
+def test_a_conversation_that_the_assistant_opens_keeps_roles_in_the_chat_template(tokenizer):
+    greeting = [("model", "get tax"), ("user", "jan")]
+    pair = act.Pair("tax", greeting, ANSWER, [], [], [], "", "an instruction", {})
+    alone = act.Pair("tax", greeting[1:], ANSWER, [], [], [], "", "an instruction", {})
+    template = Template(tokenizer, "gemma")
+    assert template.prompt(pair, 1000) == template.prompt(alone, 1000)
+
+
+def test_removing_a_link_keeps_what_it_points_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    act.gemma.remove_tree(tmp_path / "link")
+    assert not (tmp_path / "link").exists() and (tmp_path / "there" / "file").read_text() == "kept"
