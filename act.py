@@ -158,9 +158,12 @@ AT_LEAST_ONE = {
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
 FOREIGN = {  # keys of the published research code's configs that mean nothing here: accepted, named once, not read
-    "policy_model_config": {"model_id", "token"},
-    "data_config": {"preference_batch_generation", "has_context_metadata"},
-    "training_config": {"project_id", "location", "staging_bucket", "machine_type", "accelerator_type"},
+    "policy_model_config": "model_id token revision trust_remote_code use_flash_attention_2 model_code_revision torch_dtype "
+    "tokenizer_name_or_path load_in_4bit load_in_8bit",
+    "data_config": "preference_batch_generation has_context_metadata train_preference_filename validation_preference_filename "
+    "truncation_side eval_data eval_result_output_path eval_sample_output_path eval_max_input_length",
+    "training_config": "project_id location staging_bucket machine_type accelerator_type packing gradient_checkpointing_kwargs "
+    "resume_from_checkpoint eval_strategy save_strategy logging_strategy max_seq_length world_size log_level logging_first_step",
 }
 
 
@@ -179,10 +182,11 @@ def load_config(path, overrides=()):
             raise InputError(f"--{key}: {section} is not a section of {path}")
         target[name] = text if text in ("NaN", "Infinity", "-Infinity") else parse_value(text)
         where[key] = f"--{key}"
-    for section, keys in FOREIGN.items():
-        if isinstance(raw.get(section), dict) and keys & raw[section].keys():
-            say(f"{path}: {section}: not read here: {', '.join(sorted(keys & raw[section].keys()))}")
-            raw[section] = {key: value for key, value in raw[section].items() if key not in keys}
+    for section, names in FOREIGN.items():
+        unread = raw[section].keys() & set(names.split()) if isinstance(raw.get(section), dict) else ()
+        if unread:
+            say(f"{path}: {section}: not read here: {', '.join(sorted(unread))}")
+            raw[section] = {key: value for key, value in raw[section].items() if key not in unread}
     config = build_section(Config, raw, str(path), "", where)
     check_config(config, path)
     return config
@@ -1380,6 +1384,9 @@ def save_model(model, tokenizer, directory, optimizer=None, step=None, examples_
         gemma.save_safetensors(optimizer_tensors(model, optimizer), partial if is_main() else None, "optimizer")
     if is_main():
         shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            if tokenizer.path.with_name(name).exists():  # not read here, but transformers and vLLM look for them
+                shutil.copyfile(tokenizer.path.with_name(name), partial / name)
         if optimizer:
             write_json(partial / "trainer_state.json", {"step": step, "examples_per_step": examples_per_step})
         gemma.remove_tree(directory)

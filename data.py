@@ -451,12 +451,24 @@ def check_record(record, where):
     return record
 
 
+NO_ANSWER_TEXT = "This question was not answered by the Assistant."  # what the published code writes for a gold answer that is missing
+
+
 def read_preferences(path):
-    """Records from a JSONL of records, or of Vertex's preference-tuning form (a line with "completions")."""
-    records = []
+    """Records from a JSONL of records, or of Vertex's preference-tuning form (a line with "completions").
+
+    Records of the published research code for turns that nobody answered teach nothing; they are skipped, and that is said.
+    """
+    records, skipped = [], 0
     for number, row in read_jsonl(path):
         where = f"{path}:{number}: "
-        records.append(parse_completions(row, where) if "completions" in row else check_record(row, where))
+        record = parse_completions(row, where) if "completions" in row else check_record(row, where)
+        if record["chosen"].strip() and NO_ANSWER_TEXT not in record["gold_target"]:
+            records.append(record)
+        else:
+            skipped += 1
+    if skipped and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {skipped} records without an answer were skipped", flush=True)
     if not records:
         raise InputError(f"{path}: holds no preference record, expected at least one line of JSON")
     return records

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -413,15 +414,17 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, embedding, targets, norms = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_embedding = torch.zeros_like(embedding, dtype=torch.float32)  # float32 sums over the chunks
-        for rows in TokenLogps.chunks(hidden, embedding):
+        chunks = TokenLogps.chunks(hidden, embedding)
+        dtype = embedding.dtype if len(chunks) == 1 else torch.float32  # sums over several chunks are in float32
+        grad_embedding = torch.zeros_like(embedding, dtype=dtype)
+        for rows in chunks:
             logits = TokenLogps.logits(hidden[rows], embedding, ctx.softcap)
             delta = (logits - norms[rows, None]).exp_().neg_()
             delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
             delta.mul_(grad[rows, None])
             delta = delta.addcmul_(delta, logits.square_(), value=-(ctx.softcap**-2)).to(embedding.dtype)
             grad_hidden[rows] = delta @ embedding
-            if embedding.dtype == torch.float32:
+            if grad_embedding.dtype == embedding.dtype:
                 grad_embedding.addmm_(delta.T, hidden[rows])
             else:
                 grad_embedding += delta.T @ hidden[rows]
@@ -627,7 +630,7 @@ def shard_names(index):
 def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_000_000):
     """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than one shard may be.
 
-    Sharded tensors are made whole one at a time, on every rank; only the writer (directory not None) keeps them, a shard at most.
+    Sharded tensors are collected one at a time on rank 0, the writer (directory not None), which holds a shard of them at most.
     """
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     shards = [[]]
@@ -641,8 +644,7 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
     for file, shard in zip(files, shards, strict=True):
         whole = {}
         for name in shard:
-            tensor = tensors[name].detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = collected(tensors[name].detach())
             if directory:
                 whole[prefix + name] = tensor.cpu().contiguous()
         if directory:
@@ -652,6 +654,27 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
         weight_map = {prefix + name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(directory / f"{stem}.safetensors.index.json", index)
+
+
+def collected(tensor):
+    """The whole of a sharded tensor on rank 0. The others send their rows, hold nothing more than them, and get None."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    [group] = [tensor.device_mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    part, ranks = tensor.to_local().contiguous(), dist.get_process_group_ranks(group)
+    if len(ranks) == 1:
+        return part
+    if dist.get_rank():
+        if ranks[0] == 0 and len(part):  # not in a copy of the sharded model
+            dist.send(part, dst=0, group=group)
+        return None
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=part.device)
+    for rank, rows in zip(ranks, whole.chunk(len(ranks)), strict=False):  # no rows are left for the last ranks of a short tensor
+        if rank:
+            dist.recv(rows, src=rank, group=group)
+        else:
+            rows.copy_(part)
+    return whole
 
 
 def remove_tree(path):

@@ -571,3 +571,13 @@ def test_command_line_names_the_line_of_broken_json(tmp_path):
     message = f"{source}:3: not UTF-8 (byte 0xe9), expected JSON in UTF-8"
     assert run("pacific", source, tmp_path / "out.jsonl").stderr == f"data.py: error: {message}\n"
     assert run("pacific", tmp_path / "none", "x").stderr == f"data.py: error: {tmp_path}/none: cannot be read (No such file or directory)\n"
+
+
+def test_published_records_without_an_answer_are_skipped(tmp_path, capsys):
+    record = dict.fromkeys(data.RECORD_KEYS, "Assistant: yes\n")
+    record |= {"input_text": "i\n[context]\nc\n[conversation]\nUser: q\n", "dialogue_policy": "ANSWER", "chosen_policy": "ANSWER",
+               "rejected_policy": "CLARIFY"}
+    rows = [record, {**record, "chosen": ""}, {**record, "gold_target": "This question was not answered by the Assistant."}]
+    data.write_jsonl(tmp_path / "p.jsonl", rows)
+    assert data.read_preferences(tmp_path / "p.jsonl") == [record]
+    assert "2 records without an answer" in capsys.readouterr().out
