@@ -404,7 +404,7 @@ class Template:
     def __init__(self, tokenizer, prompt_format):
         self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
         self.newline = self.encode("\n")
-        if tokenizer.bos_id is None or tokenizer.decode(self.encode("a\nb")) != "a\nb":
+        if tokenizer.bos_id is None or not self.newline:
             raise InputError(f"{tokenizer.path}: a prompt needs <bos> and newlines, this vocabulary lacks one of them")
         if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
             raise InputError(f"{tokenizer.path}: no pieces '<start_of_turn>' and '<end_of_turn>', which prompt_format 'gemma' needs")

@@ -469,7 +469,8 @@ class Gemma2(nn.Module):
 
     def logits(self, hidden):
         """Soft-capped float32 logits [..., V] of hidden states [..., C]."""
-        return soft_capped(hidden @ self.embed_tokens.weight.T, self.config.final_logit_softcapping)
+        product = self.embed_tokens.weight @ hidden.flatten(0, -2).T  # this way round a few rows are twice as fast on a CPU
+        return soft_capped(product.T.reshape(*hidden.shape[:-1], -1), self.config.final_logit_softcapping)
 
     def forward(self, tokens):
         """int64 [B, T] -> float32 logits [B, T, V]; every row starts at position 0."""
