@@ -1621,6 +1621,8 @@ def prepare(config, device, overwrite, resume):
     checkpoint = on_main(check_output, config, resume, overwrite)
     if checkpoint == "done":
         return say(f"{training.output_dir}: this run is finished, nothing to resume")
+    if resume and not checkpoint:
+        say(f"{training.output_dir}: no checkpoint yet, starting from the beginning")
     dtype, reference = getattr(torch, config.policy_model_config.dtype), None
     if config.task != "sft":
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
