@@ -120,6 +120,7 @@ class TrainingConfig:
     sample_frequency: int = 1  # sample on policy at every n-th step; 0: never, which is offline DPO
     target_label: str = CLARIFY  # the action that the preference model writes; no other is known
     icl_examples: int = 10  # examples that the preference model is shown
+    action_labels: str = "gold"  # of the training turns: "gold"; "classifier": as if the file had none; "random": a coin's, an ablation
     class_balance: dict | None = None  # e.g. {"CLARIFY": 2, "ANSWER": 1}: resample the training turns of each action
     is_preference: bool = False  # the data files hold preference records
     max_new_tokens: int = 128  # of one response
@@ -127,6 +128,7 @@ class TrainingConfig:
     top_k: int = 0  # sample among the k most likely tokens only; 0: all
     top_p: float = 1.0  # sample among the most likely tokens that together have this probability
     max_turns: int = 3  # responses of one simulated trajectory
+    judge: str = "trajectory"  # what a sample with the right action is judged by: "trajectory", or "action" alone, an ablation
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ CHOICES = {
     "optim": ("rmsprop", "adamw"),
     "loss_type": ("sigmoid", "hinge", "ipo"),
     "loss_on": ("assistant", "all"),
+    "action_labels": data.ACTION_LABELS,
+    "judge": ("trajectory", "action"),
 }
 AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "max_new_tokens",
@@ -238,6 +242,8 @@ def check_config(config, path):
             f"{path}: max_prompt_length {training.max_prompt_length} leaves no room for a response, expected less than "
             f"max_length {training.max_length}"
         )
+    if training.is_preference and training.action_labels == "classifier":
+        raise InputError(f"{path}: action_labels is 'classifier', but is_preference is set, and preference records hold their actions")
     if not 0 < training.top_p <= 1:
         raise InputError(f"{path}: top_p is {training.top_p}, expected a number above 0, up to 1")
     if training.loss_type == "ipo" and training.beta == 0:
@@ -537,7 +543,7 @@ def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, ma
     y_w = pair.chosen, y_l = pair.rejected, a = pair.action; the rest are plain functions:
     respond(pair, trajectory) -> text         y ~ pi_theta(. | prompt, trajectory)
     classify_action(text) -> action           A; None where the helper failed
-    simulate_user(pair, trajectory) -> text   U; None where the helper failed
+    simulate_user(pair, trajectory) -> text   U; None where the helper failed. Without one the action alone decides (an ablation)
     score(text, target) -> number             H, and `tolerance` is epsilon
     """
     response = respond(pair, [])
@@ -545,6 +551,8 @@ def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, ma
     trajectory = [("model", response)]
     if action not in (pair.action, None):  # the implicit action is not the gold one: the response loses
         return contrast(pair, trajectory, WRONG_ACTION)
+    if not simulate_user and action is not None:
+        return contrast(pair, trajectory, GOOD_OUTCOME)
     while action == CLARIFY:  # play the conversation on until there is an answer
         if len(trajectory) >= 2 * max_turns - 1:
             return contrast(pair, trajectory, NO_ANSWER)
@@ -573,13 +581,16 @@ def contrast(pair, trajectory, outcome):
 
 def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance, max_turns):
     """`act_pair` for many examples at once, turn by turn in lock-step. Returns ([Pair], [outcome])."""
-    trajectories, actions = rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=True)
+    turns = max_turns if simulate_users else 1
+    trajectories, actions = rollouts(pairs, respond, classify_actions, simulate_users, turns, gold_action_only=True)
     new = []
     for pair, trajectory, (first, last) in zip(pairs, trajectories, actions, strict=True):
         if last is None:
             outcome = HELPER_FAILED
         elif first != pair.action:
             outcome = WRONG_ACTION
+        elif not simulate_users:
+            outcome = GOOD_OUTCOME
         elif last == CLARIFY:
             outcome = NO_ANSWER
         else:
@@ -1232,7 +1243,7 @@ def load_records(config, helpers):
     classify = split_over_ranks("classifying reply", gold_actions(helpers.classify_actions))
     if not config.training_config.is_preference:
         for path in filter(None, (files.train_path, files.validation_path)):
-            report_agreement(path, classify)
+            report_agreement(path, classify, path == files.train_path and config.training_config.action_labels == "classifier")
     halves = (
         ({"validation_path": ""}, questions if config.task in ("act", "dpo") or written else None),
         ({"train_path": ""}, questions if written else None),
@@ -1241,21 +1252,22 @@ def load_records(config, helpers):
     return halves[0][0], halves[1][1]
 
 
-def report_agreement(path, classify_actions):
-    """Where only a part of a file's turns is labelled: how well the classifier that labels the rest agrees with those labels."""
+def report_agreement(path, classify_actions, ignored=False):
+    """Where the classifier labels turns, because they have no label or it is ignored: how well it agrees with the labels there are."""
     turns = []
     for conversation in data.read_vertex_jsonl(path):
         messages = conversation["messages"]
         both = [(turn, reply) for turn, reply in zip(messages, messages[1:], strict=False) if reply["role"] == "model"]
         turns += [(turn.get("requires_clarification"), reply["content"]) for turn, reply in both if turn["role"] == "user"]
     labelled = [(CLARIFY if label else ANSWER, text) for label, text in turns if label is not None]
-    if len(labelled) == len(turns):
+    unlabelled = len(turns) if ignored else len(turns) - len(labelled)
+    if not unlabelled:
         return
-    text = f"{path}: the action classifier labels {len(turns) - len(labelled)} of {len(turns)} turns"
+    text = f"{path}: the action classifier labels {unlabelled} of {len(turns)} turns"
     if labelled:
         gold, replies = map(list, zip(*labelled[:: -(-len(labelled) // 200)], strict=True))  # a sample: calls may cost money
         found = data.action_metrics(gold, classify_actions(replies))
-        text += f"; with the labels of the others it agrees in {found['Accuracy']:.3f}, Macro F1 {found['Macro F1']:.3f}"
+        text += f"; with the labels in the file it agrees in {found['Accuracy']:.3f}, Macro F1 {found['Macro F1']:.3f}"
     say(text)
 
 
@@ -1663,10 +1675,9 @@ def on_policy(run, batch, step, positions):
     def score(answer, target):
         return heuristic(answer, target)[1]
 
+    users = user_for(batch, helpers) if training.judge == "trajectory" else None
     batch, outcomes = together(
-        lambda: act_pairs(
-            batch, respond, helpers.classify_actions, user_for(batch, helpers), score, tolerance, training.max_turns
-        )
+        lambda: act_pairs(batch, respond, helpers.classify_actions, users, score, tolerance, training.max_turns)
     )  # fmt: skip
     counts = {f"act/{outcome}": outcomes.count(outcome) for outcome in OUTCOMES}
     if any(backend_of(getattr(run.config, role)) != "rule" for role in ROLES):

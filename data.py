@@ -406,22 +406,41 @@ class ACTDataset:
         return [dict(records[i]) for i in sorted(kept)]
 
 
+ACTION_LABELS = ("gold", "classifier", "random")
+
+
+def random_actions(records, seed):
+    """The records with a coin's action for each turn: where it is not the gold one, the two sides change places (the paper's ablation)."""
+    swap = {"dialogue_policy": "rejected_policy", "chosen_policy": "rejected_policy", "rejected_policy": "chosen_policy",
+            "chosen": "rejected", "rejected": "chosen"}
+    coins = [random.Random(f"{seed}/random_actions/{i}").random() < 0.5 for i in range(len(records))]
+    return [{**record, **{key: record[other] for key, other in swap.items()}} if coin else record
+            for record, coin in zip(records, coins, strict=True)]
+
+
 def get_datasets_from_config(config, preference_model=None, action_model=None):
-    """(training records, validation records); [] for a path that is not set. Only the training records are balanced."""
+    """(training records, validation records); [] for a path that is not set.
+
+    Only the training records are balanced (`class_balance`) and take their actions from elsewhere (`action_labels`).
+    """
     training = config.training_config
 
-    def load(path, class_balance):
+    def load(path, class_balance, action_labels):
         if not path:
             return []
         rows = read_preferences(path) if training.is_preference else read_vertex_jsonl(path)
+        if action_labels == "classifier":
+            for message in (message for row in rows for message in row["messages"]):
+                message.pop("requires_clarification", None)
         dataset = ACTDataset(rows, training.target_label, training.icl_examples, preference_model, class_balance,
                              training.is_preference, action_model, training.seed)
         records = dataset.prepare_datasets()
         if dataset.skipped and os.environ.get("RANK", "0") == "0":  # said once, not by every process
             print(f"{path}: {dataset.skipped} user turns without an answer in the data were skipped", flush=True)
-        return records
+        return random_actions(records, training.seed) if action_labels == "random" else records
 
-    return load(config.data_config.train_path, training.class_balance), load(config.data_config.validation_path, None)
+    train = load(config.data_config.train_path, training.class_balance, training.action_labels)
+    return train, load(config.data_config.validation_path, None, "gold")
 
 
 def dialogues(records):

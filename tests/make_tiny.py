@@ -46,6 +46,10 @@ OPENINGS = ("Show me", "I need", "Look up", "Please find", "Can I see", "Do you 
 NO_ITEM = ("the figure", "the number")
 WHERE = {"month": ("for {}", "from {}"), "place": ("in {}", "at {}")}
 FOLLOW_UPS = ("And {}?", "What about {}?", "Now {}.", "The same for {}, please.")
+QUESTIONS = (  # people word a question in many ways, so that no single wording has most of the probability of asking
+    "Which {} do you mean?", "What {} are you looking for?", "For which {}?", "Could you say the {}?", "Is there a specific {}?",
+    "The {}, please?",
+)  # fmt: skip
 REPLIES = ("{}.", "{}, please.", "I mean {}.", "For {}.")
 NOTHING_TO_ADD = "I have nothing to add."  # what the rule-based user simulator answers to a question that misses the point
 
@@ -92,8 +96,11 @@ def careful(rng, context, named, refused):
 
 
 def careless(rng, context, named, refused):
-    """The base model's teacher asks for any slot, needed or not, with probability .35; a useless reply ends its questions."""
-    return rng.choice(list(SLOTS)) if rng.random() < 0.35 and not refused else None
+    """The base model's teacher asks with probability .35, needed or not, about a slot that the user left out, if there is one.
+
+    A useless reply ends its questions.
+    """
+    return rng.choice([slot for slot in SLOTS if slot not in named] or list(SLOTS)) if rng.random() < 0.35 and not refused else None
 
 
 def exchange(rng, context, ask, text, intent, named):
@@ -104,7 +111,7 @@ def exchange(rng, context, ask, text, intent, named):
         messages.append({"role": "user", "content": text, "requires_clarification": slot is not None})
         if slot is None:
             break
-        messages.append({"role": "model", "content": f"Which {slot} do you mean?"})
+        messages.append({"role": "model", "content": rng.choice(QUESTIONS).format(slot)})
         refused = slot not in open_slots(context, named)
         text = NOTHING_TO_ADD if refused else rng.choice(REPLIES).format(intent[slot])
         named |= set() if refused else {slot}
@@ -184,7 +191,7 @@ def make_tokenizer(out):
 # ---------------------------------------------------------------------------------------------------- the checkpoints
 
 MODEL = Gemma2Config(
-    vocab_size=402, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=416, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     head_dim=32, query_pre_attn_scalar=32, sliding_window=64, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
     max_position_embeddings=2048,
 )  # fmt: skip
@@ -192,11 +199,6 @@ BASE = {
     "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "max_steps": 1600, "per_device_train_batch_size": 64,
     "icl_examples": 1, "logging_steps": 50,
 }  # fmt: skip
-SFT = {
-    "learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0, "num_train_epochs": 5, "per_device_train_batch_size": 128,
-    "max_steps": -1, "logging_steps": 10,
-}  # fmt: skip
-
 
 def init_model(directory, tokenizer, config=MODEL, seed=0):
     """Write a random checkpoint, 0.84 million parameters.
@@ -213,17 +215,17 @@ def init_model(directory, tokenizer, config=MODEL, seed=0):
     shutil.copyfile(tokenizer, Path(directory) / "tokenizer.model")
 
 
-def sft(start, train_path, validation_path, target, settings):
-    """`act.py --task sft` from checkpoint `start` on `train_path`; the final model takes the place of directory `target`."""
+def sft(start, train_path, validation_path, target, settings=None):
+    """configs/tiny_sft.json from checkpoint `start` on `train_path`; the final model takes the place of directory `target`."""
     with tempfile.TemporaryDirectory() as scratch:
         overrides = {
             "policy_model_config.model_path": start,
             "data_config.train_path": train_path, "data_config.validation_path": validation_path,
-            "training_config.output_dir": scratch, "training_config.optim": "adamw", "training_config.save_steps": 0,
-            **{f"training_config.{key}": value for key, value in settings.items()},
+            "training_config.output_dir": scratch,
+            **{f"training_config.{key}": value for key, value in (settings or {}).items()},
         }  # fmt: skip
         arguments = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
-        command = [sys.executable, ROOT / "act.py", "--config", ROOT / "configs/tiny.json", "--task", "sft", *arguments]
+        command = [sys.executable, ROOT / "act.py", "--config", ROOT / "configs/tiny_sft.json", *arguments]
         subprocess.run(command, check=True)
         partial = target.with_name(target.name + ".part")
         shutil.rmtree(partial, ignore_errors=True)
@@ -244,7 +246,7 @@ def train_base(out, seed=0):
 
 def train_sft(out, seed=0):
     """sft/: base/ after a short training on the gold replies of train.jsonl, stopped early: *when* to ask is only half learnt."""
-    sft(out / "base", out / "train.jsonl", out / "validation.jsonl", out / "sft", {**SFT, "seed": seed})
+    sft(out / "base", out / "train.jsonl", out / "validation.jsonl", out / "sft", {"seed": seed})
 
 
 def main():

@@ -458,6 +458,18 @@ def test_no_answer_within_max_turns_becomes_rejected(max_turns):
     assert new.rejected == whole[: 2 * max_turns - 1] and new.chosen == pair.chosen
 
 
+@pytest.mark.parametrize(("action", "response", "outcome"), [
+    (CLARIFY, "a?", "good_outcome"), (CLARIFY, "no", "wrong_action"), (ANSWER, "bad", "good_outcome"), (ANSWER, "a?", "wrong_action"),
+])  # fmt: skip
+def test_without_a_user_the_action_alone_decides(action, response, outcome):
+    """judge "action": nothing is played on, and no answer is scored."""
+    pair = a_pair(action, rejected="other")
+    batched = act.act_pairs([pair], lambda rows, said: [response], data.rule_actions, None, lambda *_: 0.0, 0.5, 3)
+    new, found = act.act_pair(pair, lambda *_: response, lambda text: data.rule_actions([text])[0], None, lambda *_: 0.0, 0.5, 3)
+    side = new.chosen if outcome == "good_outcome" else new.rejected
+    assert (found, side) == (outcome, [("model", response)]) and batched == ([new], [found])
+
+
 def test_a_pair_whose_sides_become_equal_is_put_back():
     pair = a_pair(ANSWER, chosen="gold", rejected="what?")
     new, outcome, _ = play(pair, ["gold"], score=0.0)

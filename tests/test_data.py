@@ -410,7 +410,8 @@ def test_broken_completions_are_refused(tmp_path, row, message):
 
 def test_config_gives_training_and_validation_records(tmp_path, capsys):
     path = write(tmp_path, SALES, conversation(user("alone", False)))
-    training = SimpleNamespace(target_label=CLARIFY, icl_examples=1, class_balance={CLARIFY: 3}, is_preference=False, seed=0)
+    training = SimpleNamespace(target_label=CLARIFY, icl_examples=1, class_balance={CLARIFY: 3}, is_preference=False, seed=0,
+                               action_labels="gold")
     config = SimpleNamespace(data_config=SimpleNamespace(train_path=str(path), validation_path=str(path)), training_config=training)
     train, validation = data.get_datasets_from_config(config)
     assert (len(train), len(validation)) == (8, 4)  # only the training records are balanced
@@ -419,6 +420,32 @@ def test_config_gives_training_and_validation_records(tmp_path, capsys):
     training.is_preference, training.class_balance = True, None
     config.data_config.train_path, config.data_config.validation_path = None, tmp_path / "p.jsonl"
     assert data.get_datasets_from_config(config) == ([], validation)
+
+
+def test_training_actions_come_from_the_file_the_classifier_or_a_coin(tmp_path):
+    """30 conversations whose labels contradict the classifier, which takes every reply with a question mark for a question."""
+    odd = [conversation(user(f"sales {i}", False), model("Which year?"), user("2010"), model("5")) for i in range(30)]
+    path = write(tmp_path, SALES, *odd)
+    training = SimpleNamespace(target_label=CLARIFY, icl_examples=1, class_balance=None, is_preference=False, seed=0,
+                               action_labels="gold")
+    config = SimpleNamespace(data_config=SimpleNamespace(train_path=str(path), validation_path=str(path)), training_config=training)
+    gold, validation = data.get_datasets_from_config(config)
+    assert gold == validation and sum(record["dialogue_policy"] == CLARIFY for record in gold) == 2
+    training.action_labels = "classifier"
+    classified, unchanged = data.get_datasets_from_config(config)
+    assert unchanged == validation and sum(record["dialogue_policy"] == CLARIFY for record in classified) == 32
+    assert all(record["dialogue_policy"] == data.rule_actions([data.first_reply(record["output_text"])])[0] for record in classified)
+    training.action_labels = "random"
+    coined, unchanged = data.get_datasets_from_config(config)
+    assert unchanged == validation and coined == data.get_datasets_from_config(config)[0]
+    swapped = [a["dialogue_policy"] != b["dialogue_policy"] for a, b in zip(coined, gold, strict=True)]
+    assert 0.25 < sum(swapped) / len(swapped) < 0.75
+    for swap, a, b in zip(swapped, coined, gold, strict=True):
+        assert (a["chosen"], a["rejected"]) == ((b["rejected"], b["chosen"]) if swap else (b["chosen"], b["rejected"]))
+        assert (a["chosen_policy"], a["rejected_policy"]) == (a["dialogue_policy"], CLARIFY if a["dialogue_policy"] == ANSWER else ANSWER)
+        assert all(a[key] == b[key] for key in ("input_text", "output_text", "gold_target", "gold_trajectory"))
+    training.seed = 1
+    assert coined != data.get_datasets_from_config(config)[0]
 
 
 # --- Metrics

@@ -1,0 +1,292 @@
+"""The paper's claims, checked on a laptop: every method, several seeds, one table and one figure. Nothing here trains: `act.py` does.
+
+    python tests/claim.py --seeds 5             # the table, on configs/tiny/test.jsonl: about 12 minutes on two cores
+    python tests/claim.py --seeds 5 --curve     # and 25, 50 and 200 training conversations, and the figure: about 12 minutes more
+    python tests/claim.py --search              # how the hyperparameters were chosen, on validation.jsonl with seeds 100 to 102
+    python tests/claim.py --study rpo_alpha     # one choice of the recipe in many values, on validation.jsonl with seeds 100 to 102
+
+A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a seed start
+from the same SFT model. Runs are kept in --out; what is there is not run again, and what was interrupted goes on: after a change
+of configs or code take another --out.
+Writes NAME.md and NAME.json (every number of every run) there, and claim.svg.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from make_tiny import conversations  # noqa: E402
+
+from data import write_jsonl  # noqa: E402
+
+METHODS = {  # method -> its config; SFT starts from the base model, the others from what SFT gives
+    "SFT": "tiny_sft.json",
+    "SFT continued": "tiny_sft_continued.json",
+    "offline DPO": "tiny_dpo.json",
+    "ACT, action check only": "tiny_act_action_only.json",
+    "ACT, random actions": "tiny_act_random_actions.json",
+    "ACT, no labels": "tiny_act_no_labels.json",
+    "ACT": "tiny.json",
+}
+COLUMNS = {  # title -> (metric, scale)
+    "action macro F1": ("Macro F1", 100),
+    "trajectory EM": ("Trajectory-level Exact Match", 100),
+    "after clarification": ("Post-Clarification Exact Match", 100),
+    "CLARIFY turns": ("CLARIFY Turns: Trajectory-level Exact Match", 100),
+    "ANSWER turns": ("ANSWER Turns: Trajectory-level Exact Match", 100),
+    "questions a turn": ("Questions per Turn", 1),
+}
+CURVE = ("SFT", "SFT continued", "offline DPO", "ACT")
+SIZES = (25, 50, 100, 200)  # training conversations of the curve
+SEARCH_SEEDS = (100, 101, 102)
+GRID = {"learning_rate": (5e-4, 1e-3), "rpo_alpha": (0.0, 0.3, 1.0)}  # six settings for each method; the classifier's labels get ACT's
+SEARCH = {
+    "SFT continued": {"learning_rate": (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)},
+    "offline DPO": GRID,
+    "ACT, action check only": GRID,
+    "ACT, random actions": GRID,
+    "ACT": GRID,
+}
+STUDIES = {  # name -> ACT's config with other values; max_turns is then evaluated with 3 turns like all others
+    "loss_on": ("assistant", "all"),
+    "rpo_alpha": (0.0, 0.3, 1.0),
+    "max_turns": (1, 2, 3),
+    "temperature": (0.5, 0.7, 1.0, 1.3),
+}  # fmt: skip
+
+
+class Bench:
+    """Runs `act.py` in --out, a few runs at a time, each on one thread; every run once."""
+
+    def __init__(self, out, jobs, evaluation):
+        self.out, self.jobs, self.evaluation, self.locks, self.guard = out, jobs, evaluation, {}, threading.Lock()
+        out.mkdir(parents=True, exist_ok=True)
+
+    def map(self, cells):
+        """{cell: metrics} of all `cells`, which are arguments of `run`."""
+        done = itertools.count(1)
+
+        def one(cell):
+            result = self.run(*cell)
+            print(f"{next(done):3}/{len(cells)}  {' '.join(map(str, cell[:3]))} {dict(cell[3]) or ''}  " + ", ".join(
+                f"{title} {text(result[name], scale)}" for title, (name, scale) in list(COLUMNS.items())[:2]), flush=True)  # fmt: skip
+            return result
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return dict(zip(cells, pool.map(one, cells), strict=True))
+
+    def run(self, method, seed, size=100, overrides=()):
+        """The metrics of one method's model on the evaluation file. overrides: ((key of training_config, value), ...)"""
+        given = {f"training_config.{key}": value for key, value in overrides}
+        turns = given.pop("training_config.max_turns", 3)
+        name = "-".join([method.replace(",", "").replace(" ", "_"), str(seed), str(size), *(f"{key}={value}" for key, value in overrides)])
+        start = "configs/tiny/base" if method == "SFT" else self.model("SFT", seed, size)
+        with self.guard:
+            lock = self.locks.setdefault(name, threading.Lock())
+        with lock:  # all methods of a seed wait for the one that trains their SFT model
+            settings = {
+                "policy_model_config.model_path": start, "training_config.seed": seed, "training_config.max_turns": turns,
+                "training_config.save_steps": 25, "data_config.train_path": self.conversations(seed, size), **given,
+            }  # fmt: skip
+            self.act(name, METHODS[method], settings)
+            if turns != 3:
+                settings = {"policy_model_config.model_path": self.out / name / "model"}
+                name += "-evaluated"
+                self.act(name, METHODS[method], settings, "--task", "evaluate")
+        metrics = json.loads((self.out / name / "eval_metrics.json").read_text(encoding="utf-8"))
+        return metrics | json.loads((self.out / name / "seconds.json").read_text(encoding="utf-8"))
+
+    def model(self, method, seed, size):
+        self.run(method, seed, size)
+        return self.out / f"{method}-{seed}-{size}" / "model"
+
+    def conversations(self, seed, size):
+        path = self.out / f"train-{seed}-{size}.jsonl"
+        with self.guard:
+            if not path.exists():
+                write_jsonl(path, itertools.islice(conversations("train", seed=seed), size))
+        return path
+
+    def act(self, name, config, settings, *flags):
+        """One run of act.py, unless it is finished. Its wall time, as a process of one thread, goes to seconds.json."""
+        folder, began = self.out / name, time.monotonic()
+        if (folder / "seconds.json").exists():
+            return
+        settings = {**settings, "training_config.output_dir": folder, "data_config.validation_path": self.evaluation}
+        again = ["--overwrite" if flags else "--resume"]
+        command = [sys.executable, "act.py", "--config", f"configs/{config}", *flags, *again]
+        command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        ran = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if ran.returncode:
+            raise SystemExit(f"{' '.join(map(str, command))}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}")
+        (folder / "seconds.json").write_text(json.dumps({"seconds": time.monotonic() - began}), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+
+def text(value, scale=100, spread=None):
+    digits = 2 if scale == 1 else 1
+    return "-" if value is None else f"{scale * value:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if spread is not None else "")
+
+
+def mean_text(results, metric, scale):
+    values = [result[metric] for result in results if result[metric] is not None]
+    return text(statistics.mean(values), scale, statistics.stdev(values) if len(values) > 1 else None) if values else "-"
+
+
+def table(rows, first=""):
+    """Markdown: rows of {label: [metrics of each seed]}, mean ± standard deviation over seeds."""
+    lines = [f"| {first} | {' | '.join(COLUMNS)} | seconds a run |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for label, results in rows.items():
+        cells = [mean_text(results, *column) for column in COLUMNS.values()] + [f"{statistics.mean(r['seconds'] for r in results):.0f}"]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences(rows, minuend="ACT"):
+    """Markdown: `minuend` minus each other row, in points: the mean over seeds and each seed."""
+    lines = [f"| {minuend} minus | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for label, results in rows.items():
+        cells = []
+        for metric, scale in COLUMNS.values():
+            pairs = [(a[metric], b[metric]) for a, b in zip(rows[minuend], results, strict=True)]
+            deltas = [scale * (a - b) for a, b in pairs if None not in (a, b)]
+            digits = 2 if scale == 1 else 1
+            each = ", ".join(f"{delta:+.{digits}f}" for delta in deltas)
+            cells.append(f"{statistics.mean(deltas):+.{digits}f} ({each})" if deltas else "-")
+        if label != minuend:
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(out, name, found, *parts):
+    """The tables to the terminal and to `name`.md, every metric of every run to `name`.json."""
+    print("\n" + "\n\n".join(parts))
+    (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    rows = [{"method": m, "seed": s, "conversations": n, **dict(o), **metrics} for (m, s, n, o), metrics in found.items()]
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def claim(bench, seeds):
+    cells = [(method, seed, 100, ()) for seed in seeds for method in METHODS]
+    found = bench.map(cells)
+    rows = {method: [found[method, seed, 100, ()] for seed in seeds] for method in METHODS}
+    gold = next(iter(found.values()))["Gold Questions per Turn"]
+    note = f"The gold dialogues ask {gold:.2f} questions a turn."
+    write(bench.out, "claim", found, table(rows, f"{len(seeds)} seeds"), note, differences(rows))
+
+
+def curve(bench, seeds):
+    cells = [(method, seed, size, ()) for seed in seeds for size in SIZES for method in CURVE]
+    found = bench.map(cells)
+    parts = []
+    for size in SIZES:
+        parts.append(table({method: [found[method, seed, size, ()] for seed in seeds] for method in CURVE}, f"{size} conversations"))
+    write(bench.out, "curve", found, *parts)
+    metric = COLUMNS["trajectory EM"][0]
+    lines = {method: [[100 * found[method, seed, size, ()][metric] for seed in seeds] for size in SIZES] for method in CURVE}
+    (bench.out / "claim.svg").write_text(svg(lines), encoding="utf-8")
+
+
+def search(bench):
+    """Every setting of every method; the best mean trajectory exact match of a method is the setting in its config."""
+    settings = {m: [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] for m, grid in SEARCH.items()}
+    found = bench.map([(method, seed, 100, setting) for method in SEARCH for setting in settings[method] for seed in SEARCH_SEEDS])
+    rows = {
+        f"{method}, " + ", ".join(f"{key} {value:g}" for key, value in setting): [
+            found[method, seed, 100, setting] for seed in SEARCH_SEEDS
+        ] for method in SEARCH for setting in settings[method]
+    }  # fmt: skip
+    write(bench.out, "search", found, table(rows, "setting"))
+
+
+def study(bench, name):
+    settings = {value: ((name, value),) for value in STUDIES[name]}
+    found = bench.map([("ACT", seed, 100, setting) for setting in settings.values() for seed in SEARCH_SEEDS])
+    rows = {str(value): [found["ACT", seed, 100, setting] for seed in SEARCH_SEEDS] for value, setting in settings.items()}
+    write(bench.out, f"study-{name}", found, table(rows, f"`{name}`"))
+
+
+# ------------------------------------------------------------------------------------------------------- the figure
+
+COLOURS = ("#888888", "#3b7dd8", "#d8863b", "#c0392b")
+
+
+def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
+    """Trajectory exact match over training conversations: mean and standard deviation over seeds of each method."""
+    values = [value for points in lines.values() for point in points for value in point]
+    low, high = 5 * (min(values) // 5), 5 * -(-max(values) // 5)
+
+    def x(i):
+        return left + 20 + i * (width - left - right - 40) / (len(SIZES) - 1)
+
+    def y(value):
+        return top + (high - value) / (high - low) * (height - top - bottom)
+
+    def label(at_x, at_y, words, anchor="middle", fill="#222"):
+        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        label(left, top - 12, "trajectory exact match, %", "start"),
+        label((left + width - right) / 2, height - 10, "training conversations"),
+    ]
+    for tick in range(int(low), int(high) + 1, 5):
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#ddd"/>')
+        parts.append(label(left - 8, y(tick) + 4, tick, "end"))
+    parts += [label(x(i), height - bottom + 20, size) for i, size in enumerate(SIZES)]
+    ends = []
+    for k, (method, points) in enumerate(lines.items()):
+        colour, means = COLOURS[k], [statistics.mean(point) for point in points]
+        spreads = [statistics.stdev(point) if len(point) > 1 else 0.0 for point in points]
+        shifts = [x(i) + 3 * (k - 1.5) for i in range(len(SIZES))]  # so that the bars of two methods do not hide each other
+        path = " ".join(f"{at:.1f},{y(mean):.1f}" for at, mean in zip(shifts, means, strict=True))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for at, mean, spread in zip(shifts, means, spreads, strict=True):
+            parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="3" fill="{colour}"/>')
+            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}" stroke="{colour}"/>')
+        ends.append([y(means[-1]) + 4, method, colour])
+    ends.sort()
+    for before, after in itertools.pairwise(ends):
+        after[0] = max(after[0], before[0] + 15)  # names below one another where lines end close together
+    parts += [label(width - right + 12, at, method, "start", colour) for at, method, colour in ends]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The paper's claims, checked on a laptop.")
+    parser.add_argument("--seeds", type=int, default=5, help="0 to this number - 1")
+    parser.add_argument("--curve", action="store_true", help="also with other numbers of training conversations, and the figure")
+    parser.add_argument("--search", action="store_true", help="choose hyperparameters on validation.jsonl instead")
+    parser.add_argument("--study", choices=STUDIES, help="vary one setting on validation.jsonl instead")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/claim")
+    args = parser.parse_args()
+    began = time.monotonic()
+    if args.search or args.study:
+        bench = Bench((args.out / "validation").resolve(), args.jobs, ROOT / "configs/tiny/validation.jsonl")
+        search(bench) if args.search else study(bench, args.study)
+    else:
+        bench = Bench((args.out / "test").resolve(), args.jobs, ROOT / "configs/tiny/test.jsonl")
+        claim(bench, range(args.seeds))
+        print(f"\nThis took {(time.monotonic() - began) / 60:.1f} minutes.", flush=True)
+        if args.curve:
+            curve(bench, range(args.seeds))
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in all; tables and numbers are in {bench.out}")
+
+
+if __name__ == "__main__":
+    main()
