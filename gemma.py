@@ -224,18 +224,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return Normalize.apply(x, self.weight, self.eps)
+        return Normalize.apply(x, self.weight, self.eps) if torch.is_grad_enabled() else Normalize.compute(x, self.weight, self.eps)[0]
 
 
 class Normalize(torch.autograd.Function):
     """What RMSNorm computes. With y = x / rms(x) and g = grad (1 + weight): dx = (g - y mean(g y)) / rms(x)."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def compute(x, weight, eps):
         y = x.float()
         scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        return (y * scale).mul_(1 + weight.float()).to(x.dtype), scale
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        out, scale = Normalize.compute(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (y * scale).mul_(1 + weight.float()).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -384,9 +389,11 @@ class Layer(nn.Module):
             return checkpoint(self._forward, x, *args, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x, *args)
 
-    def _forward(self, x, cos, sin, masks, cache=None):
+    def _forward(self, x, cos, sin, masks, cache=None, at=None):
         # Norms on both sides of each block: what is added to the residual stream is normalised too.
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, masks, cache))
+        if at is not None:
+            x = x[at]
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -458,14 +465,17 @@ class Gemma2(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
-    def hidden(self, tokens, positions, masks, cache=None):
-        """The last hidden states [B, T, C]. masks: as `tree_masks` makes them; cache: (layer, k, v) -> the k, v to attend to."""
+    def hidden(self, tokens, positions, masks, cache=None, at=None):
+        """The last hidden states [B, T, C]. masks: as `tree_masks` makes them; cache: (layer, k, v) -> the k, v to attend to.
+
+        at, (rows, slots) int64 [P] both: the hidden states [P, C] of these tokens only; the last MLP is computed for no others.
+        """
         x = self.embed_tokens(tokens)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded to the model's dtype, as the checkpoints expect
         cos, sin = rotary(positions, self.config)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, cos, sin, masks, cache)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, cos, sin, masks, cache, at))
 
     def logits(self, hidden):
         """Soft-capped float32 logits [..., V] of hidden states [..., C]."""
@@ -482,7 +492,7 @@ class Gemma2(nn.Module):
     def logps(self, forest, rows, slots, targets):
         """Log-probabilities, float32 [P], of `targets` as predicted in (`rows`, `slots`) of a Forest; all int64 [P]."""
         masks = tree_masks(forest.positions, forest.ends, self.config.sliding_window)
-        hidden = self.hidden(forest.tokens, forest.positions, masks)[rows, slots]
+        hidden = self.hidden(forest.tokens, forest.positions, masks, at=(rows, slots))
         return TokenLogps.apply(hidden, self.embed_tokens.weight, targets, self.config.final_logit_softcapping)
 
     def set_checkpointing(self, on):
@@ -770,9 +780,10 @@ class KVCache:
             return k, v
 
         masks = tree_masks(forest.positions, forest.ends, model.config.sliding_window)
-        hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches)
+        last = rows[:, 0], slots.gather(1, lengths[:, None] - 1)[:, 0]
+        hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches, last)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
-        return hidden[rows[:, 0], slots.gather(1, lengths[:, None] - 1)[:, 0]]
+        return hidden
 
     def rewind(self, prompts):
         """Make each row hold a beginning of its prompt, forgetting what differs. Returns what is still to be processed, a list a row."""
@@ -807,8 +818,8 @@ class KVCache:
             span = spans[model.config.layer_types[layer]]
             return self.keys[layer][:B, :, span], self.values[layer][:B, :, span]
 
-        hidden = model.hidden(tokens, positions, masks, write)
-        return hidden[rows[:, 0], torch.tensor([len(tail) - 1 for tail in new], device=device)]
+        last = rows[:, 0], torch.tensor([len(tail) - 1 for tail in new], device=device)
+        return model.hidden(tokens, positions, masks, write, last)
 
     def _reserve(self, width):
         if width > self.keys[0].shape[2]:
@@ -891,7 +902,7 @@ def sample(logits, u, temperature, top_k, top_p):
     logits, ids = logits / temperature, None
     if top_k or top_p < 1:
         logits, ids = candidates(logits, top_k, top_p)
-    cumulative = logits.softmax(-1).double().cumsum(-1)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     pick = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
     return (pick if ids is None else ids.gather(-1, pick))[:, 0]
 
