@@ -369,7 +369,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(H, C, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        gate, up = F.gelu(self.gate_proj(x), approximate="tanh"), self.up_proj(x)
+        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 class Layer(nn.Module):
