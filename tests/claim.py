@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from make_tiny import conversations  # noqa: E402
 
+from act import load_config  # noqa: E402
 from data import write_jsonl  # noqa: E402
 
 METHODS = {  # method -> its config; SFT starts from the base model, the others from what SFT gives
@@ -213,7 +214,8 @@ def search(bench):
 
 
 def study(bench, name):
-    settings = {value: ((name, value),) for value in STUDIES[name]}
+    own = getattr(load_config(ROOT / "configs" / METHODS["ACT"]).training_config, name)
+    settings = {value: () if value == own else ((name, value),) for value in STUDIES[name]}
     found = bench.map([("ACT", seed, 100, setting) for setting in settings.values() for seed in SEARCH_SEEDS])
     rows = {str(value): [found["ACT", seed, 100, setting] for seed in SEARCH_SEEDS] for value, setting in settings.items()}
     write(bench.out, f"study-{name}", found, table(rows, f"`{name}`"))
