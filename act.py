@@ -128,7 +128,6 @@ class TrainingConfig:
     top_k: int = 0  # sample among the k most likely tokens only; 0: all
     top_p: float = 1.0  # sample among the most likely tokens that together have this probability
     max_turns: int = 3  # responses of one simulated trajectory
-    lucky_wins: str = "keep"  # a win after a useless question: "keep" it, "drop" it (the pair stays), "charge": such a question loses
     judge: str = "trajectory"  # what a sample with the right action is judged by: "trajectory", or "action" alone, an ablation
 
 
@@ -156,7 +155,6 @@ CHOICES = {
     "loss_on": ("assistant", "all"),
     "action_labels": data.ACTION_LABELS,
     "judge": ("trajectory", "action"),
-    "lucky_wins": ("keep", "drop", "charge"),
 }
 AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "max_new_tokens",
@@ -581,10 +579,10 @@ def contrast(pair, trajectory, outcome):
     return new, outcome
 
 
-def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance, max_turns, lucky_wins="keep"):
+def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance, max_turns):
     """`act_pair` for many examples at once, turn by turn in lock-step. Returns ([Pair], [outcome])."""
     turns = max_turns if simulate_users else 1
-    trajectories, actions = rollouts(pairs, respond, classify_actions, simulate_users, turns, gold_action_only=True, charge=lucky_wins == "charge")
+    trajectories, actions = rollouts(pairs, respond, classify_actions, simulate_users, turns, gold_action_only=True)
     new = []
     for pair, trajectory, (first, last) in zip(pairs, trajectories, actions, strict=True):
         if last is None:
@@ -597,13 +595,11 @@ def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance
             outcome = NO_ANSWER
         else:
             outcome = GOOD_OUTCOME if score(trajectory[-1][1], pair.target) > tolerance else BAD_OUTCOME
-            if outcome == GOOD_OUTCOME and lucky_wins == "drop" and ("user", NOTHING_TO_ADD) in trajectory:
-                outcome = HELPER_FAILED
         new.append(contrast(pair, trajectory, outcome))
     return [pair for pair, _ in new], [outcome for _, outcome in new]
 
 
-def rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=False, charge=False):
+def rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=False):
     """Play every conversation on until the policy answers, or has responded `max_turns` times, or a helper fails.
 
     The functions take and return lists: respond(rows, trajectories), classify_actions(texts), simulate_users(rows, trajectories),
@@ -617,8 +613,6 @@ def rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_a
             for row, text in zip(active, simulate_users(active, [trajectories[row] for row in active]), strict=True):
                 if text is None:
                     actions[row] = (actions[row][0], None)
-                elif charge and text == NOTHING_TO_ADD:
-                    active = [other for other in active if other != row]
                 else:
                     trajectories[row].append(("user", text))
             active = [row for row in active if actions[row][1] is not None]
@@ -1683,7 +1677,7 @@ def on_policy(run, batch, step, positions):
 
     users = user_for(batch, helpers) if training.judge == "trajectory" else None
     batch, outcomes = together(
-        lambda: act_pairs(batch, respond, helpers.classify_actions, users, score, tolerance, training.max_turns, training.lucky_wins)
+        lambda: act_pairs(batch, respond, helpers.classify_actions, users, score, tolerance, training.max_turns)
     )  # fmt: skip
     counts = {f"act/{outcome}": outcomes.count(outcome) for outcome in OUTCOMES}
     if any(backend_of(getattr(run.config, role)) != "rule" for role in ROLES):

@@ -63,7 +63,6 @@ STUDIES = {  # name -> ACT's config with other values; max_turns is then evaluat
     "loss_on": ("assistant", "all"),
     "rpo_alpha": (0.0, 0.3, 1.0),
     "max_turns": (1, 2, 3),
-    "lucky_wins": ("keep", "drop", "charge"),
     "temperature": (0.5, 0.7, 1.0, 1.3),
 }  # fmt: skip
 
