@@ -145,9 +145,10 @@ def read_json(path):
 class Forest:
     """Token sequences laid out so that what they share is computed once.
 
-    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side by side into rows as long as
-    the longest of them. Inside a row a trie lies in depth-first order, so the descendants of the token in slot s are the slots
-    s+1 .. ends[s]-1, and the token in slot t may attend to slot s exactly if  s <= t < ends[s].
+    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side by side into rows, as long as the
+    longest of them or up to half longer, where that leaves less empty. Inside a row a trie lies in depth-first order, so the
+    descendants of the token in slot s are the slots s+1 .. ends[s]-1, and the token in slot t may attend to slot s exactly if
+    s <= t < ends[s].
 
     tokens, positions, ends: int64 [R, T]; positions count along each branch. paths[i] = (row, slots of sequence i, in order).
     """
@@ -157,24 +158,29 @@ class Forest:
         if not sequences or min(map(len, sequences)) == 0:
             raise InputError("a token sequence is empty, expected at least one token in each")
         tries = sorted(self._tries(sequences), key=lambda trie: -len(trie[0]))
-        rows, used, width = [], [], len(tries[0][0])  # first fit, longest trie first
-        for trie in tries:
-            row = next((r for r, n in enumerate(used) if n + len(trie[0]) <= width), len(rows))
-            if row == len(rows):
-                rows.append([])
-                used.append(0)
-            rows[row].append((used[row], trie))
-            used[row] += len(trie[0])
-        tokens = np.zeros((3, len(rows), width), dtype=np.int64)
+        sizes = [len(trie[0]) for trie in tries]
+        layouts = [(width, *self._pack(sizes, width)) for width in (sizes[0] + sizes[0] * i // 16 for i in range(9))]
+        width, count, places = min(layouts, key=lambda layout: layout[0] * layout[1])
+        tokens = np.zeros((3, count, width), dtype=np.int64)
         tokens[2] = np.arange(1, width + 1)  # padding sees itself only
         self.paths = [None] * len(sequences)
-        for row, placed in enumerate(rows):
-            for start, (trie_tokens, positions, ends, paths) in placed:
-                tokens[:, row, start : start + len(ends)] = trie_tokens, positions, ends + start
-                for i, slots in paths.items():
-                    self.paths[i] = (row, slots + start)
+        for (row, start), (trie_tokens, positions, ends, paths) in zip(places, tries, strict=True):
+            tokens[:, row, start : start + len(ends)] = trie_tokens, positions, ends + start
+            for i, slots in paths.items():
+                self.paths[i] = (row, slots + start)
         self.tokens, self.positions, self.ends = torch.from_numpy(tokens)
-        self.padding = 1 - sum(used) / (len(rows) * width)  # fraction of the slots that hold nothing
+        self.padding = 1 - sum(sizes) / (count * width)  # fraction of the slots that hold nothing
+
+    @staticmethod
+    def _pack(sizes, width):
+        """Where tries of these sizes, longest first, go in rows of `width`, first fit: (number of rows, [(row, start)])."""
+        used, places = [], []
+        for size in sizes:
+            row = next((r for r, n in enumerate(used) if n + size <= width), len(used))
+            used += [0] * (row == len(used))
+            places.append((row, used[row]))
+            used[row] += size
+        return len(used), places
 
     @staticmethod
     def _tries(sequences):

@@ -27,7 +27,7 @@ from gemma import Forest, Gemma2, Gemma2Config, Tokenizer, TokenLogps, generate
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny"
 WINDOW = 8  # of the random models here; all prompts are longer
-VOCABULARY = 402
+VOCABULARY = 416
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +44,7 @@ def tokenizer():
     return Tokenizer(TINY / "tokenizer.model")
 
 
-def random_model(seed=0):
+def random_model(seed=4):
     """Three layers, of random weights, that like to say "?" and to end a line: an assistant that talks nonsense and sometimes asks."""
     config = Gemma2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
@@ -213,15 +213,23 @@ def test_the_order_of_sequences_only_permutes_their_logps(model, tokenizer, pair
 
 
 def test_forest_of_a_written_out_batch():
-    """5 6 7 is shared by three; 5 6 7 8 is the beginning of another; 9 9 has a row's remainder to itself."""
-    forest = Forest([[5, 6, 7, 8, 1], [5, 6, 7, 4, 4], [9, 9], [5, 6, 7, 8]])
-    # sorted: 5 6 7 4 4 | 5 6 7 8 | 5 6 7 8 1 | 9 9
-    assert forest.tokens.tolist() == [[5, 6, 7, 4, 4, 8, 1], [9, 9, 0, 0, 0, 0, 0]]
-    assert forest.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4], [0, 1, 0, 0, 0, 0, 0]]
-    assert forest.ends.tolist() == [[7, 7, 7, 5, 5, 7, 7], [2, 2, 3, 4, 5, 6, 7]]
+    """5 6 7 is shared by three; 5 6 7 8 is the beginning of another; 9 9 9 9 has a row's remainder to itself."""
+    forest = Forest([[5, 6, 7, 8, 1], [5, 6, 7, 4, 4], [9, 9, 9, 9], [5, 6, 7, 8]])
+    # sorted: 5 6 7 4 4 | 5 6 7 8 | 5 6 7 8 1 | 9 9 9 9
+    assert forest.tokens.tolist() == [[5, 6, 7, 4, 4, 8, 1], [9, 9, 9, 9, 0, 0, 0]]
+    assert forest.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4], [0, 1, 2, 3, 0, 0, 0]]
+    assert forest.ends.tolist() == [[7, 7, 7, 5, 5, 7, 7], [4, 4, 4, 4, 5, 6, 7]]
     paths = [(row, slots.tolist()) for row, slots in forest.paths]
-    assert paths == [(0, [0, 1, 2, 5, 6]), (0, [0, 1, 2, 3, 4]), (1, [0, 1]), (0, [0, 1, 2, 5])]
-    assert forest.padding == pytest.approx(5 / 14)
+    assert paths == [(0, [0, 1, 2, 5, 6]), (0, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 5])]
+    assert forest.padding == pytest.approx(3 / 14)
+
+
+def test_rows_are_longer_than_the_longest_trie_where_that_leaves_less_empty():
+    """Sizes 6, 5, 3, 2: rows of 6 would be three, a ninth of them empty; two rows of 8 hold 6 + 2 and 5 + 3."""
+    forest = Forest([[size] * size for size in (6, 5, 3, 2)])
+    assert forest.tokens.tolist() == [[6] * 6 + [2] * 2, [5] * 5 + [3] * 3]
+    assert forest.padding == 0
+    assert Forest([[1] * 6, [2] * 4]).tokens.shape == (2, 6), "a row twice as long is too long"
 
 
 def test_small_tries_share_a_row():
@@ -1332,7 +1340,7 @@ def test_a_dpo_run_samples_nothing(world, tmp_path, monkeypatch):
     rows, turns = rows_of(tmp_path / "out" / "metrics.jsonl"), len(records_of(world / "train.jsonl"))
     assert [row["step"] for row in rows] == list(range(1, math.ceil(turns / 8) + 1))
     assert all(row.keys() == {"step"} | METRICS for row in rows)
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["loss"] < 0.65
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["rewards/margins"] > 0
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
