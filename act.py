@@ -120,7 +120,7 @@ class TrainingConfig:
     sample_frequency: int = 1  # sample on policy at every n-th step; 0: never, which is offline DPO
     target_label: str = CLARIFY  # the action that the preference model writes; no other is known
     icl_examples: int = 10  # examples that the preference model is shown
-    action_labels: str = "gold"  # of the training turns: "gold"; "classifier": as if the file had none; "random": a coin's, an ablation
+    action_labels: str = "gold"  # of the training turns: "gold"; "classifier": as if the file had none; "random": by a coin (ablation)
     class_balance: dict | None = None  # e.g. {"CLARIFY": 2, "ANSWER": 1}: resample the training turns of each action
     is_preference: bool = False  # the data files hold preference records
     max_new_tokens: int = 128  # of one response
@@ -128,7 +128,7 @@ class TrainingConfig:
     top_k: int = 0  # sample among the k most likely tokens only; 0: all
     top_p: float = 1.0  # sample among the most likely tokens that together have this probability
     max_turns: int = 3  # responses of one simulated trajectory
-    judge: str = "trajectory"  # what a sample with the right action is judged by: "trajectory", or "action" alone, an ablation
+    judge: str = "trajectory"  # what a sample with the right action is judged by: "trajectory", or "action" alone (ablation)
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,9 @@ def check_config(config, path):
         )
     if training.is_preference and training.action_labels == "classifier":
         raise InputError(f"{path}: action_labels is 'classifier', but is_preference is set, and preference records hold their actions")
+    if training.action_labels == "random" and (training.class_balance or config.task == "sft"):
+        what = f"task {config.task!r}" if config.task == "sft" else "class_balance"
+        raise InputError(f"{path}: action_labels is 'random', which changes pairs, not gold replies: not with {what}")
     if not 0 < training.top_p <= 1:
         raise InputError(f"{path}: top_p is {training.top_p}, expected a number above 0, up to 1")
     if training.loss_type == "ipo" and training.beta == 0:
@@ -543,7 +546,7 @@ def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, ma
     y_w = pair.chosen, y_l = pair.rejected, a = pair.action; the rest are plain functions:
     respond(pair, trajectory) -> text         y ~ pi_theta(. | prompt, trajectory)
     classify_action(text) -> action           A; None where the helper failed
-    simulate_user(pair, trajectory) -> text   U; None where the helper failed. Without one the action alone decides (an ablation)
+    simulate_user(pair, trajectory) -> text   U; None where the helper failed. None for the function: the action alone decides (an ablation)
     score(text, target) -> number             H, and `tolerance` is epsilon
     """
     response = respond(pair, [])
@@ -1469,7 +1472,8 @@ def check_output(config, resume, overwrite):
 def resume_from(output, config):
     """The newest checkpoint of the run in `output`, if that run learnt as this one does; "done" if it has ended."""
     former = output / "config.json"
-    then, now = flat(gemma.read_json(former)), flat(asdict(config))
+    then = flat(asdict(Config())) | flat(gemma.read_json(former))  # keys that are newer than that run had their defaults
+    now = flat(asdict(config))
     changed = [key for key, value in now.items() if then.get(key) != value]
     for key in changed:
         if key.rpartition(".")[2] not in MAY_CHANGE:
@@ -1873,8 +1877,11 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     status = main()
+    for thread in threading.enumerate():  # calls in flight are paid for: they end, and their answers are kept
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: gloo's threads, even after destroy_process_group, can drop tensors while the interpreter shuts down, and abort a process
-    # that has finished (pytorch/pytorch#179291; with a replicated mesh about one run in three, when every process has one thread).
+    # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, destroy_process_group or not, and that aborts a
+    # process which has finished (seen with torch 2.13 and a replicated mesh, in up to one run of three).
     os._exit(status)

@@ -159,8 +159,8 @@ class Forest:
             raise InputError("a token sequence is empty, expected at least one token in each")
         tries = sorted(self._tries(sequences), key=lambda trie: -len(trie[0]))
         sizes = [len(trie[0]) for trie in tries]
-        layouts = [(width, *self._pack(sizes, width)) for width in (sizes[0] + sizes[0] * i // 16 for i in range(9))]
-        width, count, places = min(layouts, key=lambda layout: layout[0] * layout[1])
+        layouts = [self._pack(sizes, sizes[0] + sizes[0] * i // 16) for i in range(9)]
+        count, width, places = min(layouts, key=lambda layout: layout[0] * layout[1])
         tokens = np.zeros((3, count, width), dtype=np.int64)
         tokens[2] = np.arange(1, width + 1)  # padding sees itself only
         self.paths = [None] * len(sequences)
@@ -173,14 +173,14 @@ class Forest:
 
     @staticmethod
     def _pack(sizes, width):
-        """Where tries of these sizes, longest first, go in rows of `width`, first fit: (number of rows, [(row, start)])."""
+        """Where tries of these sizes, longest first, go in rows of up to `width`: (rows, their width, [(row, start)]), first fit."""
         used, places = [], []
         for size in sizes:
             row = next((r for r, n in enumerate(used) if n + size <= width), len(used))
             used += [0] * (row == len(used))
             places.append((row, used[row]))
             used[row] += size
-        return len(used), places
+        return len(used), max(used), places
 
     @staticmethod
     def _tries(sequences):
@@ -480,9 +480,10 @@ class Gemma2(nn.Module):
         x = self.embed_tokens(tokens)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded to the model's dtype, as the checkpoints expect
         cos, sin = rotary(positions, self.config)
-        for layer in self.layers[:-1]:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, cos, sin, masks, cache)
-        return self.norm(self.layers[-1](x, cos, sin, masks, cache, at))
+        return self.norm(last(x, cos, sin, masks, cache, at))
 
     def logits(self, hidden):
         """Soft-capped float32 logits [..., V] of hidden states [..., C]."""

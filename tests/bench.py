@@ -20,7 +20,8 @@ ratios are of medians. float32 on CPU. On CUDA training computes in bfloat16 ove
 in bfloat16. The peers load the same weights and get the same tokens: `logps`, the mean log-probability of a chosen reply before the
 first update, must be the same on both sides.
 
-Operations are counted from the shapes. A forward pass: 2 per weight of the linear layers and token computed, 4 * heads * head_dim per
+Operations are counted from the shapes. A forward pass: 2 per weight of the linear layers and token computed (in the last MLP, only
+tokens that something is predicted from), 4 * heads * head_dim per
 token and key that it sees in each layer, 2 * hidden_size * vocab_size per scored token. A training step is 1 forward pass of the
 reference and 3 of the policy (4 with checkpointing; the output head's is always recomputed). A decoding step reads every weight once,
 and the keys and values that each row sees. Prefill is measured by generating one token, and taken off to get the decoding time.
@@ -194,13 +195,17 @@ class Work:
 
     # -- what is to be computed
 
-    def pass_flops(self, positions):
-        """Of one forward pass through the layers for tokens at these positions, each of which sees all before it in its branch."""
+    def pass_flops(self, positions, outputs):
+        """Of one forward pass through the layers for tokens at these positions, each of which sees all before it in its branch.
+
+        outputs: of how many tokens the last hidden state is asked for; the last MLP is computed for no others.
+        """
         c, keys = self.config, positions.double() + 1
         heads, C = c.num_attention_heads * c.head_dim, c.hidden_size
-        weights = C * (2 * heads + 2 * c.num_key_value_heads * c.head_dim) + 3 * C * c.intermediate_size
+        mlp = 3 * C * c.intermediate_size
+        weights = C * (2 * heads + 2 * c.num_key_value_heads * c.head_dim) + mlp
         seen = {self.gemma.GLOBAL: keys.sum().item(), self.gemma.LOCAL: keys.clamp(max=c.sliding_window).sum().item()}
-        return sum(2 * weights * len(keys) + 4 * heads * seen[kind] for kind in c.layer_types)
+        return sum(2 * weights * len(keys) + 4 * heads * seen[kind] for kind in c.layer_types) - 2 * mlp * (len(keys) - outputs)
 
     def step_flops(self, pairs):
         """(operations of a training step, tokens computed, slots that hold padding)."""
@@ -209,7 +214,7 @@ class Work:
         for row, path in scored.forest.paths:
             used[row, path] = True
         head = 2 * self.config.vocab_size * self.config.hidden_size * len(scored.targets)
-        flops = self.pass_flops(scored.forest.positions[used]) * (5 if self.checkpointing else 4) + head * 5
+        flops = self.pass_flops(scored.forest.positions[used], len(scored.targets)) * (5 if self.checkpointing else 4) + head * 5
         return flops, scored.used, scored.forest.tokens.numel() - scored.used
 
     def decode_bytes(self, lengths, steps):
@@ -288,7 +293,7 @@ def rollout(work):
     prefill = timed(lambda: work.gemma.generate(model, prompts, 1))
     times = timed(lambda: work.gemma.generate(model, prompts, work.response))
     decode = statistics.median(times) - statistics.median(prefill)
-    flops = sum(work.pass_flops(torch.arange(len(prompt))) for prompt in prompts)
+    flops = sum(work.pass_flops(torch.arange(len(prompt)), 1) for prompt in prompts)
     rates = {"prefill_rate": flops / min(prefill), "bytes_rate": work.decode_bytes(list(map(len, prompts)), work.response - 1) / decode}
     tokens = len(prompts) * work.response
     return {"seconds": times, "units": tokens, **rates, "note": f"{tokens} tokens; prefill {min(prefill):.3f} s of it"}

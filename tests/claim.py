@@ -6,9 +6,9 @@
     python tests/claim.py --study rpo_alpha     # one choice of the recipe in many values, on validation.jsonl with seeds 100 to 102
 
 A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a seed start
-from the same SFT model. Runs are kept in --out; what is there is not run again, and what was interrupted goes on: after a change
-of configs or code take another --out.
-Writes NAME.md and NAME.json (every number of every run) there, and claim.svg.
+from the same SFT model. Runs are kept in --out; a finished one is not run again, so an interrupted table goes on where it was. After a
+change of configs or code take another --out. Stop it with Ctrl-C, which also stops its runs. The tables are written to --out/test or
+--out/validation: claim.md, curve.md, search.md, study-NAME.md, the same as .json with every number of every run, and claim.svg.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from make_tiny import conversations  # noqa: E402
 
 from act import load_config  # noqa: E402
 from data import write_jsonl  # noqa: E402
+from gemma import write_json  # noqa: E402
 
 METHODS = {  # method -> its config; SFT starts from the base model, the others from what SFT gives
     "SFT": "tiny_sft.json",
@@ -98,15 +99,14 @@ class Bench:
         with lock:  # all methods of a seed wait for the one that trains their SFT model
             settings = {
                 "policy_model_config.model_path": start, "training_config.seed": seed, "training_config.max_turns": turns,
-                "training_config.save_steps": 25, "data_config.train_path": self.conversations(seed, size), **given,
+                "training_config.save_steps": 0, "data_config.train_path": self.conversations(seed, size), **given,
             }  # fmt: skip
-            self.act(name, METHODS[method], settings)
+            seconds = self.act(name, METHODS[method], settings)
             if turns != 3:
                 settings = {"policy_model_config.model_path": self.out / name / "model"}
                 name += "-evaluated"
-                self.act(name, METHODS[method], settings, "--task", "evaluate")
-        metrics = json.loads((self.out / name / "eval_metrics.json").read_text(encoding="utf-8"))
-        return metrics | json.loads((self.out / name / "seconds.json").read_text(encoding="utf-8"))
+                seconds += self.act(name, METHODS[method], settings, "--task", "evaluate")
+        return {**json.loads((self.out / name / "eval_metrics.json").read_text(encoding="utf-8")), "seconds": seconds}
 
     def model(self, method, seed, size):
         self.run(method, seed, size)
@@ -120,18 +120,19 @@ class Bench:
         return path
 
     def act(self, name, config, settings, *flags):
-        """One run of act.py, unless it is finished. Its wall time, as a process of one thread, goes to seconds.json."""
+        """One run of act.py, unless it is finished. Returns its seconds, as a process of one thread, which finish it as seconds.json."""
         folder, began = self.out / name, time.monotonic()
         if (folder / "seconds.json").exists():
-            return
+            return json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
         settings = {**settings, "training_config.output_dir": folder, "data_config.validation_path": self.evaluation}
-        again = ["--overwrite" if flags else "--resume"]
-        command = [sys.executable, "act.py", "--config", f"configs/{config}", *flags, *again]
+        command = [sys.executable, "act.py", "--config", f"configs/{config}", *flags, "--overwrite"]
         command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         ran = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if ran.returncode:
             raise SystemExit(f"{' '.join(map(str, command))}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}")
-        (folder / "seconds.json").write_text(json.dumps({"seconds": time.monotonic() - began}), encoding="utf-8")
+        seconds = time.monotonic() - began
+        write_json(folder / "seconds.json", seconds)
+        return seconds
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
@@ -181,7 +182,7 @@ def write(out, name, found, *parts):
 
 
 def claim(bench, seeds):
-    cells = [(method, seed, 100, ()) for seed in seeds for method in METHODS]
+    cells = [(method, seed, 100, ()) for method in METHODS for seed in seeds]
     found = bench.map(cells)
     rows = {method: [found[method, seed, 100, ()] for seed in seeds] for method in METHODS}
     gold = next(iter(found.values()))["Gold Questions per Turn"]
@@ -190,7 +191,7 @@ def claim(bench, seeds):
 
 
 def curve(bench, seeds):
-    cells = [(method, seed, size, ()) for seed in seeds for size in SIZES for method in CURVE]
+    cells = [(method, seed, size, ()) for method in CURVE for size in SIZES for seed in seeds]
     found = bench.map(cells)
     parts = []
     for size in SIZES:
@@ -202,7 +203,7 @@ def curve(bench, seeds):
 
 
 def search(bench):
-    """Every setting of every method; the best mean trajectory exact match of a method is the setting in its config."""
+    """Every setting of every method in SEARCH; the best mean trajectory exact match of a method is the setting in its config."""
     settings = {m: [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] for m, grid in SEARCH.items()}
     found = bench.map([(method, seed, 100, setting) for method in SEARCH for setting in settings[method] for seed in SEARCH_SEEDS])
     rows = {
@@ -226,10 +227,15 @@ def study(bench, name):
 COLOURS = ("#888888", "#3b7dd8", "#d8863b", "#c0392b")
 
 
+def mean_and_spread(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
     """Trajectory exact match over training conversations: mean and standard deviation over seeds of each method."""
-    values = [value for points in lines.values() for point in points for value in point]
-    low, high = 5 * (min(values) // 5), 5 * -(-max(values) // 5)
+    lines = {method: [mean_and_spread(point) for point in points] for method, points in lines.items()}
+    bars = [bar for points in lines.values() for bar in points]
+    low, high = 5 * (min(mean - spread for mean, spread in bars) // 5), 5 * (max(mean + spread for mean, spread in bars) // 5 + 1)
 
     def x(i):
         return left + 20 + i * (width - left - right - 40) / (len(SIZES) - 1)
@@ -252,8 +258,7 @@ def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
     parts += [label(x(i), height - bottom + 20, size) for i, size in enumerate(SIZES)]
     ends = []
     for k, (method, points) in enumerate(lines.items()):
-        colour, means = COLOURS[k], [statistics.mean(point) for point in points]
-        spreads = [statistics.stdev(point) if len(point) > 1 else 0.0 for point in points]
+        colour, (means, spreads) = COLOURS[k], zip(*points, strict=True)
         shifts = [x(i) + 3 * (k - 1.5) for i in range(len(SIZES))]  # so that the bars of two methods do not hide each other
         path = " ".join(f"{at:.1f},{y(mean):.1f}" for at, mean in zip(shifts, means, strict=True))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
@@ -270,11 +275,12 @@ def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
 
 def main():
     parser = argparse.ArgumentParser(description="The paper's claims, checked on a laptop.")
-    parser.add_argument("--seeds", type=int, default=5, help="0 to this number - 1")
-    parser.add_argument("--curve", action="store_true", help="also with other numbers of training conversations, and the figure")
-    parser.add_argument("--search", action="store_true", help="choose hyperparameters on validation.jsonl instead")
-    parser.add_argument("--study", choices=STUDIES, help="vary one setting on validation.jsonl instead")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--seeds", type=int, choices=range(1, 100), metavar="N", default=5, help="0 to N - 1")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--curve", action="store_true", help="also with other numbers of training conversations, and the figure")
+    what.add_argument("--search", action="store_true", help="choose hyperparameters on validation.jsonl instead")
+    what.add_argument("--study", choices=STUDIES, help="vary one setting on validation.jsonl instead")
+    parser.add_argument("--jobs", type=int, choices=range(1, 100), metavar="N", default=2, help="runs at a time, of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/claim")
     args = parser.parse_args()
     began = time.monotonic()

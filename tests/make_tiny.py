@@ -46,7 +46,7 @@ OPENINGS = ("Show me", "I need", "Look up", "Please find", "Can I see", "Do you 
 NO_ITEM = ("the figure", "the number")
 WHERE = {"month": ("for {}", "from {}"), "place": ("in {}", "at {}")}
 FOLLOW_UPS = ("And {}?", "What about {}?", "Now {}.", "The same for {}, please.")
-QUESTIONS = (  # people word a question in many ways, so that no single wording has most of the probability of asking
+QUESTIONS = (  # people word a question in many ways: the probability of asking is spread over several wordings
     "Which {} do you mean?", "What {} are you looking for?", "For which {}?", "Could you say the {}?", "Is there a specific {}?",
     "The {}, please?",
 )  # fmt: skip
@@ -199,6 +199,7 @@ BASE = {
     "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "max_steps": 1600, "per_device_train_batch_size": 64,
     "icl_examples": 1, "logging_steps": 50,
 }  # fmt: skip
+
 
 def init_model(directory, tokenizer, config=MODEL, seed=0):
     """Write a random checkpoint, 0.84 million parameters.

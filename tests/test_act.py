@@ -45,7 +45,10 @@ def tokenizer():
 
 
 def random_model(seed=4):
-    """Three layers, of random weights, that like to say "?" and to end a line: an assistant that talks nonsense and sometimes asks."""
+    """Three layers, of random weights, that like to say "?" and to end a line: an assistant that talks nonsense and sometimes asks.
+
+    With some seeds it never asks; the tests that need its questions say so when it does not.
+    """
     config = Gemma2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, attn_logit_softcapping=4.0, final_logit_softcapping=12.0,
@@ -229,7 +232,7 @@ def test_rows_are_longer_than_the_longest_trie_where_that_leaves_less_empty():
     forest = Forest([[size] * size for size in (6, 5, 3, 2)])
     assert forest.tokens.tolist() == [[6] * 6 + [2] * 2, [5] * 5 + [3] * 3]
     assert forest.padding == 0
-    assert Forest([[1] * 6, [2] * 4]).tokens.shape == (2, 6), "a row twice as long is too long"
+    assert Forest([[1] * 6, [2] * 4]).tokens.shape == (2, 6), "a row of 10 is more than half longer"
 
 
 def test_small_tries_share_a_row():
@@ -833,6 +836,15 @@ def test_a_file_overrides_the_defaults_and_the_command_line_the_file(tmp_path):
     assert (config.training_config.output_dir, config.task, config.data_config.tolerance) == ("a b", "sft", 1.0)
 
 
+@pytest.mark.parametrize(("task", "training", "said"), [
+    ("dpo", {"action_labels": "classifier", "is_preference": True}, "preference records hold their actions"),
+    ("sft", {"action_labels": "random"}, "not with task 'sft'"),
+    ("act", {"action_labels": "random", "class_balance": {"CLARIFY": 2}}, "not with class_balance"),
+])  # fmt: skip
+def test_action_labels_that_would_mean_nothing_are_refused(tmp_path, task, training, said):
+    assert said in refusal(config_file(tmp_path, task=task, training_config=training))
+
+
 def test_unknown_keys_name_the_nearest(tmp_path):
     path = config_file(tmp_path, training_config={"learning_rat": 1})
     assert refusal(path) == f"{path}: training_config.learning_rat: unknown key, the nearest known one is training_config.learning_rate"
@@ -1342,6 +1354,22 @@ def test_a_dpo_run_samples_nothing(world, tmp_path, monkeypatch):
     assert all(row.keys() == {"step"} | METRICS for row in rows)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["rewards/margins"] > 0
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_judging_by_the_action_alone_plays_no_user(world, tmp_path, monkeypatch):
+    """`judge` reaches the sampling: every sample with the right action wins, whatever it says."""
+    monkeypatch.setattr(act, "user_for", lambda *_: pytest.fail("a user was simulated"))
+    assert run("--config", run_config(world, tmp_path, do_eval=False, judge="action", per_device_train_batch_size=16)) == 0
+    rows = rows_of(tmp_path / "out" / "metrics.jsonl")
+    assert all(row["act/wrong_action"] + row["act/good_outcome"] + row["act/same_text"] == 16 for row in rows)
+    assert sum(row["act/good_outcome"] for row in rows) > 0
+
+
+def test_labels_of_the_training_file_can_be_ignored(world, tmp_path, capsys):
+    assert run("--config", run_config(world, tmp_path, do_eval=False, action_labels="classifier", max_steps=1)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"train.jsonl: the action classifier labels (\d+) of \1 turns; with the labels in the file it agrees in 1.000", said)
+    assert "validation.jsonl: the action classifier" not in said
 
 
 def test_a_run_in_the_chat_format(world, tmp_path):
