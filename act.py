@@ -1,6 +1,6 @@
 """ACT, Action-Based Contrastive Self-Training (arXiv 2406.00222): teach a language model when to ask a clarifying question.
 
-    torchrun act.py --config tiny.json                                           on a laptop, no GPU: 90 seconds
+    torchrun act.py --config tiny.json                                           on a laptop, no GPU: 45 seconds
     torchrun --nproc-per-node 8 act.py --config configs/gemma2_2b_pacific.json   on GPUs, sharded with fully_shard
     torchrun act.py --config tiny.json --task dpo --training_config.beta 0.1     any key of the file can be overridden
 
