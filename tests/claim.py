@@ -297,4 +297,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("claim.py: interrupted; started again, it goes on from the runs that are finished")
