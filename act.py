@@ -1680,9 +1680,7 @@ def on_policy(run, batch, step, positions):
         return heuristic(answer, target)[1]
 
     users = user_for(batch, helpers) if training.judge == "trajectory" else None
-    batch, outcomes = together(
-        lambda: act_pairs(batch, respond, helpers.classify_actions, users, score, tolerance, training.max_turns)
-    )  # fmt: skip
+    batch, outcomes = together(lambda: act_pairs(batch, respond, helpers.classify_actions, users, score, tolerance, training.max_turns))
     counts = {f"act/{outcome}": outcomes.count(outcome) for outcome in OUTCOMES}
     if any(backend_of(getattr(run.config, role)) != "rule" for role in ROLES):
         counts |= {f"helpers/{key}": HELPER_COUNTS[key] - before[key] for key in COUNTED}

@@ -216,14 +216,14 @@ def init_model(directory, tokenizer, config=MODEL, seed=0):
     shutil.copyfile(tokenizer, Path(directory) / "tokenizer.model")
 
 
-def sft(start, train_path, validation_path, target, settings=None):
+def sft(start, train_path, validation_path, target, settings):
     """configs/tiny_sft.json from checkpoint `start` on `train_path`; the final model takes the place of directory `target`."""
     with tempfile.TemporaryDirectory() as scratch:
         overrides = {
             "policy_model_config.model_path": start,
             "data_config.train_path": train_path, "data_config.validation_path": validation_path,
             "training_config.output_dir": scratch,
-            **{f"training_config.{key}": value for key, value in (settings or {}).items()},
+            **{f"training_config.{key}": value for key, value in settings.items()},
         }  # fmt: skip
         arguments = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
         command = [sys.executable, ROOT / "act.py", "--config", ROOT / "configs/tiny_sft.json", *arguments]

@@ -233,6 +233,7 @@ def test_rows_are_longer_than_the_longest_trie_where_that_leaves_less_empty():
     assert forest.tokens.tolist() == [[6] * 6 + [2] * 2, [5] * 5 + [3] * 3]
     assert forest.padding == 0
     assert Forest([[1] * 6, [2] * 4]).tokens.shape == (2, 6), "a row of 10 is more than half longer"
+    assert Forest([[9 + i] * size for i, size in enumerate((32, 30, 3, 3))]).tokens.shape == (2, 35), "rows end where the fullest one does"
 
 
 def test_small_tries_share_a_row():
@@ -1525,6 +1526,18 @@ def test_resume_before_the_first_checkpoint_starts_again(world, act_run, tmp_pat
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 0}\n')
     assert run("--config", config, "--resume") == 0
     assert metrics_of(tmp_path) == metrics_of(act_run[0])
+
+
+def test_a_run_from_before_a_key_existed_had_its_default(world, tmp_path):
+    config = load_config(run_config(world, tmp_path))
+    (tmp_path / "out").mkdir()
+    former = asdict(config)
+    del former["training_config"]["judge"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(former))
+    assert act.resume_from(tmp_path / "out", config) is None, "no checkpoint, and nothing to refuse"
+    changed = replace(config, training_config=replace(config.training_config, judge="action"))
+    with pytest.raises(data.InputError, match="judge is 'action', expected 'trajectory'"):
+        act.resume_from(tmp_path / "out", changed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

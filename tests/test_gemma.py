@@ -706,3 +706,14 @@ def test_attention_in_blocks_equals_attention_written_out():
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad((found * weight.float()).sum(), inputs), gradients, strict=True):
             torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
+
+
+def test_a_token_of_the_tail_is_found_exactly():
+    """One token has all but 2e-6 of the probability, 1000 share the rest. Near 1 float32 has steps of 6e-8, as much as 30 of them."""
+    logits = torch.full((1, 1001), -20.0)
+    logits[0, 0] = 0.0
+    head, each = logits.softmax(-1)[0, :2].double().tolist()
+    total = head + 1000 * each
+    for token in (1, 2, 357, 500, 999, 1000):
+        u = torch.tensor([(head + (token - 0.5) * each) / total], dtype=torch.float64)
+        assert gemma.sample(logits, u, 1.0, 0, 1.0).tolist() == [token]
