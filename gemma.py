@@ -344,16 +344,36 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=True)
 
 
+def product(x, weight):
+    """x [..., I] times weight [O, I] transposed: [..., O].
+
+    Of a large float32 weight MKL makes a copy in an order of its own, which a few rows do not earn back; blocks it reads as they lie.
+    """
+    (O, I), rows, block = weight.shape, x.numel() // weight.shape[1], 32
+    if weight.is_cuda or weight.dtype != torch.float32 or O % block or weight.numel() < 2**19 or not 2 < rows <= 16:
+        return F.linear(x, weight)
+    parts = x.reshape(rows, I).expand(O // block, rows, I) @ weight.view(-1, block, I).transpose(1, 2)
+    return parts.transpose(0, 1).reshape(*x.shape[:-1], O)
+
+
+class Linear(nn.Linear):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return product(x, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.index, self.kind, self.head_dim = index, config.layer_types[index], D
         self.scale, self.softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = Linear(C, config.num_attention_heads * D)
+        self.k_proj = Linear(C, config.num_key_value_heads * D)
+        self.v_proj = Linear(C, config.num_key_value_heads * D)
+        self.o_proj = Linear(config.num_attention_heads * D, C)
 
     def forward(self, x, cos, sin, masks, cache):
         B, T, _ = x.shape
@@ -370,9 +390,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, H, bias=False)
-        self.up_proj = nn.Linear(C, H, bias=False)
-        self.down_proj = nn.Linear(H, C, bias=False)
+        self.gate_proj = Linear(C, H)
+        self.up_proj = Linear(C, H)
+        self.down_proj = Linear(H, C)
 
     def forward(self, x):
         gate, up = F.gelu(self.gate_proj(x), approximate="tanh"), self.up_proj(x)
@@ -487,8 +507,7 @@ class Gemma2(nn.Module):
 
     def logits(self, hidden):
         """Soft-capped float32 logits [..., V] of hidden states [..., C]."""
-        product = self.embed_tokens.weight @ hidden.flatten(0, -2).T  # this way round a few rows are twice as fast on a CPU
-        return soft_capped(product.T.reshape(*hidden.shape[:-1], -1), self.config.final_logit_softcapping)
+        return soft_capped(product(hidden, self.embed_tokens.weight), self.config.final_logit_softcapping)
 
     def forward(self, tokens):
         """int64 [B, T] -> float32 logits [B, T, V]; every row starts at position 0."""
@@ -855,7 +874,7 @@ def common_prefix(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None, kv_cache=None):
     """Continue token lists of different lengths; returns the new tokens of each, without the stop token.
 
