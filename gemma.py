@@ -345,15 +345,16 @@ def compiled_flex_attention():
 
 
 def product(x, weight):
-    """x [..., I] times weight [O, I] transposed: [..., O].
+    """x [..., inputs] times weight [outputs, inputs] transposed: [..., outputs].
 
     Of a large float32 weight MKL makes a copy in an order of its own, which a few rows do not earn back; blocks it reads as they lie.
     """
-    (O, I), rows, block = weight.shape, x.numel() // weight.shape[1], 32
-    if weight.is_cuda or weight.dtype != torch.float32 or O % block or weight.numel() < 2**19 or not 2 < rows <= 16:
+    (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
+    large = not weight.is_cuda and weight.dtype == torch.float32 and weight.numel() >= 2**19 and outputs % block == 0
+    if not (large and 2 < rows <= 16):
         return F.linear(x, weight)
-    parts = x.reshape(rows, I).expand(O // block, rows, I) @ weight.view(-1, block, I).transpose(1, 2)
-    return parts.transpose(0, 1).reshape(*x.shape[:-1], O)
+    parts = x.reshape(rows, inputs).expand(outputs // block, rows, inputs) @ weight.view(-1, block, inputs).transpose(1, 2)
+    return parts.transpose(0, 1).reshape(*x.shape[:-1], outputs)
 
 
 class Linear(nn.Linear):
@@ -475,6 +476,12 @@ class TokenLogps(torch.autograd.Function):
         return [slice(i, i + step) for i in range(0, len(hidden), step)]
 
 
+@torch.compiler.assume_constant_result
+def rounded(number, dtype):
+    """A Python number as near to another as the dtype can come."""
+    return torch.tensor(number, dtype=dtype).item()
+
+
 def soft_capped(logits, softcap):
     return torch.tanh(logits.float() / softcap) * softcap
 
@@ -498,7 +505,7 @@ class Gemma2(nn.Module):
         at, (rows, slots) int64 [P] both: the hidden states [P, C] of these tokens only; the last MLP is computed for no others.
         """
         x = self.embed_tokens(tokens)
-        x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)  # rounded to the model's dtype, as the checkpoints expect
+        x = x * rounded(self.config.hidden_size**0.5, x.dtype)  # as the checkpoints expect
         cos, sin = rotary(positions, self.config)
         *layers, last = self.layers
         for layer in layers:
@@ -789,9 +796,10 @@ class KVCache:
 
     def __init__(self):
         self.keys, self.values, self.tokens, self.order = [], [], [], []
+        self.steps = {}  # on a GPU: number of rows -> CapturedStep
 
     def prefill(self, model, prompts, room):
-        """Fill an empty cache, with room for more tokens; what prompts share is computed once. Returns the last hidden states [B, C]."""
+        """Fill an empty cache, with room for more tokens; what prompts share is computed once. Returns the logits after each [B, V]."""
         device = model.embed_tokens.weight.device
         forest = Forest(prompts).to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -810,7 +818,7 @@ class KVCache:
         last = rows[:, 0], slots.gather(1, lengths[:, None] - 1)[:, 0]
         hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches, last)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
-        return hidden
+        return model.logits(hidden)
 
     def rewind(self, prompts):
         """Make each row hold a beginning of its prompt, forgetting what differs. Returns what is still to be processed, a list a row."""
@@ -822,37 +830,46 @@ class KVCache:
         return tails
 
     def advance(self, model, new):
-        """Append the token lists `new` to the first len(new) rows. Returns the hidden state of each one's last token, [B, C]."""
-        device, B, T = model.embed_tokens.weight.device, len(new), max(map(len, new))
-        held = [len(tokens) for tokens in self.tokens[:B]]
+        """Append the token lists `new` to the first len(new) rows. Returns the logits after each one's last token, [B, V]."""
+        held, T = [len(tokens) for tokens in self.tokens[: len(new)]], max(map(len, new))
         for tokens, tail in zip(self.tokens, new, strict=False):
             tokens.extend(tail)
-        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)
-        positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
-        self._reserve(max(held) + T)
-        rows, window = torch.arange(B, device=device)[:, None], model.config.sliding_window
-        spans = {GLOBAL: slice(0, max(map(len, self.tokens[:B])))}  # the slots that any of the new tokens can see
-        spans[LOCAL] = slice(max(0, min(held) - window + 1), spans[GLOBAL].stop)
-        distance = positions[:, :, None] - torch.arange(spans[GLOBAL].stop, device=device)
-        near = distance < window
-        near |= positions[:, :, None] >= spans[GLOBAL].stop  # padding: unused, but it must see something, lest it be NaN
-        seen = {GLOBAL: distance >= 0, LOCAL: ((distance >= 0) & near)[:, :, spans[LOCAL]]}
-        masks = {kind: [(slice(0, T), slice(0, mask.shape[2]), mask.float())] for kind, mask in seen.items()}
+        longest = max(map(len, self.tokens[: len(new)]))
+        self._reserve(longest + 1)
+        inputs = torch.tensor([  # rows with fewer tokens than others repeat their last one, at the same position
+            [tail + tail[-1:] * (T - len(tail)) for tail in new],
+            [[start + min(i, len(tail) - 1) for i in range(T)] for start, tail in zip(held, new, strict=True)],
+        ])  # fmt: skip
+        if T == 1 and self._captures():
+            return self._decode(model, inputs)
+        spans = {GLOBAL: slice(0, longest), LOCAL: slice(max(0, min(held) - model.config.sliding_window + 1), longest)}
+        return extend(model, *self._rows(len(new)), *inputs.to(self.keys[0].device), spans)
 
-        def write(layer, k, v):
-            for store, x in ((self.keys, k), (self.values, v)):
-                store[layer][:B].scatter_(2, positions[:, None, :, None].expand_as(x), x)
-            span = spans[model.config.layer_types[layer]]
-            return self.keys[layer][:B, :, span], self.values[layer][:B, :, span]
+    def _captures(self):
+        return self.keys[0].is_cuda
 
-        last = rows[:, 0], torch.tensor([len(tail) - 1 for tail in new], device=device)
-        return model.hidden(tokens, positions, masks, write, last)
+    def _decode(self, model, inputs):
+        """A step of one token a row on a GPU, through a graph recorded for 4, 16, 64, ... rows or all; those that are done go along."""
+        active, rows = inputs.shape[1], 4
+        while rows < active:
+            rows *= 4
+        rows = min(rows, len(self.tokens))
+        idle = torch.tensor([[[0] for _ in self.tokens], [[len(tokens)] for tokens in self.tokens]])  # written behind what a row holds
+        inputs = torch.cat([inputs, idle[:, active:rows]], 1)
+        if rows not in self.steps:
+            self.steps[rows] = CapturedStep(model, *self._rows(rows), inputs)
+        return self.steps[rows](inputs)[:active]
+
+    def _rows(self, count):
+        """Keys and values of the first rows."""
+        return ([x[:count] for x in store] for store in (self.keys, self.values))
 
     def _reserve(self, width):
         if width > self.keys[0].shape[2]:
             grow = max(width, 3 * self.keys[0].shape[2] // 2) - self.keys[0].shape[2]
             for store in (self.keys, self.values):
                 store[:] = [F.pad(x, (0, 0, 0, grow)) for x in store]
+            self.steps = {}
 
     def swap(self, a, b):
         """Two rows trade places."""
@@ -862,12 +879,62 @@ class KVCache:
         for held in (self.tokens, self.order):
             held[a], held[b] = held[b], held[a]
 
+    @torch.inference_mode()  # as in `generate`: a step compiled for such tensors is not compiled again for others
     def keep(self, prompts):
         """Keep the rows of these prompts only (numbers as of the last call), in this order."""
         rows = [self.order.index(prompt) for prompt in prompts]
         for store in (self.keys, self.values):
             store[:] = [x[rows] for x in store]
-        self.tokens, self.order = [self.tokens[row] for row in rows], list(range(len(rows)))
+        self.tokens, self.order, self.steps = [self.tokens[row] for row in rows], list(range(len(rows))), {}
+
+
+def extend(model, keys, values, tokens, positions, spans):
+    """Put `tokens` [B, T] at `positions` [B, T] of a cache of B rows. Returns the logits after the last of each row, [B, V].
+
+    keys, values: a tensor [B, K, S, D] for each layer; spans: {GLOBAL, LOCAL: slice}, a slice with all slots that any of the tokens sees.
+    """
+    rows, slots = torch.arange(len(tokens), device=tokens.device)[:, None], torch.arange(keys[0].shape[2], device=tokens.device)
+    masks, window = {}, model.config.sliding_window
+    for kind, span in spans.items():
+        distance = positions[:, :, None] - slots[span]
+        seen = (distance >= 0) & (distance < window) if kind == LOCAL else distance >= 0
+        masks[kind] = [(slice(None), slice(None), seen.float())]
+
+    def write(layer, k, v):
+        for store, x in ((keys[layer], k), (values[layer], v)):
+            store[rows, :, positions] = x.transpose(1, 2)
+        span = spans[model.config.layer_types[layer]]
+        return keys[layer][:, :, span], values[layer][:, :, span]
+
+    last = rows[:, 0], torch.full_like(rows[:, 0], tokens.shape[1] - 1)
+    return model.logits(model.hidden(tokens, positions, masks, write, last))
+
+
+@cache
+def compiled_extend():
+    return torch.compile(extend, fullgraph=True)
+
+
+class CapturedStep:
+    """`extend` by one token a row, compiled, and recorded as a CUDA graph: one launch for the whole step instead of one for each kernel."""
+
+    def __init__(self, model, keys, values, inputs):
+        """inputs: tokens and positions, int64 [2, B, 1]. What is recorded are addresses: `keys` and `values` must not move."""
+        self.inputs = list(inputs.to(keys[0].device))
+        for x, dims in ((self.inputs, 0), (keys + values, (0, 2))):
+            for tensor in x:
+                torch._dynamo.maybe_mark_dynamic(tensor, dims)  # compiled once for every number of rows and slots
+        arguments = model, keys, values, *self.inputs, {GLOBAL: slice(None), LOCAL: slice(None)}
+        compiled_extend()(*arguments)  # compiles; what it writes will be written again by the first replay
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = compiled_extend()(*arguments)
+
+    def __call__(self, inputs):
+        for old, new in zip(self.inputs, inputs, strict=True):
+            old.copy_(new)
+        self.graph.replay()
+        return self.logits
 
 
 def common_prefix(a, b):
@@ -894,11 +961,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     if max_new_tokens == 0 or not prompts:
         return outputs
     noise = draw_noise(generator, len(prompts), max_new_tokens) if temperature > 0 else None
-    hidden = cache.advance(model, cache.rewind(prompts)) if cache.order else cache.prefill(model, prompts, max_new_tokens)
+    logits = cache.advance(model, cache.rewind(prompts)) if cache.order else cache.prefill(model, prompts, max_new_tokens)
     active = len(prompts)  # rows 0 .. active-1 of the cache are still being written
     for step in range(max_new_tokens):
-        u = noise[cache.order[:active], step].to(hidden.device) if temperature > 0 else None
-        tokens = sample(model.logits(hidden), u, temperature, top_k, top_p).tolist()
+        u = noise[cache.order[:active], step].to(logits.device) if temperature > 0 else None
+        tokens = sample(logits, u, temperature, top_k, top_p).tolist()
         for row in reversed(range(active)):
             if tokens[row] in stop:
                 active -= 1
@@ -908,7 +975,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                 outputs[cache.order[row]].append(tokens[row])
         if active == 0 or step + 1 == max_new_tokens:
             break
-        hidden = cache.advance(model, [[token] for token in tokens[:active]])
+        logits = cache.advance(model, [[token] for token in tokens[:active]])
     return outputs
 
 

@@ -1,17 +1,20 @@
 """gemma.py against values recorded from Hugging Face transformers (tests/golden), and what its readers and sampler promise."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._dynamo import lookup_backend
 
 import gemma
 from gemma import Gemma2, Gemma2Config, InputError, Tokenizer, generate
@@ -494,6 +497,67 @@ def test_rows_end_before_their_stop_token_and_others_go_on(model, golden):
     assert got == [row[:length] for row, length in zip(expected, cut, strict=True)]
 
 
+class RecordedOnCPU:
+    """Stands for CUDA graphs: what was called while one recorded, its replay calls again with the same tensors, into the same result."""
+
+    def __init__(self):
+        self.calls, self.compiled = [], []
+        self.extend = torch.compile(gemma.extend, fullgraph=True, backend=self.compile)
+
+    def compile(self, graph, inputs):
+        """What inductor is given, run as it is."""
+        self.compiled.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def __call__(self, *arguments):
+        self.calls.append((arguments, self.extend(*arguments)))
+        return self.calls[-1][1]
+
+    @contextlib.contextmanager
+    def record(self, graph):
+        self.calls.clear()
+        yield
+        [(arguments, result)] = self.calls
+        graph.replay = lambda: result.copy_(self.extend(*arguments))
+
+
+@pytest.fixture
+def gpu_steps(monkeypatch):
+    """Decoding steps take the GPU's path."""
+    recorded = RecordedOnCPU()
+    monkeypatch.setattr(gemma, "compiled_extend", lambda: recorded)
+    monkeypatch.setattr(gemma.KVCache, "_captures", lambda cache: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", recorded.record)
+    return recorded
+
+
+def two_turns(model, first, second, stops, cache):
+    """Replies to `first`, and to `second` said after them by all but the first row, with seven tokens a reply at most."""
+    def talk(prompts, rows):
+        return generate(model, prompts, 7, stop_ids=stops, generator=[seeded(row) for row in rows], kv_cache=cache)
+
+    replies, later = talk(first, range(len(first))), range(1, len(first))
+    if cache is not None:
+        cache.keep(list(later))
+    return replies, talk([first[row] + replies[row] + second[row] for row in later], later)
+
+
+@pytest.mark.parametrize("path", ["CPU", "GPU"])
+def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, model, golden, request):
+    """Second turns of different lengths, longer and shorter than the window, after replies that ended at different times."""
+    first = [(prompt + prompts_of(golden)[2])[:n] for prompt, n in zip(prompts_of(golden) * 2, (30, 3, 12, 21, 5, 9, 17), strict=False)]
+    second = [prompts_of(golden)[i % 4][: 1 + 3 * i] for i in range(len(first))]
+    stops = range(0, 200, 8)
+    expected = two_turns(model, first, second, stops, None)
+    assert all(len(set(map(len, replies))) > 2 for replies in expected), "rows should end at different times"
+    recorded = request.getfixturevalue("gpu_steps") if path == "GPU" else None
+    assert two_turns(model, first, second, stops, gemma.KVCache()) == expected
+    if recorded:  # once for all numbers of rows above one, all lengths, and another copy of the weights
+        assert two_turns(Gemma2.from_pretrained(GOLDEN), first[:3], second[:3], stops, gemma.KVCache())[0] == expected[0][:3]
+        assert len(recorded.compiled) == 1
+
+
 def test_a_stop_token_in_the_prompt_stops_nothing(model, golden):
     prompt, expected = prompts_of(golden)[1], continuations_of(golden)[1]
     unused = next(token for token in prompt if token not in expected)
@@ -706,6 +770,18 @@ def test_attention_in_blocks_equals_attention_written_out():
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad((found * weight.float()).sum(), inputs), gradients, strict=True):
             torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17])
+def test_a_product_in_blocks_is_the_product(rows):
+    """Forward and backward, at numbers of rows on both sides of those that are multiplied in blocks."""
+    torch.manual_seed(6)
+    x, weight = torch.randn(rows, 1, 512, requires_grad=True), torch.randn(1024, 512, requires_grad=True)
+    found, expected = gemma.product(x, weight), (x.double() @ weight.double().T)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
+    weights = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (x, weight)) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
 def test_a_token_of_the_tail_is_found_exactly():
