@@ -501,7 +501,7 @@ class RecordedOnCPU:
     """Stands for CUDA graphs: what was called while one recorded, its replay calls again with the same tensors, into the same result."""
 
     def __init__(self):
-        self.calls, self.compiled = [], []
+        self.calls, self.compiled, self.rows = [], [], []
         self.extend = torch.compile(gemma.extend, fullgraph=True, backend=self.compile)
 
     def compile(self, graph, inputs):
@@ -518,6 +518,7 @@ class RecordedOnCPU:
         self.calls.clear()
         yield
         [(arguments, result)] = self.calls
+        self.rows.append(len(result))
         graph.replay = lambda: result.copy_(self.extend(*arguments))
 
 
@@ -556,6 +557,28 @@ def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, model, golde
     if recorded:  # once for all numbers of rows above one, all lengths, and another copy of the weights
         assert two_turns(Gemma2.from_pretrained(GOLDEN), first[:3], second[:3], stops, gemma.KVCache())[0] == expected[0][:3]
         assert len(recorded.compiled) == 1
+
+
+def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_steps, monkeypatch):
+    """And again when the cache's tensors are others; rows that are done do no harm, and come to none when the cache is full."""
+    gpu_steps.extend = gemma.extend
+    prompts = [(prompts_of(golden)[i % 4] * 9)[i : i + 40 - i] for i in range(24)]
+    cache, stops = gemma.KVCache(), range(0, 200, 8)
+    replies = generate(model, prompts, 30, stop_ids=stops, kv_cache=cache)
+    assert gpu_steps.rows == [24, 16, 4]
+    cache.keep(kept := [3, 9, 11, 17])
+    later = [prompts[row] + replies[row][:5] + [7] for row in kept]
+    replies = generate(model, later, 6, generator=seeded(1), kv_cache=cache)
+    assert gpu_steps.rows == [24, 16, 4, 4], "keep made new tensors; there was room, so nothing else did"
+    full = gemma.KVCache()
+    [[first], _] = generate(model, prompts[::17], 1, temperature=0, kv_cache=full)
+    longer = [prompts[0] + [first], prompts[17]]
+    assert len(longer[0]) == full.keys[0].shape[2]
+    [stop] = generate(model, longer[:1], 1, temperature=0)[0]
+    ended = generate(model, longer, 6, temperature=0, stop_ids=[stop], kv_cache=full)
+    monkeypatch.undo()
+    assert replies == generate(model, later, 6, generator=seeded(1))
+    assert ended == generate(model, longer, 6, temperature=0, stop_ids=[stop]) and not ended[0] and ended[1]
 
 
 def test_a_stop_token_in_the_prompt_stops_nothing(model, golden):
