@@ -350,7 +350,7 @@ def product(x, weight):
     Of a large float32 weight MKL makes a copy in an order of its own, which a few rows do not earn back; blocks it reads as they lie.
     """
     (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
-    large = not weight.is_cuda and weight.dtype == torch.float32 and weight.numel() >= 2**19 and outputs % block == 0
+    large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and outputs % block == 0
     if not (large and 2 < rows <= 16):
         return F.linear(x, weight)
     parts = x.reshape(rows, inputs).expand(outputs // block, rows, inputs) @ weight.view(-1, block, inputs).transpose(1, 2)
@@ -834,28 +834,28 @@ class KVCache:
         held, T = [len(tokens) for tokens in self.tokens[: len(new)]], max(map(len, new))
         for tokens, tail in zip(self.tokens, new, strict=False):
             tokens.extend(tail)
-        longest = max(map(len, self.tokens[: len(new)]))
-        self._reserve(longest + 1)
-        inputs = torch.tensor([  # rows with fewer tokens than others repeat their last one, at the same position
-            [tail + tail[-1:] * (T - len(tail)) for tail in new],
-            [[start + min(i, len(tail) - 1) for i in range(T)] for start, tail in zip(held, new, strict=True)],
-        ])  # fmt: skip
+        end = max(held) + T
+        self._reserve(end + 1)
         if T == 1 and self._captures():
-            return self._decode(model, inputs)
-        spans = {GLOBAL: slice(0, longest), LOCAL: slice(max(0, min(held) - model.config.sliding_window + 1), longest)}
-        return extend(model, *self._rows(len(new)), *inputs.to(self.keys[0].device), spans)
+            return self._decode(model, [new, [[start] for start in held]])
+        device = self.keys[0].device
+        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # padding is written behind what a row holds
+        positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
+        last = torch.tensor([len(tail) - 1 for tail in new], device=device)
+        spans = {GLOBAL: slice(0, end), LOCAL: slice(max(0, min(held) - model.config.sliding_window + 1), end)}
+        return extend(model, *self._rows(len(new)), tokens, positions, last, spans)
 
     def _captures(self):
         return self.keys[0].is_cuda
 
     def _decode(self, model, inputs):
         """A step of one token a row on a GPU, through a graph recorded for 4, 16, 64, ... rows or all; those that are done go along."""
-        active, rows = inputs.shape[1], 4
+        active, rows = len(inputs[0]), 4
         while rows < active:
             rows *= 4
         rows = min(rows, len(self.tokens))
-        idle = torch.tensor([[[0] for _ in self.tokens], [[len(tokens)] for tokens in self.tokens]])  # written behind what a row holds
-        inputs = torch.cat([inputs, idle[:, active:rows]], 1)
+        idle = self.tokens[active:rows]
+        inputs = torch.tensor([inputs[0] + [[0] for _ in idle], inputs[1] + [[len(tokens)] for tokens in idle]])
         if rows not in self.steps:
             self.steps[rows] = CapturedStep(model, *self._rows(rows), inputs)
         return self.steps[rows](inputs)[:active]
@@ -888,8 +888,8 @@ class KVCache:
         self.tokens, self.order, self.steps = [self.tokens[row] for row in rows], list(range(len(rows))), {}
 
 
-def extend(model, keys, values, tokens, positions, spans):
-    """Put `tokens` [B, T] at `positions` [B, T] of a cache of B rows. Returns the logits after the last of each row, [B, V].
+def extend(model, keys, values, tokens, positions, last, spans):
+    """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows. Returns the logits after token `last` [B] of each row, [B, V].
 
     keys, values: a tensor [B, K, S, D] for each layer; spans: {GLOBAL, LOCAL: slice}, a slice with all slots that any of the tokens sees.
     """
@@ -906,8 +906,7 @@ def extend(model, keys, values, tokens, positions, spans):
         span = spans[model.config.layer_types[layer]]
         return keys[layer][:, :, span], values[layer][:, :, span]
 
-    last = rows[:, 0], torch.full_like(rows[:, 0], tokens.shape[1] - 1)
-    return model.logits(model.hidden(tokens, positions, masks, write, last))
+    return model.logits(model.hidden(tokens, positions, masks, write, (rows[:, 0], last)))
 
 
 @cache
@@ -920,11 +919,11 @@ class CapturedStep:
 
     def __init__(self, model, keys, values, inputs):
         """inputs: tokens and positions, int64 [2, B, 1]. What is recorded are addresses: `keys` and `values` must not move."""
-        self.inputs = list(inputs.to(keys[0].device))
-        for x, dims in ((self.inputs, 0), (keys + values, (0, 2))):
-            for tensor in x:
-                torch._dynamo.maybe_mark_dynamic(tensor, dims)  # compiled once for every number of rows and slots
-        arguments = model, keys, values, *self.inputs, {GLOBAL: slice(None), LOCAL: slice(None)}
+        self.inputs = tokens, positions = inputs.to(keys[0].device).unbind()
+        last, everything = torch.zeros_like(tokens[:, 0]), {GLOBAL: slice(None), LOCAL: slice(None)}
+        for x, dims in [(x, 0) for x in (tokens, positions, last)] + [(x, (0, 2)) for x in keys + values]:
+            torch._dynamo.maybe_mark_dynamic(x, dims)  # one compilation for all numbers of rows and of slots
+        arguments = model, keys, values, tokens, positions, last, everything
         compiled_extend()(*arguments)  # compiles; what it writes will be written again by the first replay
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
