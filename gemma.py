@@ -341,6 +341,9 @@ def flex_attend(q, k, v, mask, scale, softcap):
 
 @cache
 def compiled_flex_attention():
+    # Once for each: local or global, training, reference or generation, one row or more, one block of keys or more. Beyond the usual
+    # limit of 8 it would silently run uncompiled, with all scores in memory.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -926,7 +929,7 @@ class CapturedStep:
         arguments = model, keys, values, tokens, positions, last, everything
         compiled_extend()(*arguments)  # compiles; what it writes will be written again by the first replay
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's own thread may use the GPU meanwhile
             self.logits = compiled_extend()(*arguments)
 
     def __call__(self, inputs):

@@ -514,7 +514,7 @@ class RecordedOnCPU:
         return self.calls[-1][1]
 
     @contextlib.contextmanager
-    def record(self, graph):
+    def record(self, graph, **_):
         self.calls.clear()
         yield
         [(arguments, result)] = self.calls
@@ -770,6 +770,24 @@ def test_flex_attention_with_block_masks_equals_attention_in_blocks():
         expected = gemma.Attend.apply(q, k, v, blocks[kind], 0.3, 2.0)
         found = gemma.flex_attend(q, k, v, masks[kind], 0.3, 2.0)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_flex_attention_is_compiled_for_every_shape_of_batch(model, monkeypatch):
+    """In the reference's pass and in generation; torch would go on uncompiled beyond its limit of recompilations, here it raises."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compile, forests = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, backend="aot_eager", **options))
+    monkeypatch.setattr(gemma, "flex_attention", gemma.compiled_flex_attention.__wrapped__())
+    monkeypatch.setattr(gemma, "tree_masks", gemma.tree_block_masks)
+    for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)):
+        prompts = torch.randint(200, (rows, length), generator=seeded(length)).tolist()
+        forest = gemma.Forest(prompts)
+        forests.append(tuple(forest.tokens.shape))
+        with torch.no_grad():
+            model.logps(forest, *(torch.zeros(1, dtype=torch.int64) for _ in range(3)))
+        generate(model, prompts, 1)
+    assert forests == [(3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)]
 
 
 def test_attention_in_blocks_equals_attention_written_out():
