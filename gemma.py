@@ -331,7 +331,7 @@ class Attend(torch.autograd.Function):
 
 def flex_attend(q, k, v, mask, scale, softcap):
     """The same by one fused kernel, on a GPU; mask is a BlockMask of `tree_masks`. Blocks that nothing sees are not computed."""
-    kernel = compiled_flex_attention() if q.is_cuda else flex_attention
+    kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
 
     def cap(score, batch, head, query, key):
         return softcap * torch.tanh(score / softcap)
@@ -340,11 +340,14 @@ def flex_attend(q, k, v, mask, scale, softcap):
 
 
 @cache
-def compiled_flex_attention():
-    # Once for each: local or global, training, reference or generation, one row or more, one block of keys or more. Beyond the usual
-    # limit of 8 it would silently run uncompiled, with all scores in memory.
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(flex_attention, dynamic=True)
+def compiled(function, **options):
+    """The function as torch.compile makes it, again for each kind of batch: grad or none, one row or more, one block of keys or more.
+
+    Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in memory. And it would make tensors of
+    the caps, which flex attention cannot compile.
+    """
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
+    return torch.compile(function, **options)
 
 
 def product(x, weight):
@@ -354,7 +357,7 @@ def product(x, weight):
     """
     (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
     large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and outputs % block == 0
-    if not (large and 2 < rows <= 16):
+    if not (large and 3 < rows < 16):
         return F.linear(x, weight)
     parts = x.reshape(rows, inputs).expand(outputs // block, rows, inputs) @ weight.view(-1, block, inputs).transpose(1, 2)
     return parts.transpose(0, 1).reshape(*x.shape[:-1], outputs)
@@ -832,13 +835,16 @@ class KVCache:
             tails.append(prompts[prompt][held:])
         return tails
 
-    def advance(self, model, new):
-        """Append the token lists `new` to the first len(new) rows. Returns the logits after each one's last token, [B, V]."""
+    def advance(self, model, new, room=1):
+        """Append the token lists `new` to the first len(new) rows. Returns the logits after each one's last token, [B, V].
+
+        room, at least 1: free slots to keep behind each row, lest the cache move too often.
+        """
         held, T = [len(tokens) for tokens in self.tokens[: len(new)]], max(map(len, new))
         for tokens, tail in zip(self.tokens, new, strict=False):
             tokens.extend(tail)
         end = max(held) + T
-        self._reserve(end + 1)
+        self._reserve(end + room)
         if T == 1 and self._captures():
             return self._decode(model, [new, [[start] for start in held]])
         device = self.keys[0].device
@@ -869,7 +875,7 @@ class KVCache:
 
     def _reserve(self, width):
         if width > self.keys[0].shape[2]:
-            grow = max(width, 3 * self.keys[0].shape[2] // 2) - self.keys[0].shape[2]
+            grow = width - self.keys[0].shape[2]
             for store in (self.keys, self.values):
                 store[:] = [F.pad(x, (0, 0, 0, grow)) for x in store]
             self.steps = {}
@@ -912,29 +918,24 @@ def extend(model, keys, values, tokens, positions, last, spans):
     return model.logits(model.hidden(tokens, positions, masks, write, (rows[:, 0], last)))
 
 
-@cache
-def compiled_extend():
-    return torch.compile(extend, fullgraph=True)
-
-
 class CapturedStep:
     """`extend` by one token a row, compiled, and recorded as a CUDA graph: one launch for the whole step instead of one for each kernel."""
 
     def __init__(self, model, keys, values, inputs):
-        """inputs: tokens and positions, int64 [2, B, 1]. What is recorded are addresses: `keys` and `values` must not move."""
-        self.inputs = tokens, positions = inputs.to(keys[0].device).unbind()
+        """inputs: tokens and positions, int64 [2, B, 1]."""
+        self.inputs, step = inputs.to(keys[0].device), compiled(extend, fullgraph=True)
+        tokens, positions = self.inputs
         last, everything = torch.zeros_like(tokens[:, 0]), {GLOBAL: slice(None), LOCAL: slice(None)}
         for x, dims in [(x, 0) for x in (tokens, positions, last)] + [(x, (0, 2)) for x in keys + values]:
-            torch._dynamo.maybe_mark_dynamic(x, dims)  # one compilation for all numbers of rows and of slots
-        arguments = model, keys, values, tokens, positions, last, everything
-        compiled_extend()(*arguments)  # compiles; what it writes will be written again by the first replay
+            torch._dynamo.maybe_mark_dynamic(x, dims)  # one compilation for all numbers of rows above one, and of slots
+        self.arguments = model, keys, values, tokens, positions, last, everything  # kept: a graph knows addresses only
+        step(*self.arguments)  # compiles; what it writes will be written again by the first replay
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's own thread may use the GPU meanwhile
-            self.logits = compiled_extend()(*arguments)
+            self.logits = step(*self.arguments)
 
     def __call__(self, inputs):
-        for old, new in zip(self.inputs, inputs, strict=True):
-            old.copy_(new)
+        self.inputs.copy_(inputs)
         self.graph.replay()
         return self.logits
 
@@ -963,7 +964,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     if max_new_tokens == 0 or not prompts:
         return outputs
     noise = draw_noise(generator, len(prompts), max_new_tokens) if temperature > 0 else None
-    logits = cache.advance(model, cache.rewind(prompts)) if cache.order else cache.prefill(model, prompts, max_new_tokens)
+    if cache.order:
+        logits = cache.advance(model, cache.rewind(prompts), max_new_tokens)
+    else:
+        logits = cache.prefill(model, prompts, max_new_tokens)
     active = len(prompts)  # rows 0 .. active-1 of the cache are still being written
     for step in range(max_new_tokens):
         u = noise[cache.order[:active], step].to(logits.device) if temperature > 0 else None

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -501,12 +502,12 @@ class RecordedOnCPU:
     """Stands for CUDA graphs: what was called while one recorded, its replay calls again with the same tensors, into the same result."""
 
     def __init__(self):
-        self.calls, self.compiled, self.rows = [], [], []
+        self.calls, self.versions, self.rows = [], [], []
         self.extend = torch.compile(gemma.extend, fullgraph=True, backend=self.compile)
 
     def compile(self, graph, inputs):
         """What inductor is given, run as it is."""
-        self.compiled.append(graph)
+        self.versions.append(graph)
         return lookup_backend("aot_eager")(graph, inputs)
 
     def __call__(self, *arguments):
@@ -517,16 +518,23 @@ class RecordedOnCPU:
     def record(self, graph, **_):
         self.calls.clear()
         yield
-        [(arguments, result)] = self.calls
+        [((model, keys, values, *inputs, spans), result)] = self.calls
+        self.calls.clear()
         self.rows.append(len(result))
-        graph.replay = lambda: result.copy_(self.extend(*arguments))
+        references = [[weakref.ref(x) for x in each] for each in (keys, values, inputs)]  # a graph keeps nothing alive
+
+        def replay():
+            keys, values, inputs = ([reference() for reference in each] for each in references)
+            result.copy_(self.extend(model, keys, values, *inputs, spans))
+
+        graph.replay = replay
 
 
 @pytest.fixture
 def gpu_steps(monkeypatch):
     """Decoding steps take the GPU's path."""
     recorded = RecordedOnCPU()
-    monkeypatch.setattr(gemma, "compiled_extend", lambda: recorded)
+    monkeypatch.setattr(gemma, "compiled", lambda function, **_: {gemma.extend: recorded}[function])
     monkeypatch.setattr(gemma.KVCache, "_captures", lambda cache: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", recorded.record)
@@ -556,7 +564,7 @@ def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, model, golde
     assert two_turns(model, first, second, stops, gemma.KVCache()) == expected
     if recorded:  # once for all numbers of rows above one, all lengths, and another copy of the weights
         assert two_turns(Gemma2.from_pretrained(GOLDEN), first[:3], second[:3], stops, gemma.KVCache())[0] == expected[0][:3]
-        assert len(recorded.compiled) == 1
+        assert len(recorded.versions) == 1
 
 
 def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_steps, monkeypatch):
@@ -576,6 +584,7 @@ def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_
     assert len(longer[0]) == full.keys[0].shape[2]
     [stop] = generate(model, longer[:1], 1, temperature=0)[0]
     ended = generate(model, longer, 6, temperature=0, stop_ids=[stop], kv_cache=full)
+    assert gpu_steps.rows == [24, 16, 4, 4, 2], "a cache that must grow grows once a reply"
     monkeypatch.undo()
     assert replies == generate(model, later, 6, generator=seeded(1))
     assert ended == generate(model, longer, 6, temperature=0, stop_ids=[stop]) and not ended[0] and ended[1]
@@ -772,22 +781,25 @@ def test_flex_attention_with_block_masks_equals_attention_in_blocks():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_flex_attention_is_compiled_for_every_shape_of_batch(model, monkeypatch):
-    """In the reference's pass and in generation; torch would go on uncompiled beyond its limit of recompilations, here it raises."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    compile, forests = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, backend="aot_eager", **options))
-    monkeypatch.setattr(gemma, "flex_attention", gemma.compiled_flex_attention.__wrapped__())
+def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
+    """In the reference's pass and in generation. Beyond its limit torch would go on uncompiled, here it raises; and it is given no cap as
+    a tensor, which its compiler fails on."""
+    def compile(graph, inputs):
+        assert all(x.ndim for x in inputs if isinstance(x, torch.Tensor))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    for key, value in (("recompile_limit", 8), ("fail_on_recompile_limit_hit", True), ("specialize_float", False)):
+        monkeypatch.setattr(torch._dynamo.config, key, value)
+    flex_attention = gemma.compiled.__wrapped__(gemma.flex_attention, dynamic=True, backend=compile)
+    monkeypatch.setattr(gemma, "flex_attention", flex_attention)
     monkeypatch.setattr(gemma, "tree_masks", gemma.tree_block_masks)
     for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)):
         prompts = torch.randint(200, (rows, length), generator=seeded(length)).tolist()
         forest = gemma.Forest(prompts)
-        forests.append(tuple(forest.tokens.shape))
+        assert forest.tokens.shape == (rows, length)
         with torch.no_grad():
             model.logps(forest, *(torch.zeros(1, dtype=torch.int64) for _ in range(3)))
         generate(model, prompts, 1)
-    assert forests == [(3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)]
 
 
 def test_attention_in_blocks_equals_attention_written_out():
