@@ -584,9 +584,13 @@ def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_
     assert len(longer[0]) == full.keys[0].shape[2]
     [stop] = generate(model, longer[:1], 1, temperature=0)[0]
     ended = generate(model, longer, 6, temperature=0, stop_ids=[stop], kv_cache=full)
-    assert gpu_steps.rows == [24, 16, 4, 4, 2], "a cache that must grow grows once a reply"
+    tight = gemma.KVCache()
+    generate(model, prompts[:1], 1, kv_cache=tight)
+    grown = generate(model, longer[:1], 6, temperature=0, kv_cache=tight)
+    assert gpu_steps.rows == [24, 16, 4, 4, 2, 1], "a cache that must grow grows once a reply"
     monkeypatch.undo()
     assert replies == generate(model, later, 6, generator=seeded(1))
+    assert grown == generate(model, longer[:1], 6, temperature=0)
     assert ended == generate(model, longer, 6, temperature=0, stop_ids=[stop]) and not ended[0] and ended[1]
 
 
