@@ -1,6 +1,6 @@
 """Compare gemma.py with Hugging Face transformers on random models: for a person, not for pytest, since it needs transformers.
 
-    pip install transformers && PYTHONPATH=. python tests/compare_transformers.py
+    pip install transformers && python tests/compare_transformers.py
 
 For several shapes and seeds it prints one line each: max |logit difference|, the largest difference of a gradient relative to
 the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal, and
@@ -11,13 +11,16 @@ Ends with status 1 when any of these is over its limit. tests/golden/make_gemma2
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import transformers
 from golden.make_gemma2 import PROMPT_LENGTHS, SHAPE, greedy, next_token_loss, random_model, random_tokens
 from transformers import AutoModelForCausalLM
 
-from gemma import Gemma2, generate
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gemma import Gemma2, generate  # noqa: E402
 
 LOGIT_LIMIT = 2e-4
 GRADIENT_LIMIT = 1e-4

@@ -1,7 +1,7 @@
 """In and out of the ecosystem: transformers, TRL and the published research code's files. For a person: it needs transformers and TRL.
 
     pip install transformers trl protobuf sentencepiece
-    PYTHONPATH=. python tests/ecosystem.py --python PATH/TO/THIS/PROJECTS/PYTHON [--conversations pacific.jsonl]
+    python tests/ecosystem.py --python PATH/TO/THIS/PROJECTS/PYTHON [--conversations pacific.jsonl]
 
 act.py runs in --python, everything else here; two minutes. The preference files come from --conversations (labelled Vertex JSONL).
 One line a point; ends with status 1 when one of them fails. The research code is google-research/learning_to_clarify; what stands here
@@ -28,11 +28,13 @@ import torch
 import transformers
 import trl
 
-import act
-import data
-from gemma import Gemma2, Tokenizer, generate
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import act  # noqa: E402
+import data  # noqa: E402
+from gemma import Gemma2, Tokenizer, generate  # noqa: E402
+
 TINY = ROOT / "configs" / "tiny"
 LOGIT_LIMIT = 1e-4
 NEW_TOKENS = 24
