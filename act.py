@@ -27,6 +27,7 @@ import sqlite3
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -1846,6 +1847,7 @@ def parse_arguments(arguments):
 
 
 def main(arguments=None):
+    done = False
     try:
         path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(path, overrides)
@@ -1853,6 +1855,7 @@ def main(arguments=None):
         if "resume" in flags and TASKS[config.task] is not train:
             raise InputError(f"--resume: task '{config.task}' has nothing to resume, expected --overwrite")
         TASKS[config.task](config, device, "overwrite" in flags, "resume" in flags)
+        done = True
     except INPUT_ERRORS as error:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         if rank:  # mostly the same error on all ranks: the first one says it, and torchrun ends the others meanwhile
@@ -1868,13 +1871,18 @@ def main(arguments=None):
             print("\nact.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
         return 130
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (done or dist.get_world_size() == 1):  # else it would wait for ranks that wait for this one
             dist.destroy_process_group()
     return 0
 
 
-if __name__ == "__main__":
-    status = main()
+def run_and_leave():
+    """main() as a program: what it returns is the exit status; an error that nobody foresaw is printed at once and ends in status 1."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
     for thread in threading.enumerate():  # calls in flight are paid for: they end, and their answers are kept
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
@@ -1883,3 +1891,7 @@ if __name__ == "__main__":
     # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, destroy_process_group or not, and that aborts a
     # process which has finished (seen with torch 2.13 and a replicated mesh, in up to one run of three).
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run_and_leave()

@@ -339,15 +339,18 @@ def flex_attend(q, k, v, mask, scale, softcap):
     return kernel(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
 
 
-@cache
 def compiled(function, **options):
     """The function as torch.compile makes it, again for each kind of batch: grad or none, one row or more, one block of keys or more.
 
     Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in memory. And it would make tensors of
     the caps, which flex attention cannot compile.
     """
-    torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
-    return torch.compile(function, **options)
+    if torch._dynamo.config.recompile_limit < 64:  # in each thread: autograd has its own
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
+    return compile_once(function, **options)
+
+
+compile_once = cache(torch.compile)
 
 
 def product(x, weight):

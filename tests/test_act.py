@@ -1236,6 +1236,23 @@ def run_program(*words):
     return done.returncode, done.stdout, done.stderr
 
 
+def test_an_unforeseen_error_of_one_rank_is_shown_and_ends_all(tmp_path):
+    """While the other waits for it in a collective."""
+    (tmp_path / "fails.py").write_text("""
+import torch, act
+def task(config, device, overwrite, resume):
+    if act.dist.get_rank():
+        raise RuntimeError("nobody foresaw this")
+    act.dist.all_reduce(torch.ones(1))
+    act.time.sleep(600)
+act.TASKS["evaluate"] = task
+act.run_and_leave()
+""")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    status, _, errors = run_program(*ranks, tmp_path / "fails.py", "--config", ROOT / "configs" / "tiny.json", "--task", "evaluate")
+    assert status and "RuntimeError: nobody foresaw this" in errors
+
+
 def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -794,7 +794,7 @@ def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
 
     for key, value in (("recompile_limit", 8), ("fail_on_recompile_limit_hit", True), ("specialize_float", False)):
         monkeypatch.setattr(torch._dynamo.config, key, value)
-    flex_attention = gemma.compiled.__wrapped__(gemma.flex_attention, dynamic=True, backend=compile)
+    flex_attention = gemma.compiled(gemma.flex_attention, dynamic=True, backend=compile)
     monkeypatch.setattr(gemma, "flex_attention", flex_attention)
     monkeypatch.setattr(gemma, "tree_masks", gemma.tree_block_masks)
     for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)):
