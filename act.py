@@ -1847,7 +1847,6 @@ def parse_arguments(arguments):
 
 
 def main(arguments=None):
-    done = False
     try:
         path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(path, overrides)
@@ -1855,7 +1854,7 @@ def main(arguments=None):
         if "resume" in flags and TASKS[config.task] is not train:
             raise InputError(f"--resume: task '{config.task}' has nothing to resume, expected --overwrite")
         TASKS[config.task](config, device, "overwrite" in flags, "resume" in flags)
-        done = True
+        dist.destroy_process_group()
     except INPUT_ERRORS as error:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         if rank:  # mostly the same error on all ranks: the first one says it, and torchrun ends the others meanwhile
@@ -1871,16 +1870,16 @@ def main(arguments=None):
             print("\nact.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
         return 130
     finally:
-        if dist.is_initialized() and (done or dist.get_world_size() == 1):  # else it would wait for ranks that wait for this one
+        if dist.is_initialized() and dist.get_world_size() == 1:  # with more it could wait for ranks that wait for this one
             dist.destroy_process_group()
     return 0
 
 
-def run_and_leave():
-    """main() as a program: what it returns is the exit status; an error that nobody foresaw is printed at once and ends in status 1."""
+def run_as_program():
+    """main(), and the end of the process with what it returns as exit status."""
     try:
         status = main()
-    except Exception:
+    except Exception:  # nobody foresaw it: here is its traceback, and Python's own way out could wait for ranks that wait for this one
         traceback.print_exc()
         status = 1
     for thread in threading.enumerate():  # calls in flight are paid for: they end, and their answers are kept
@@ -1894,4 +1893,4 @@ def run_and_leave():
 
 
 if __name__ == "__main__":
-    run_and_leave()
+    run_as_program()

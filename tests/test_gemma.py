@@ -829,7 +829,7 @@ def test_attention_in_blocks_equals_attention_written_out():
             torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17])
+@pytest.mark.parametrize("rows", [1, 3, 4, 15, 16])
 def test_a_product_in_blocks_is_the_product(rows):
     """Forward and backward, at numbers of rows on both sides of those that are multiplied in blocks."""
     torch.manual_seed(6)
