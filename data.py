@@ -122,6 +122,27 @@ def write_jsonl(path, rows):
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path):
+    """The JSON object that a file holds. Raises InputError when it is not there, not JSON or not an object."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path, value):
+    """Write beside the target and rename, so that a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 # --- Vertex JSONL ----------------------------------------------------------------------------------------------------
 
 def read_vertex_jsonl(path):
