@@ -1,7 +1,7 @@
 """How much memory a real size takes: loading, one sharded optimiser step, saving; and how much a GPU needs for training.
 
     python tests/proofs/memory.py --size tiny                 a check of this script, a minute
-    python tests/proofs/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 20 GB of memory that nothing else wants, 11 GB of disk, some minutes
+    python tests/proofs/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 20 GB of memory that nothing else wants, 11 GB of disk, minutes
     python tests/proofs/memory.py --plan                      the computed table alone
 
 A random bfloat16 checkpoint is written shard by shard into a temporary folder of --dir. Each measurement is a process of its own (one

@@ -1,6 +1,6 @@
 """Compare gemma.py with Hugging Face transformers on random models: for a person, not for pytest, since it needs transformers.
 
-    pip install transformers && python tests/compare_transformers.py
+    pip install transformers && python tests/proofs/compare_transformers.py
 
 For several shapes and seeds it prints one line each: max |logit difference|, the largest difference of a gradient relative to
 the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal, and
@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from golden.make_gemma2 import PROMPT_LENGTHS, SHAPE, greedy, next_token_loss, random_model, random_tokens
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from golden.make_gemma2 import PROMPT_LENGTHS, SHAPE, greedy, next_token_loss, random_model, random_tokens  # noqa: E402
 
 from gemma import Gemma2, generate  # noqa: E402
 
