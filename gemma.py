@@ -1,17 +1,20 @@
-"""Gemma 2 in one file: configuration, decoder, safetensors in and out, SentencePiece tokenizer, batched generation.
+"""Gemma 2 and Gemma 3 (text): tries, decoder, safetensors, SentencePiece tokenizer, batched generation.
 
-    python gemma.py MODEL_DIR --prompt "Why is the sky blue?"      prints a continuation: is this checkpoint sound?
+    python gemma.py MODEL_DIR --prompt "Why is the sky blue?"      continues it: is this checkpoint sound?
 
-Parameters are named as in the published checkpoints, so loading is a strict copy without a table of names. Gemma 2's oddities
-are noted where they happen: scaled embeddings, `1 + weight` norms (four a layer), soft-caps on attention scores and on logits,
-a sliding window on every other layer. Sources: Gemma 2 (arXiv 2408.00118) and the published configurations.
+To read: from here to the end of class Gemma, what a batch is and what the decoder computes. For reference
+after it: configuration, attention, large products, safetensors, tokenizer, generation, command line.
 
-Shapes: B rows, T tokens, S key slots, N query heads, K key/value heads, G = N / K, D head_dim, C hidden_size, V vocab_size.
+Parameters are named as in the published checkpoints, so loading is a strict copy without a table of names.
+What is odd about Gemma is noted where it happens. Sources: Gemma 2 (arXiv 2408.00118), Gemma 3 (arXiv
+2503.19786) and the published configurations.
+
+Shapes: B rows, T tokens, S key slots, N query heads, K key/value heads, D head_dim, C hidden_size,
+V vocab_size, P tokens that are scored.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -32,21 +35,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from data import InputError, read_json, write_json
+
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 NEVER = float("-inf")
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: where, what was found, what was expected."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
-
-
 @dataclass
-class Gemma2Config:
-    """The fields of a Hugging Face config.json of `model_type: gemma2` that change what is computed."""
+class GemmaConfig:
+    """The fields of Hugging Face's config.json that change what is computed, by their names there."""
 
     vocab_size: int
     hidden_size: int
@@ -54,170 +51,144 @@ class Gemma2Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int  # not hidden_size / num_attention_heads in Gemma 2
-    query_pre_attn_scalar: float  # queries are scaled by its square root's inverse; 144 in the 27B, whose head_dim is 128
+    head_dim: int  # not always hidden_size / num_attention_heads
+    query_pre_attn_scalar: float  # queries are scaled by its root's inverse; not always head_dim
     sliding_window: int
-    attn_logit_softcapping: float
-    final_logit_softcapping: float
+    attn_logit_softcapping: float | None = None  # Gemma 2: 50; Gemma 3 has no caps
+    final_logit_softcapping: float | None = None  # Gemma 2: 30
+    model_type: str = "gemma2"  # or "gemma3_text"
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rope_theta: float | None = None  # default: 10,000, in Gemma 3 a million
+    rope_local_base_freq: float | None = None  # Gemma 3: theta of the window layers, 10,000
     max_position_embeddings: int = 8192
     pad_token_id: int = 0
     eos_token_id: int | list = 1
     bos_token_id: int = 2
-    layer_types: list | None = None  # default: sliding, full, sliding, full, ...
+    sliding_window_pattern: int | None = None  # one layer in so many is global: 2, in Gemma 3 6
+    layer_types: list | None = None  # LOCAL or GLOBAL, for each layer; default: by the pattern
 
     def __post_init__(self):
+        gemma3 = self.model_type == "gemma3_text"
+        self.rope_theta = self.rope_theta or (1e6 if gemma3 else 1e4)
+        self.rope_local_base_freq = self.rope_local_base_freq or 1e4 if gemma3 else self.rope_theta
+        self.sliding_window_pattern = self.sliding_window_pattern or (6 if gemma3 else 2)
         if self.layer_types is None and isinstance(self.num_hidden_layers, int):
-            self.layer_types = [(LOCAL, GLOBAL)[i % 2] for i in range(self.num_hidden_layers)]
+            numbers = range(1, 1 + self.num_hidden_layers)
+            self.layer_types = [LOCAL if i % self.sliding_window_pattern else GLOBAL for i in numbers]
 
-    @classmethod
-    def from_json(cls, path):
-        """Read a config.json of either dialect (`rope_theta` at the top or in `rope_parameters`). Raises InputError."""
-        raw = read_json(path)
-        rope = raw.get("rope_parameters") or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-            raise InputError(f"{path}: rope_parameters is {rope!r}, expected an object with rope_type 'default'")
-        raw = {"hidden_activation": "gelu_pytorch_tanh", **rope, **raw}
-        for key, value in (("model_type", "gemma2"), ("hidden_activation", "gelu_pytorch_tanh")):
-            if raw.get(key) != value:
-                raise InputError(f"{path}: {key} is {raw.get(key)!r}, expected {value!r}")
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in raw]
-        if missing:
-            raise InputError(f"{path}: missing key {', '.join(map(repr, missing))}")
-        config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
-        config._check(path)
-        return config
-
-    def _check(self, path):
-        """Every number a number, and the few rules between them."""
-        wrong = None
-        for f in fields(self):
-            value = getattr(self, f.name)
-            types, lowest = ((int,), 0) if f.name.endswith("_token_id") else ((int, float) if f.type is float else (int,), 1e-12)
-            numbers = value if f.name == "eos_token_id" and isinstance(value, list) else [value]
-            if f.name != "layer_types" and not all(type(n) in types and n >= lowest for n in numbers):
-                raise InputError(f"{path}: {f.name} is {value!r}, expected a {'number' if float in types else 'whole number'} above 0")
-        if self.num_attention_heads % self.num_key_value_heads:
-            wrong = "num_key_value_heads", f"a divisor of num_attention_heads {self.num_attention_heads}"
-        if self.head_dim % 2:
-            wrong = "head_dim", "an even number"
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if getattr(self, key) > 80:
-                wrong = key, "at most 80, whose exponential a float32 still holds (no maximum is taken off capped scores)"
-        types, layers = self.layer_types, self.num_hidden_layers
-        if not isinstance(types, list) or len(types) != layers or not {LOCAL, GLOBAL}.issuperset(map(str, types)):
-            wrong = "layer_types", f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'"
-        if wrong:
-            raise InputError(f"{path}: {wrong[0]} is {getattr(self, wrong[0])!r}, expected {wrong[1]}")
+    @staticmethod
+    def from_json(path):
+        """Read a config.json, as transformers 4 or 5 writes it. Raises InputError."""
+        return read_config(path)
 
     def to_json(self, dtype):
         """What transformers (4 and 5) and vLLM expect to find in config.json."""
-        return {
-            "architectures": ["Gemma2ForCausalLM"],
-            "model_type": "gemma2",
-            **asdict(self),
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attention_bias": False,
-            "tie_word_embeddings": True,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
+        return config_json(self, dtype)
 
 
-def read_json(path):
-    """A JSON object from a file. Raises InputError when the file is not there, not JSON or not an object."""
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches of sequences that share beginnings
+# --------------------------------------------------------------------------------------------------
+# A batch: sequences that share beginnings
 
 
 class Forest:
     """Token sequences laid out so that what they share is computed once.
 
-    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side by side into rows, as long as the
-    longest of them or up to half longer, where that leaves less empty. Inside a row a trie lies in depth-first order, so the
-    descendants of the token in slot s are the slots s+1 .. ends[s]-1, and the token in slot t may attend to slot s exactly if
-    s <= t < ends[s].
+    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side by
+    side into rows, as long as the longest of them or up to half longer, where that leaves less empty.
+    Inside a row a trie lies in depth-first order, so the descendants of the token in slot s are the
+    slots s+1 .. ends[s]-1, and the token in slot t may attend to slot s exactly if s <= t < ends[s].
 
-    tokens, positions, ends: int64 [R, T]; positions count along each branch. paths[i] = (row, slots of sequence i, in order).
+    tokens, positions, ends: int64 [B, T]; positions count along each branch.
+    paths[i] = (row, slots of sequence i in order); padding: the fraction of slots that hold nothing.
     """
 
     def __init__(self, sequences):
-        sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
-        if not sequences or min(map(len, sequences)) == 0:
+        sequences = [list(map(int, sequence)) for sequence in sequences]
+        if not sequences or not all(sequences):
             raise InputError("a token sequence is empty, expected at least one token in each")
-        tries = sorted(self._tries(sequences), key=lambda trie: -len(trie[0]))
-        sizes = [len(trie[0]) for trie in tries]
-        layouts = [self._pack(sizes, sizes[0] + sizes[0] * i // 16) for i in range(9)]
+        tries = [self._trie(sequences, group) for group in self._groups(sequences)]
+        tries.sort(key=lambda trie: -len(trie["tokens"]))
+        sizes = [len(trie["tokens"]) for trie in tries]
+        widths = [sizes[0] + sizes[0] * i // 16 for i in range(9)]
+        layouts = [self._pack(sizes, width) for width in widths]
         count, width, places = min(layouts, key=lambda layout: layout[0] * layout[1])
-        tokens = np.zeros((3, count, width), dtype=np.int64)
-        tokens[2] = np.arange(1, width + 1)  # padding sees itself only
+
+        self.tokens = torch.zeros(count, width, dtype=torch.int64)
+        self.positions = torch.zeros_like(self.tokens)
+        self.ends = torch.arange(1, width + 1).repeat(count, 1)  # padding sees itself only
         self.paths = [None] * len(sequences)
-        for (row, start), (trie_tokens, positions, ends, paths) in zip(places, tries, strict=True):
-            tokens[:, row, start : start + len(ends)] = trie_tokens, positions, ends + start
-            for i, slots in paths.items():
-                self.paths[i] = (row, slots + start)
-        self.tokens, self.positions, self.ends = torch.from_numpy(tokens)
-        self.padding = 1 - sum(sizes) / (count * width)  # fraction of the slots that hold nothing
+        for (row, start), trie in zip(places, tries, strict=True):
+            span = slice(start, start + len(trie["tokens"]))
+            self.tokens[row, span] = torch.tensor(trie["tokens"])
+            self.positions[row, span] = torch.tensor(trie["positions"])
+            self.ends[row, span] = torch.tensor(trie["ends"]) + start
+            for i, path in trie["paths"].items():
+                self.paths[i] = (row, np.array(path) + start)
+        self.padding = 1 - sum(sizes) / (count * width)
+
+    @staticmethod
+    def _groups(sequences):
+        """Lists of the sequences (their numbers, in sorted order) that make a trie each.
+
+        In sorted order a sequence shares most with its neighbour. Sharing less than half of the
+        shorter one is not worth the attention over each other's slots.
+        """
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+        groups = [[order[0]]]
+        for a, b in zip(order, order[1:], strict=False):
+            shared = common_prefix(sequences[a], sequences[b])
+            if 2 * shared < min(len(sequences[a]), len(sequences[b])):
+                groups.append([])
+            groups[-1].append(b)
+        return groups
+
+    @staticmethod
+    def _trie(sequences, group):
+        """tokens, positions, ends of one trie, and paths {sequence: its slots}."""
+        tokens, positions, ends, paths = [], [], [], {}
+        path = []  # the slots of the sequence before
+        for i in group:
+            shared = common_prefix([tokens[slot] for slot in path], sequences[i])
+            for slot in path[shared:]:
+                ends[slot] = len(tokens)  # the branch left behind ends here
+            branch = sequences[i][shared:]
+            path = path[:shared] + list(range(len(tokens), len(tokens) + len(branch)))
+            tokens += branch
+            positions += range(shared, len(sequences[i]))
+            ends += [None] * len(branch)
+            paths[i] = path
+        ends = [len(tokens) if end is None else end for end in ends]
+        return {"tokens": tokens, "positions": positions, "ends": ends, "paths": paths}
 
     @staticmethod
     def _pack(sizes, width):
-        """Where tries of these sizes, longest first, go in rows of up to `width`: (rows, their width, [(row, start)]), first fit."""
+        """Where tries of these sizes, longest first, go in rows of up to `width`, first fit.
+
+        Returns (number of rows, their width, [(row, start) of each trie]).
+        """
         used, places = [], []
         for size in sizes:
             row = next((r for r, n in enumerate(used) if n + size <= width), len(used))
-            used += [0] * (row == len(used))
+            if row == len(used):
+                used.append(0)
             places.append((row, used[row]))
             used[row] += size
         return len(used), max(used), places
 
-    @staticmethod
-    def _tries(sequences):
-        """Yield (tokens, positions, ends, {sequence: slots}) for each trie. In sorted order a sequence shares most with its neighbour."""
-        trie, previous = None, sequences[0][:0]
-        for i in sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()):
-            sequence = sequences[i]
-            n = min(len(previous), len(sequence))
-            differs = previous[:n] != sequence[:n]
-            shared = int(differs.argmax()) if differs.any() else n
-            if trie is None or 2 * shared < n:  # sharing less than half is not worth the attention over each other's slots
-                if trie:
-                    yield Forest._close(trie)
-                trie, shared = {"tokens": [], "positions": [], "size": 0, "ends": [], "paths": {}, "path": np.zeros(0, np.int64)}, 0
-            trie["ends"].append((trie["path"][shared:], trie["size"]))  # the branch left behind ends here
-            new = np.arange(len(sequence) - shared)
-            trie["tokens"].append(sequence[shared:])
-            trie["positions"].append(new + shared)
-            trie["path"] = np.concatenate([trie["path"][:shared], new + trie["size"]])
-            trie["size"] += len(new)
-            trie["paths"][i] = trie["path"]
-            previous = sequence
-        yield Forest._close(trie)
-
-    @staticmethod
-    def _close(trie):
-        ends = np.full(trie["size"], trie["size"], dtype=np.int64)
-        for slots, end in trie["ends"]:
-            ends[slots] = end
-        return np.concatenate(trie["tokens"]), np.concatenate(trie["positions"]), ends, trie["paths"]
-
     def to(self, device):
-        self.tokens, self.positions, self.ends = (x.to(device) for x in (self.tokens, self.positions, self.ends))
+        self.tokens = self.tokens.to(device)
+        self.positions = self.positions.to(device)
+        self.ends = self.ends.to(device)
         return self
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def common_prefix(a, b):
+    """How many tokens two lists begin with in common."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+# --------------------------------------------------------------------------------------------------
 # The decoder
 
 
@@ -230,150 +201,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return Normalize.apply(x, self.weight, self.eps) if torch.is_grad_enabled() else Normalize.compute(x, self.weight, self.eps)[0]
+        gain = 1 + self.weight.float()
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
 
 
-class Normalize(torch.autograd.Function):
-    """What RMSNorm computes. With y = x / rms(x) and g = grad (1 + weight): dx = (g - y mean(g y)) / rms(x)."""
-
-    @staticmethod
-    def compute(x, weight, eps):
-        y = x.float()
-        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        return (y * scale).mul_(1 + weight.float()).to(x.dtype), scale
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        out, scale = Normalize.compute(x, weight, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        y, grad = x.float() * scale, grad.float()
-        product = grad * y
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        gain = 1 + weight.float()
-        mean = (product @ gain).div_(len(gain))[..., None]
-        return (grad * gain).addcmul_(y, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
-
-
-def rotary(positions, config):
-    """cos and sin, float32 [B, 1, T, D], for positions [B, T]. The two halves of a head are rotated, not neighbouring pairs."""
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
-    angles = positions[:, None, :, None].float() * frequencies
+def rotary(positions, theta, head_dim):
+    """cos and sin, float32 [B, T, 1, D], for positions [B, T]."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[:, :, None, None].float() * theta**-exponents
+    # The two halves of a head are rotated, not neighbouring pairs. The first half of sin has its
+    # sign turned, so that `rotate` need not turn that of x.
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """The first half of `sin` has its sign turned, so that a rotated half needs no copy of its own."""
+    """x [B, T, heads, D] turned by the angles of its positions."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-class Attend(torch.autograd.Function):
-    """Soft-capped attention in blocks of queries; nothing of the size [T, S] is kept for the backward pass, which computes it again.
-
-    The G query heads of a key head are stacked along the query axis, so that keys are not expanded. Scores z = c tanh(q k / c) are
-    bounded by the cap c, so exp(z) needs no maximum taken off: out = sum exp(z) v / n with n = sum exp(z). In the backward pass
-    dz = p (dout v - dout out) with p = exp(z) / n, and d(q k) = dz (1 - (z / c)^2).
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, blocks, scale, softcap):
-        """q [B, N, T, D], k and v [B, K, S, D]; blocks [(queries, keys, mask [B, t, s])] as `tree_blocks` makes them."""
-        (B, N, T, D), K = q.shape, k.shape[1]
-        q = (q * (scale / softcap)).view(B, K, N // K, T, D)
-        out, norms = torch.empty_like(q), torch.empty(q.shape[:4], device=q.device)
-        for queries, keys, mask in blocks:
-            weights = Attend.scores(q, k, queries, keys).mul_(softcap).exp_().mul_(mask[:, None, None])
-            norm = weights.sum(-1, keepdim=True)
-            t, s = weights.shape[3:]
-            values = weights.to(v.dtype).view(B, K, -1, s) @ v[:, :, keys]
-            out[:, :, :, queries] = values.view(B, K, -1, t, D).div_(norm)
-            norms[:, :, :, queries] = norm[..., 0]
-        ctx.save_for_backward(q, k, v, out, norms)
-        ctx.rest = blocks, scale, softcap
-        return out.view(B, N, T, D)
-
-    @staticmethod
-    def scores(q, k, queries, keys):
-        """tanh of the scaled products, float32 [B, K, G, t, s]."""
-        part = q[:, :, :, queries]
-        B, K, G, t, D = part.shape
-        return (part.reshape(B, K, G * t, D) @ k[:, :, keys].transpose(-1, -2)).float().tanh_().view(B, K, G, t, -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, norms = ctx.saved_tensors
-        blocks, scale, softcap = ctx.rest
-        grad = grad.reshape(out.shape)
-        means = (grad * out).sum(-1, keepdim=True, dtype=torch.float32).div_(norms[..., None])
-        grad = (grad / norms[..., None]).to(v.dtype)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        B, K, G, T, D = q.shape
-        for queries, keys, mask in blocks:
-            tanh = Attend.scores(q, k, queries, keys)
-            weights = (tanh * softcap).exp_().mul_(mask[:, None, None])
-            t, s = weights.shape[3:]
-            flat = B, K, G * t, s
-            part = grad[:, :, :, queries].reshape(B, K, G * t, D)
-            dv[:, :, keys] += weights.to(v.dtype).view(flat).transpose(-1, -2) @ part
-            slope = (part @ v[:, :, keys].transpose(-1, -2)).float().view(weights.shape)
-            slope.sub_(means[:, :, :, queries]).mul_(weights)
-            slope.addcmul_(slope, tanh.square_(), value=-1)
-            slope = slope.to(q.dtype).view(flat)
-            dq[:, :, :, queries] = (slope @ k[:, :, keys]).view(B, K, G, t, D)
-            dk[:, :, keys] += slope.transpose(-1, -2) @ q[:, :, :, queries].reshape(B, K, G * t, D)
-        return dq.mul_(scale).view(B, K * G, T, D), dk.mul_(softcap), dv, None, None, None
-
-
-def flex_attend(q, k, v, mask, scale, softcap):
-    """The same by one fused kernel, on a GPU; mask is a BlockMask of `tree_masks`. Blocks that nothing sees are not computed."""
-    kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
-
-    def cap(score, batch, head, query, key):
-        return softcap * torch.tanh(score / softcap)
-
-    return kernel(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
-
-
-def compiled(function, **options):
-    """The function as torch.compile makes it, again for each kind of batch: grad or none, one row or more, one block of keys or more.
-
-    Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in memory. And it would make tensors of
-    the caps, which flex attention cannot compile.
-    """
-    if torch._dynamo.config.recompile_limit < 64:  # in each thread: autograd has its own
-        torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
-    return compile_once(function, **options)
-
-
-compile_once = cache(torch.compile)
-
-
-def product(x, weight):
-    """x [..., inputs] times weight [outputs, inputs] transposed: [..., outputs].
-
-    By blocks of the weight where a CPU is faster so: up to 2.5 times for 4 to 15 rows and a large float32 weight (MKL, 1 and 2 threads).
-    """
-    (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
-    large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and outputs % block == 0
-    if not (large and 3 < rows < 16):
-        return F.linear(x, weight)
-    parts = x.reshape(rows, inputs).expand(outputs // block, rows, inputs) @ weight.view(-1, block, inputs).transpose(1, 2)
-    return parts.transpose(0, 1).reshape(*x.shape[:-1], outputs)
-
-
-class Linear(nn.Linear):
-    """Without a bias."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x):
-        return product(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -381,19 +225,27 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.index, self.kind, self.head_dim = index, config.layer_types[index], D
-        self.scale, self.softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.softcap = config.attn_logit_softcapping
         self.q_proj = Linear(C, config.num_attention_heads * D)
         self.k_proj = Linear(C, config.num_key_value_heads * D)
         self.v_proj = Linear(C, config.num_key_value_heads * D)
         self.o_proj = Linear(config.num_attention_heads * D, C)
+        if config.model_type == "gemma3_text":  # each head's queries and keys are normalised
+            self.q_norm = RMSNorm(D, config.rms_norm_eps)
+            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, masks, cache):
+    def forward(self, x, angles, masks, cache=None):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # [B, T, N, D]
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # [B, T, K, D]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q, k = rotate(q, *angles[self.kind]), rotate(k, *angles[self.kind])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N or K, T, D]
         if cache is not None:
             k, v = cache(self.index, k, v)
-        attend = flex_attend if isinstance(masks[self.kind], BlockMask) else Attend.apply
         out = attend(q, k, v, masks[self.kind], self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -401,14 +253,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, H = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(C, H)
-        self.up_proj = Linear(C, H)
-        self.down_proj = Linear(H, C)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        gate, up = F.gelu(self.gate_proj(x), approximate="tanh"), self.up_proj(x)
-        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -421,84 +271,28 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(C, eps)
         self.pre_feedforward_layernorm = RMSNorm(C, eps)
         self.post_feedforward_layernorm = RMSNorm(C, eps)
-        self.checkpointing = False  # recompute this layer in the backward pass instead of keeping its activations
+        self.checkpointing = False  # recompute activations in the backward pass, or keep them
 
     def forward(self, x, *args):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, *args, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, *args)
+        return recomputed(self._forward, x, *args) if self.checkpointing else self._forward(x, *args)
 
-    def _forward(self, x, cos, sin, masks, cache=None, at=None):
-        # Norms on both sides of each block: what is added to the residual stream is normalised too.
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, masks, cache))
+    def _forward(self, x, angles, masks, cache=None, at=None):
+        # Norms on both sides: what a block adds to the residual stream is normalised too.
+        out = self.self_attn(self.input_layernorm(x), angles, masks, cache)
+        x = x + self.post_attention_layernorm(out)
         if at is not None:
             x = x[at]
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-
-
-class TokenLogps(torch.autograd.Function):
-    """Log-probabilities of given tokens from hidden states, without ever holding more than a chunk of the V-wide logits.
-
-    The backward pass recomputes each chunk from the saved log-normaliser: logits z = cap * tanh(h E^T / cap), and
-    d logp / dz = onehot - softmax(z), d z / d(h E^T) = 1 - (z / cap)^2.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, embedding, targets, softcap):
-        """hidden [P, C], embedding [V, C], targets int64 [P]; returns float32 [P]."""
-        logps, norms = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
-        for rows in TokenLogps.chunks(hidden, embedding):
-            logits = TokenLogps.logits(hidden[rows], embedding, softcap)
-            logps[rows] = logits.gather(-1, targets[rows, None])[:, 0]
-            norms[rows] = logits.exp_().sum(-1).log_()  # the cap bounds the logits, so no maximum need be taken off
-        logps -= norms
-        ctx.save_for_backward(hidden, embedding, targets, norms)
-        ctx.softcap = softcap
-        return logps
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, embedding, targets, norms = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        chunks = TokenLogps.chunks(hidden, embedding)
-        dtype = embedding.dtype if len(chunks) == 1 else torch.float32  # sums over several chunks are in float32
-        grad_embedding = torch.zeros_like(embedding, dtype=dtype)
-        for rows in chunks:
-            logits = TokenLogps.logits(hidden[rows], embedding, ctx.softcap)
-            delta = (logits - norms[rows, None]).exp_().neg_()
-            delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
-            delta.mul_(grad[rows, None])
-            delta = delta.addcmul_(delta, logits.square_(), value=-(ctx.softcap**-2)).to(embedding.dtype)
-            grad_hidden[rows] = delta @ embedding
-            if grad_embedding.dtype == embedding.dtype:
-                grad_embedding.addmm_(delta.T, hidden[rows])
-            else:
-                grad_embedding += delta.T @ hidden[rows]
-        return grad_hidden, grad_embedding.to(embedding.dtype), None, None
-
-    @staticmethod
-    def logits(hidden, embedding, softcap):
-        return (hidden @ embedding.T).float().div_(softcap).tanh_().mul_(softcap)
-
-    @staticmethod
-    def chunks(hidden, embedding, entries=None):
-        entries = entries or max(2**28 if hidden.is_cuda else 2**22, 64 * len(embedding))  # float32 logits held at once
-        step = max(1, entries // len(embedding))
-        return [slice(i, i + step) for i in range(0, len(hidden), step)]
-
-
-@torch.compiler.assume_constant_result
-def rounded(number, dtype):
-    """A Python number as near to another as the dtype can come."""
-    return torch.tensor(number, dtype=dtype).item()
+        out = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(out)
 
 
 def soft_capped(logits, softcap):
-    return torch.tanh(logits.float() / softcap) * softcap
+    """In float32; softcap None: no cap."""
+    return logits.float() if softcap is None else torch.tanh(logits.float() / softcap) * softcap
 
 
-class Gemma2(nn.Module):
-    """The decoder, its output head tied to the embedding. A new model is initialised at random (torch's global generator)."""
+class Gemma(nn.Module):
+    """The decoder, its output head tied to the embedding. Initialised at random (global generator)."""
 
     def __init__(self, config):
         super().__init__()
@@ -511,81 +305,148 @@ class Gemma2(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
     def hidden(self, tokens, positions, masks, cache=None, at=None):
-        """The last hidden states [B, T, C]. masks: as `tree_masks` makes them; cache: (layer, k, v) -> the k, v to attend to.
+        """The last hidden states [B, T, C] of tokens, int64 [B, T].
 
-        at, (rows, slots) int64 [P] both: the hidden states [P, C] of these tokens only; the last MLP is computed for no others.
+        masks: as `tree_masks` makes them; cache: (layer, k, v) -> the k, v to attend to.
+        at, (rows, slots) int64 [P] both: the hidden states [P, C] of these tokens only; the last
+        MLP is computed for no others.
         """
+        config = self.config
         x = self.embed_tokens(tokens)
-        x = x * rounded(self.config.hidden_size**0.5, x.dtype)  # as the checkpoints expect
-        cos, sin = rotary(positions, self.config)
+        x = x * rounded(config.hidden_size**0.5, x.dtype)  # the checkpoints expect it rounded
+        angles = {
+            GLOBAL: rotary(positions, config.rope_theta, config.head_dim),
+            LOCAL: rotary(positions, config.rope_local_base_freq, config.head_dim),
+        }
         *layers, last = self.layers
         for layer in layers:
-            x = layer(x, cos, sin, masks, cache)
-        return self.norm(last(x, cos, sin, masks, cache, at))
+            x = layer(x, angles, masks, cache)
+        return self.norm(last(x, angles, masks, cache, at))
 
     def logits(self, hidden):
-        """Soft-capped float32 logits [..., V] of hidden states [..., C]."""
-        return soft_capped(product(hidden, self.embed_tokens.weight), self.config.final_logit_softcapping)
+        """Float32 logits [..., V] of hidden states [..., C]."""
+        logits = product(hidden, self.embed_tokens.weight)
+        return soft_capped(logits, self.config.final_logit_softcapping)
 
     def forward(self, tokens):
         """int64 [B, T] -> float32 logits [B, T, V]; every row starts at position 0."""
-        assert tokens.ndim == 2 and tokens.dtype == torch.int64, f"tokens: int64 [batch, time], not {tokens.dtype} {list(tokens.shape)}"
+        assert tokens.ndim == 2 and tokens.dtype == torch.int64, (
+            f"tokens: int64 [batch, time], not {tokens.dtype} {list(tokens.shape)}"
+        )
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         ends = torch.full_like(tokens, tokens.shape[1])
-        return self.logits(self.hidden(tokens, positions, tree_masks(positions, ends, self.config.sliding_window)))
+        masks = tree_masks(positions, ends, self.config.sliding_window)
+        return self.logits(self.hidden(tokens, positions, masks))
 
     def logps(self, forest, rows, slots, targets):
-        """Log-probabilities, float32 [P], of `targets` as predicted in (`rows`, `slots`) of a Forest; all int64 [P]."""
+        """Log-probabilities, float32 [P], of `targets` as predicted in (`rows`, `slots`); int64 [P]."""
         masks = tree_masks(forest.positions, forest.ends, self.config.sliding_window)
         hidden = self.hidden(forest.tokens, forest.positions, masks, at=(rows, slots))
-        return TokenLogps.apply(hidden, self.embed_tokens.weight, targets, self.config.final_logit_softcapping)
+        softcap = self.config.final_logit_softcapping
+        return token_logps(hidden, self.embed_tokens.weight, targets, softcap)
 
     def set_checkpointing(self, on):
         for layer in self.layers:
             layer.checkpointing = on
 
-    # -- safetensors in and out
-
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Read config.json and model.safetensors, or the shards of model.safetensors.index.json. Raises InputError."""
+        """The model of a directory in Hugging Face's layout. Raises InputError."""
         with torch.device("meta"):
-            model = cls(Gemma2Config.from_json(Path(directory) / "config.json")).to(dtype)
+            model = cls(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
         model.to_empty(device=device)
         load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
         return model
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
-        """Write config.json, generation_config.json and the weights, as transformers and vLLM read them.
+        """Write config.json, generation_config.json and the weights in Hugging Face's layout.
 
-        Files are renamed into place when all are complete; other files in the directory stay. Of a sharded model every rank must
-        call this; rank 0 writes.
+        Other files in the directory stay. Every rank of a sharded model calls this; rank 0 writes.
         """
-        directory = Path(directory)
-        staging = directory / ".saving" if int(os.environ.get("RANK", 0)) == 0 else None
-        if staging:
-            remove_tree(staging)
-            staging.mkdir(parents=True)
-            write_json(staging / "config.json", self.config.to_json(self.embed_tokens.weight.dtype))
-            ids = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write_json(staging / "generation_config.json", ids)
-        save_safetensors(dict(self.named_parameters()), staging, "model", "model.", max_shard_bytes)
-        if staging:
-            new = sorted(path.name for path in staging.iterdir())
-            for old in directory.glob("model*.safetensors*"):
-                if old.name not in new:
-                    old.unlink()
-            for name in reversed(new):  # config.json last
-                (staging / name).replace(directory / name)
-            staging.rmdir()
+        save_model(self, Path(directory), max_shard_bytes)
+
+
+Gemma2, Gemma2Config = Gemma, GemmaConfig  # their first names
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Masks
+# Configuration
+# What a config.json must say for this decoder to compute what transformers computes.
+
+ARCHITECTURES = {"gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+GELU = "gelu_pytorch_tanh"
+CAPS = ["attn_logit_softcapping", "final_logit_softcapping"]
+THETAS = {GLOBAL: "rope_theta", LOCAL: "rope_local_base_freq"}
+
+
+def read_config(path):
+    raw = read_json(path)
+    if raw.get("model_type") not in ARCHITECTURES:
+        hint = " (text only, no pictures)" if raw.get("model_type") == "gemma3" else ""
+        known = " or ".join(map(repr, ARCHITECTURES))
+        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, expected {known}{hint}")
+    if raw.get("use_bidirectional_attention"):
+        raise InputError(f"{path}: use_bidirectional_attention is true, expected a model that reads from left to right")
+    if raw.get("hidden_activation", GELU) != GELU:
+        raise InputError(f"{path}: hidden_activation is {raw['hidden_activation']!r}, expected {GELU!r}")
+    for key in ("rope_scaling", "rope_parameters"):  # the latter, of transformers 5, holds thetas too
+        rope = raw.get(key) or {}
+        by_kind = rope if isinstance(rope, dict) and (GLOBAL in rope or LOCAL in rope) else {GLOBAL: rope}
+        for kind, name in THETAS.items():
+            scheme = by_kind.get(kind, {})
+            if not isinstance(scheme, dict) or scheme.get("rope_type", "default") != "default":
+                raise InputError(f"{path}: {key} is {rope!r}, expected an object with rope_type 'default'")
+            raw[name] = scheme.get("rope_theta", raw.get(name))
+    raw.setdefault("sliding_window_pattern", raw.get("_sliding_window_pattern"))
+    required = [f.name for f in fields(GemmaConfig) if f.default is MISSING] + CAPS * (raw["model_type"] == "gemma2")
+    missing = [name for name in required if name not in raw]
+    if missing:
+        raise InputError(f"{path}: missing key {', '.join(map(repr, missing))}")
+
+    def must(key, right, expected):
+        if not right:
+            raise InputError(f"{path}: {key} is {raw[key]!r}, expected {expected}")
+
+    given = {f.name: raw[f.name] for f in fields(GemmaConfig) if f.name in raw}
+    for f in fields(GemmaConfig):
+        value = given.get(f.name, f.default)
+        if f.type not in (str, list | None) and (value is not None or f.default is not None):
+            real, lowest = f.type in (float, float | None), 0 if f.name.endswith("_token_id") else 1e-12
+            numbers = value if f.type == int | list and isinstance(value, list) else [value]
+            right = all(type(n) is int or real and type(n) is float for n in numbers) and min(numbers, default=1) >= lowest
+            must(f.name, right, f"a {'number' if real else 'whole number'} above 0")
+    config = GemmaConfig(**given)
+    heads, layers, types = config.num_attention_heads, config.num_hidden_layers, config.layer_types
+    must("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of num_attention_heads {heads}")
+    must("head_dim", config.head_dim % 2 == 0, "an even number")
+    right = isinstance(types, list) and len(types) == layers and all(kind in (LOCAL, GLOBAL) for kind in types)
+    must("layer_types", right, f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'")
+    return config
+
+
+def config_json(config, dtype):
+    rope = {kind: {"rope_type": "default", "rope_theta": getattr(config, key)} for kind, key in THETAS.items()}
+    written = {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        **asdict(config),
+        "rope_parameters": rope if config.model_type == "gemma3_text" else rope[GLOBAL],
+        "hidden_activation": GELU,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if config.model_type == "gemma2":  # which has one theta
+        del written["rope_local_base_freq"]
+    return written
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks and attention
+# Who sees whom in a Forest, and attention over it, by blocks of queries on a CPU and by flex attention on a GPU.
 
 
 def tree_masks(positions, ends, window):
-    """Who sees whom in a Forest, {GLOBAL, LOCAL: mask}, in the form that the attention of the device takes."""
+    """Who sees whom in a Forest, {GLOBAL, LOCAL: mask}, in the form that `attend` takes on the device of `positions`."""
     return tree_block_masks(positions, ends, window) if positions.is_cuda else tree_blocks(positions, ends, window)
 
 
@@ -603,25 +464,169 @@ def tree_block_masks(positions, ends, window):
 
 
 def tree_blocks(positions, ends, window, size=128):
-    """Who sees whom in a Forest, by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, mask [B, t, s])]}.
+    """Who sees whom in a Forest, by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, mask)]}.
 
-    positions, ends int64 [B, T]. A token sees its ancestors and itself; in a window layer only window - 1 positions back. Keys end with
-    its last query and begin with the first key that any of its queries sees; mask is 1 where a query sees a key, else 0.
+    positions, ends int64 [B, T]; queries, keys: slices of t and s slots; mask bool [B, t, s]. A token sees its ancestors and
+    itself; in a window layer only window - 1 positions back. Keys end with a block's last query and begin with the first key
+    that any of its queries sees.
     """
     blocks, T = {GLOBAL: [], LOCAL: []}, positions.shape[1]
     slots = torch.arange(T, device=positions.device)
     for start in range(0, T, size):
-        queries, stop = slice(start, min(start + size, T)), min(start + size, T)
+        stop = min(start + size, T)
+        queries = slice(start, stop)
         visible = (slots[:stop] <= slots[queries, None]) & (slots[queries, None] < ends[:, None, :stop])
         near = positions[:, queries, None] - positions[:, None, :stop] < window
         for kind, seen in ((GLOBAL, visible), (LOCAL, visible & near)):
             first = int(seen.flatten(0, 1).any(0).int().argmax())
-            blocks[kind].append((queries, slice(first, stop), seen[:, :, first:].float()))
+            blocks[kind].append((queries, slice(first, stop), seen[:, :, first:]))
     return blocks
+
+
+def attend(q, k, v, mask, scale, softcap):
+    """Attention of q [B, N, T, D] over k, v [B, K, S, D]: [B, N, T, D]. mask: a BlockMask or blocks, as `tree_masks` makes them.
+
+    Of blocks nothing of the size [T, S] is kept for the backward pass, which computes each again.
+    """
+    if isinstance(mask, BlockMask):
+        return flex_attend(q, k, v, mask, scale, softcap)
+    outs = []
+    for queries, keys, seen in mask:
+        block = q[:, :, queries], k[:, :, keys], v[:, :, keys], seen, scale, softcap
+        outs.append(recomputed(attend_block, *block))
+    return torch.cat(outs, 2)
+
+
+def recomputed(function, *args):
+    """function(*args), computed again in the backward pass instead of keeping what it holds in between."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def attend_block(q, k, v, seen, scale, softcap):
+    """The same for one mask, bool [B, T, S]. The query heads of a key head are stacked, so that keys are not expanded."""
+    (B, N, T, D), K = q.shape, k.shape[1]
+    scores = (q * scale).reshape(B, K, -1, D) @ k.transpose(-1, -2)
+    scores = soft_capped(scores, softcap).view(B, N, T, -1).masked_fill(~seen[:, None], NEVER)
+    weights = scores.softmax(-1).to(v.dtype).view(B, K, N // K * T, -1)
+    return (weights @ v).view(B, N, T, D)
+
+
+def flex_attend(q, k, v, mask, scale, softcap):
+    """The same by one fused kernel, on a GPU. Blocks of the BlockMask that nothing sees are not computed."""
+    kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
+
+    def cap(score, batch, head, query, key):
+        return softcap * torch.tanh(score / softcap)
+
+    return kernel(q, k, v, score_mod=cap if softcap else None, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+def compiled(function, **options):
+    """The function as torch.compile makes it, again for each kind of batch: grad or none, one row or more, one block of keys or more.
+
+    Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in memory. And it would make
+    tensors of the caps, which flex attention cannot compile.
+    """
+    if torch._dynamo.config.recompile_limit < 64:  # in each thread: autograd has its own
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
+    return compile_once(function, **options)
+
+
+compile_once = cache(torch.compile)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Large products
+# What one line of PyTorch says and takes too long or too much memory: a few rows by a large weight, the whole vocabulary.
+
+
+class Linear(nn.Linear):
+    """Without a bias, and by `product`."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return product(x, self.weight)
+
+
+def product(x, weight):
+    """x [..., inputs] times weight [outputs, inputs] transposed: [..., outputs].
+
+    4 to 15 rows, as in decoding, by blocks of a large weight, on a CPU in float32: F.linear takes up to 2.5 times as long (MKL),
+    a rollout of 8 rows 14 % longer (48 M parameters).
+    """
+    (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
+    large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and outputs % block == 0
+    if not (large and 3 < rows < 16):
+        return F.linear(x, weight)
+    parts = x.reshape(rows, inputs).expand(outputs // block, rows, inputs) @ weight.view(-1, block, inputs).transpose(1, 2)
+    return parts.transpose(0, 1).reshape(*x.shape[:-1], outputs)
+
+
+@torch.compiler.assume_constant_result
+def rounded(number, dtype):
+    """A Python number as near to another as the dtype can come."""
+    return torch.tensor(number, dtype=dtype).item()
+
+
+class TokenLogps(torch.autograd.Function):
+    """Log-probabilities of given tokens from hidden states, without ever holding more than a chunk of the V-wide logits.
+
+    The backward pass recomputes each chunk from the saved log-normaliser: logits z = cap * tanh(h E^T / cap), and
+    d logp / dz = onehot - softmax(z), d z / d(h E^T) = 1 - (z / cap)^2.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, embedding, targets, softcap):
+        """hidden [P, C], embedding [V, C], targets int64 [P]; returns float32 [P]."""
+        logps, norms = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
+        for rows in TokenLogps.chunks(hidden, embedding):
+            logits = soft_capped(hidden[rows] @ embedding.T, softcap)
+            norms[rows] = logits.logsumexp(-1)
+            logps[rows] = logits.gather(-1, targets[rows, None])[:, 0] - norms[rows]
+        ctx.save_for_backward(hidden, embedding, targets, norms)
+        ctx.softcap = softcap
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, embedding, targets, norms = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        chunks = TokenLogps.chunks(hidden, embedding)
+        dtype = embedding.dtype if len(chunks) == 1 else torch.float32  # sums over several chunks are in float32
+        grad_embedding = torch.zeros_like(embedding, dtype=dtype)
+        for rows in chunks:
+            logits = soft_capped(hidden[rows] @ embedding.T, ctx.softcap)
+            delta = (logits - norms[rows, None]).exp_().neg_()
+            delta.scatter_add_(-1, targets[rows, None], torch.ones_like(delta[:, :1]))
+            delta.mul_(grad[rows, None])
+            if ctx.softcap is not None:
+                delta.addcmul_(delta, logits.square_(), value=-(ctx.softcap**-2))
+            delta = delta.to(embedding.dtype)
+            grad_hidden[rows] = delta @ embedding
+            if grad_embedding.dtype == embedding.dtype:
+                grad_embedding.addmm_(delta.T, hidden[rows])
+            else:
+                grad_embedding += delta.T @ hidden[rows]
+        return grad_hidden, grad_embedding.to(embedding.dtype), None, None
+
+    @staticmethod
+    def chunks(hidden, embedding, entries=None):
+        entries = entries or max(2**28 if hidden.is_cuda else 2**22, 64 * len(embedding))  # float32 logits held at once
+        step = max(1, entries // len(embedding))
+        return [slice(i, i + step) for i in range(0, len(hidden), step)]
+
+
+def token_logps(hidden, embedding, targets, softcap):
+    return TokenLogps.apply(hidden, embedding, targets, softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Safetensors
+# Weights in and out: strict, of a sharded model only the rows of this rank.
 
 
 def local_slice(parameter):
@@ -683,6 +688,26 @@ def shard_names(index):
     return sorted(set(weight_map.values()))
 
 
+def save_model(model, directory, max_shard_bytes):
+    """`Gemma.save_pretrained`. Files are renamed into place when all are complete."""
+    staging = directory / ".saving" if int(os.environ.get("RANK", 0)) == 0 else None
+    if staging:
+        remove_tree(staging)
+        staging.mkdir(parents=True)
+        write_json(staging / "config.json", model.config.to_json(model.embed_tokens.weight.dtype))
+        ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(staging / "generation_config.json", ids)
+    save_safetensors(dict(model.named_parameters()), staging, "model", "model.", max_shard_bytes)
+    if staging:
+        new = sorted(path.name for path in staging.iterdir())
+        for old in directory.glob("model*.safetensors*"):
+            if old.name not in new:
+                old.unlink()
+        for name in reversed(new):  # config.json last
+            (staging / name).replace(directory / name)
+        staging.rmdir()
+
+
 def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_000_000):
     """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than one shard may be.
 
@@ -741,16 +766,9 @@ def remove_tree(path):
         shutil.rmtree(path)
 
 
-def write_json(path, value):
-    """Write beside the target and rename, so that a reader never sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
+# SentencePiece, with Gemma's control tokens.
 
 
 class Tokenizer:
@@ -760,10 +778,11 @@ class Tokenizer:
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise InputError(f"{path}: not readable as a SentencePiece model ({' '.join(str(error).split())})") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: not readable as a SentencePiece model ({reason})") from None
         self.path = Path(path)
         ids = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
-        self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)  # None where the vocabulary lacks it
+        self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)  # None: not in the vocabulary
         self.start_of_turn_id, self.end_of_turn_id = map(self._find, ("<start_of_turn>", "<end_of_turn>"))
         control = [self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id]
         pieces = [re.escape(self.sp.id_to_piece(i)) for i in control if i is not None]
@@ -777,7 +796,7 @@ class Tokenizer:
         return self.sp.get_piece_size()
 
     def encode(self, text, bos=False):
-        """Token ids of a text. A control token spelt out in it is cut after its first character, so that it stays text."""
+        """Token ids of a text. A control token spelt out in it is cut after its first character: it stays text."""
         cuts = [match.start() + 1 for match in self._control.finditer(text)]
         ids = [self.bos_id] if bos else []
         for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -790,19 +809,21 @@ class Tokenizer:
 
 def check_vocabulary(tokenizer, model):
     if len(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{tokenizer.path}: {len(tokenizer)} pieces, expected at most the model's vocab_size {model.config.vocab_size}")
+        limit = f"at most the model's vocab_size {model.config.vocab_size}"
+        raise InputError(f"{tokenizer.path}: {len(tokenizer)} pieces, expected {limit}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
+# Batched sampling, with a key/value cache that outlives a reply.
 
 
 class KVCache:
     """Keys and values of a batch of growing sequences; the caller owns it and may hand it to `generate` again.
 
-    keys[layer], values[layer]: [B, K, S, D]. A row's slot is its token's position, so rows are aligned at the left and need no
-    padding in front. tokens[b] are the tokens that row b holds. Rows may trade places while decoding: order[b] says which prompt
-    the row belongs to.
+    keys[layer], values[layer]: [B, K, S, D]. A row's slot is its token's position, so rows are aligned at the left and
+    need no padding in front. tokens[b] are the tokens that row b holds. Rows may trade places while decoding: order[b]
+    says which prompt the row belongs to.
     """
 
     def __init__(self):
@@ -810,15 +831,16 @@ class KVCache:
         self.steps = {}  # on a GPU: number of rows -> CapturedStep
 
     def prefill(self, model, prompts, room):
-        """Fill an empty cache, with room for more tokens; what prompts share is computed once. Returns the logits after each [B, V]."""
+        """Fill an empty cache, with room for more tokens; what prompts share is computed once. Returns logits [B, V]."""
         device = model.embed_tokens.weight.device
         forest = Forest(prompts).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        rows = torch.tensor([row for row, _ in forest.paths], device=device)[:, None]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        rows = torch.tensor([row for row, _ in forest.paths])[:, None]
         slots = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
         for b, (_, path) in enumerate(forest.paths):
             slots[b, : len(path)] = torch.from_numpy(path)
-        slots = slots.to(device)
+        last = rows[:, 0].to(device), slots.gather(1, lengths[:, None] - 1)[:, 0].to(device)
+        rows, slots = rows.to(device), slots.to(device)
 
         def copy_branches(layer, k, v):
             for store, x in ((self.keys, k), (self.values, v)):
@@ -826,13 +848,12 @@ class KVCache:
             return k, v
 
         masks = tree_masks(forest.positions, forest.ends, model.config.sliding_window)
-        last = rows[:, 0], slots.gather(1, lengths[:, None] - 1)[:, 0]
         hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches, last)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
         return model.logits(hidden)
 
     def rewind(self, prompts):
-        """Make each row hold a beginning of its prompt, forgetting what differs. Returns what is still to be processed, a list a row."""
+        """Make each row hold a beginning of its prompt, forgetting what differs. Returns each row's remaining tokens."""
         tails = []
         for row, prompt in enumerate(self.order):
             held = common_prefix(self.tokens[row], prompts[prompt][:-1])
@@ -841,7 +862,7 @@ class KVCache:
         return tails
 
     def advance(self, model, new, room=1):
-        """Append the token lists `new` to the first len(new) rows. Returns the logits after each one's last token, [B, V].
+        """Append the token lists `new` to the first len(new) rows. Returns the logits after each row's last, [B, V].
 
         room, at least 1: free slots to keep behind each row, lest the cache move too often.
         """
@@ -849,14 +870,19 @@ class KVCache:
         for tokens, tail in zip(self.tokens, new, strict=False):
             tokens.extend(tail)
         end = max(held) + T
-        self._reserve(end + room)
+        lacking = end + room - self.keys[0].shape[2]
+        if lacking > 0:
+            for store in (self.keys, self.values):
+                store[:] = [F.pad(x, (0, 0, 0, lacking)) for x in store]
+            self.steps = {}
         if T == 1 and self._captures():
             return self._decode(model, [new, [[start] for start in held]])
         device = self.keys[0].device
-        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # padding is written behind what a row holds
+        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # zeros: beyond what is held
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
         last = torch.tensor([len(tail) - 1 for tail in new], device=device)
-        spans = {GLOBAL: slice(0, end), LOCAL: slice(max(0, min(held) - model.config.sliding_window + 1), end)}
+        first = max(0, min(held) - model.config.sliding_window + 1)
+        spans = {GLOBAL: slice(0, end), LOCAL: slice(first, end)}
         return extend(model, *self._rows(len(new)), tokens, positions, last, spans)
 
     def _captures(self):
@@ -864,7 +890,7 @@ class KVCache:
         return self.keys[0].is_cuda
 
     def _decode(self, model, inputs):
-        """A step of one token a row on a GPU, through a graph recorded for 4, 16, 64, ... rows or all; those that are done go along."""
+        """A step of one token a row by a graph recorded for 4, 16, 64, ... rows or all; those that are done go along."""
         active, rows = len(inputs[0]), 4
         while rows < active:
             rows *= 4
@@ -879,18 +905,10 @@ class KVCache:
         """Keys and values of the first rows."""
         return ([x[:count] for x in store] for store in (self.keys, self.values))
 
-    def _reserve(self, width):
-        if width > self.keys[0].shape[2]:
-            grow = width - self.keys[0].shape[2]
-            for store in (self.keys, self.values):
-                store[:] = [F.pad(x, (0, 0, 0, grow)) for x in store]
-            self.steps = {}
-
     def swap(self, a, b):
         """Two rows trade places."""
         for x in self.keys + self.values:
-            row = x[a].clone()
-            x[a], x[b] = x[b], row
+            x[[a, b]] = x[[b, a]]
         for held in (self.tokens, self.order):
             held[a], held[b] = held[b], held[a]
 
@@ -904,16 +922,16 @@ class KVCache:
 
 
 def extend(model, keys, values, tokens, positions, last, spans):
-    """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows. Returns the logits after token `last` [B] of each row, [B, V].
+    """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows; logits [B, V] after token `last` [B] of each.
 
-    keys, values: a tensor [B, K, S, D] for each layer; spans: {GLOBAL, LOCAL: slice}, a slice with all slots that any of the tokens sees.
+    keys, values: a tensor [B, K, S, D] for each layer; spans {GLOBAL, LOCAL: a slice with all slots that any token sees}.
     """
-    rows, slots = torch.arange(len(tokens), device=tokens.device)[:, None], torch.arange(keys[0].shape[2], device=tokens.device)
-    masks, window = {}, model.config.sliding_window
+    device, window, masks = tokens.device, model.config.sliding_window, {}
+    rows, slots = torch.arange(len(tokens), device=device)[:, None], torch.arange(keys[0].shape[2], device=device)
     for kind, span in spans.items():
         distance = positions[:, :, None] - slots[span]
         seen = (distance >= 0) & (distance < window) if kind == LOCAL else distance >= 0
-        masks[kind] = [(slice(None), slice(None), seen.float())]
+        masks[kind] = [(slice(None), slice(None), seen)]
 
     def write(layer, k, v):
         for store, x in ((keys[layer], k), (values[layer], v)):
@@ -925,7 +943,7 @@ def extend(model, keys, values, tokens, positions, last, spans):
 
 
 class CapturedStep:
-    """`extend` by one token a row, compiled, and recorded as a CUDA graph: one launch for the whole step instead of one for each kernel."""
+    """`extend` by one token a row, compiled and recorded as a CUDA graph: one launch a step, not one for each kernel."""
 
     def __init__(self, model, keys, values, inputs):
         """inputs: tokens and positions, int64 [2, B, 1]."""
@@ -937,7 +955,7 @@ class CapturedStep:
         self.arguments = model, keys, values, tokens, positions, last, everything  # kept: a graph knows addresses only
         step(*self.arguments)  # compiles; what it writes will be written again by the first replay
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's own thread may use the GPU meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's own thread may use the GPU
             self.logits = step(*self.arguments)
 
     def __call__(self, inputs):
@@ -946,31 +964,32 @@ class CapturedStep:
         return self.logits
 
 
-def common_prefix(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None, kv_cache=None):
+def generate(
+    model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None, kv_cache=None
+):
     """Continue token lists of different lengths; returns the new tokens of each, without the stop token.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row's result does not depend on the other rows:
-    each draws its own noise, from `generator[i]` if that is a list, else from a stream made for row i from `generator` (None:
-    seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt i, only the tokens that its row does not
-    hold yet are processed. Rows that finish leave the batch.
+    A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one whose stop token would have
+    come next counts as cut). temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row's result does
+    not depend on the other rows: each draws its own noise, from `generator[i]` if that is a list, else from a stream made
+    for row i from `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt
+    i, only the tokens that its row does not hold yet are processed. Rows that finish leave the batch.
     """
     if not all(prompts):
         raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")
-    if temperature < 0 or top_k < 0 or max_new_tokens < 0:
-        raise InputError(f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}: expected numbers from 0")
+    if min(temperature, top_k, max_new_tokens) < 0:
+        values = f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}"
+        raise InputError(f"{values}: expected numbers from 0")
     prompts = [list(prompt) for prompt in prompts]
     cache = KVCache() if kv_cache is None else kv_cache
-    assert len(cache.order) in (0, len(prompts)), f"the cache holds {len(cache.order)} rows for {len(prompts)} prompts: call keep() first"
+    held = len(cache.order)
+    assert held in (0, len(prompts)), f"the cache holds {held} rows for {len(prompts)} prompts: call keep() first"
     stop, outputs = set(stop_ids), [[] for _ in prompts]
     if max_new_tokens == 0 or not prompts:
         return outputs
     noise = draw_noise(generator, len(prompts), max_new_tokens) if temperature > 0 else None
-    if cache.order:
+    if held:
         logits = cache.advance(model, cache.rewind(prompts), max_new_tokens)
     else:
         logits = cache.prefill(model, prompts, max_new_tokens)
@@ -992,7 +1011,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def draw_noise(generator, rows, steps):
-    """Uniform numbers, float64 [rows, steps]: a token is found from one number by inverting the cumulative distribution."""
+    """Uniform numbers, float64 [rows, steps], from each of which a token is found by inverting the distribution."""
     if not isinstance(generator, list | tuple):
         generator = generator or torch.Generator().manual_seed(0)
         seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
@@ -1014,7 +1033,7 @@ def sample(logits, u, temperature, top_k, top_p):
 
 
 def candidates(logits, top_k, top_p, guess=1024):
-    """The most likely tokens and their logits, sorted, -inf beyond top_k or the smallest set that holds probability top_p."""
+    """The most likely tokens' logits and ids, sorted; -inf beyond top_k or the smallest set of probability top_p."""
     V = logits.shape[-1]
     best, ids = logits.topk(min(top_k or guess, V))
     if top_p < 1:
@@ -1027,8 +1046,13 @@ def candidates(logits, top_k, top_p, guess=1024):
     return best, ids
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# `python gemma.py MODEL_DIR --prompt TEXT`: is this checkpoint sound?
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Continue a prompt with a Gemma 2 checkpoint: is it sound?")
+    parser = argparse.ArgumentParser(description="Continue a prompt with a Gemma checkpoint: is it sound?")
     parser.add_argument("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max_new_tokens", type=int, default=64)
@@ -1036,7 +1060,7 @@ def main():
     args = parser.parse_args()
     try:
         tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
-        model = Gemma2.from_pretrained(args.model_dir)
+        model = Gemma.from_pretrained(args.model_dir)
         check_vocabulary(tokenizer, model)
         stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
         prompt = tokenizer.encode(args.prompt, bos=True)

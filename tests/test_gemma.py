@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo import lookup_backend
 
 import gemma
-from gemma import Gemma2, Gemma2Config, InputError, Tokenizer, generate
+from gemma import Gemma, GemmaConfig, InputError, Tokenizer, generate
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "gemma2"
@@ -73,7 +73,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def model():
-    return Gemma2.from_pretrained(GOLDEN)
+    return Gemma.from_pretrained(GOLDEN)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def small_model(seed=0, **changes):
     """One local layer and twelve words unless told otherwise; weights large enough that tokens matter."""
     fields = {**PUBLISHED_2B, "vocab_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
     fields.update({"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 4}, **changes)
-    model = Gemma2(Gemma2Config(**{name: fields[name] for name in fields if name in Gemma2Config.__dataclass_fields__}))
+    model = Gemma(GemmaConfig(**{name: fields[name] for name in fields if name in GemmaConfig.__dataclass_fields__}))
     torch_generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -154,14 +154,14 @@ def test_state_dict_has_the_names_of_the_checkpoint_without_model(model):
 def test_bfloat16_is_as_close_to_float32_as_in_transformers(golden):
     with safe_open(GOLDEN.parent / "gemma2.safetensors", "pt") as file:
         theirs = float(file.metadata()["mean |bfloat16 - float32|"])
-    logits = Gemma2.from_pretrained(GOLDEN, dtype=torch.bfloat16)(golden["tokens"])
+    logits = Gemma.from_pretrained(GOLDEN, dtype=torch.bfloat16)(golden["tokens"])
     assert logits.dtype == torch.float32
     assert (logits - golden["logits"]).abs().mean() < 1.5 * theirs
 
 
 @torch.no_grad()
 def test_embedding_scale_is_rounded_to_the_dtype(golden):
-    model = Gemma2.from_pretrained(GOLDEN, dtype=torch.bfloat16)
+    model = Gemma.from_pretrained(GOLDEN, dtype=torch.bfloat16)
     seen = []
     model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(golden["tokens"])
@@ -208,55 +208,55 @@ def test_later_tokens_do_not_change_earlier_logits(model, golden):
 
 def test_published_2b_config_loads_and_gives_the_published_size(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_2B))
-    config = Gemma2Config.from_json(tmp_path / "config.json")
+    config = GemmaConfig.from_json(tmp_path / "config.json")
     with torch.device("meta"):
-        assert sum(weight.numel() for weight in Gemma2(config).parameters()) == 2_614_341_888
+        assert sum(weight.numel() for weight in Gemma(config).parameters()) == 2_614_341_888
 
 
 @torch.no_grad()
 def test_rope_theta_at_the_top_level_and_no_layer_types_give_the_same_model(copied, golden):
     edit_config(copied, drop=("rope_parameters", "layer_types"), rope_theta=500.0)
-    torch.testing.assert_close(Gemma2.from_pretrained(copied)(golden["tokens"]), golden["logits"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(Gemma.from_pretrained(copied)(golden["tokens"]), golden["logits"], atol=2e-4, rtol=0)
 
 
 @torch.no_grad()
 def test_layer_types_of_the_file_are_followed(copied, golden):
     edit_config(copied, sliding_window=1000)
-    expected = Gemma2.from_pretrained(copied)(golden["tokens"])
+    expected = Gemma.from_pretrained(copied)(golden["tokens"])
     edit_config(copied, sliding_window=WINDOW, layer_types=["full_attention"] * 4)
-    everywhere = Gemma2.from_pretrained(copied)(golden["tokens"])
+    everywhere = Gemma.from_pretrained(copied)(golden["tokens"])
     torch.testing.assert_close(everywhere, expected, atol=1e-5, rtol=0)
     assert (everywhere - golden["logits"]).abs().max() > 1
 
 
 def test_eos_token_id_may_be_a_list(copied, tmp_path):
     edit_config(copied, eos_token_id=[1, 107])
-    assert Gemma2Config.from_json(copied / "config.json").eos_token_id == [1, 107]
-    Gemma2.from_pretrained(copied).save_pretrained(tmp_path / "again")
+    assert GemmaConfig.from_json(copied / "config.json").eos_token_id == [1, 107]
+    Gemma.from_pretrained(copied).save_pretrained(tmp_path / "again")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [1, 107], name
 
 
 def test_unknown_config_keys_are_ignored(copied):
-    expected = Gemma2Config.from_json(GOLDEN / "config.json")
+    expected = GemmaConfig.from_json(GOLDEN / "config.json")
     edit_config(copied, brand_new_key={"a": 1})
-    assert Gemma2Config.from_json(copied / "config.json") == expected
+    assert GemmaConfig.from_json(copied / "config.json") == expected
 
 
 @pytest.mark.parametrize("key", [
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "query_pre_attn_scalar", "sliding_window", "model_type",
+    "query_pre_attn_scalar", "sliding_window", "model_type", "attn_logit_softcapping", "final_logit_softcapping",
 ])
 def test_missing_config_key_is_named_with_the_file(copied, key):
     edit_config(copied, drop=(key,))
     with pytest.raises(InputError) as raised:
-        Gemma2Config.from_json(copied / "config.json")
+        GemmaConfig.from_json(copied / "config.json")
     assert key in message_of(raised) and str(copied / "config.json") in message_of(raised)
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("model_type", "gemma3_text"), ("hidden_size", "48"), ("hidden_size", 48.5), ("vocab_size", None), ("vocab_size", True),
-    ("num_key_value_heads", 3), ("num_key_value_heads", 0), ("sliding_window", 0), ("head_dim", 15), ("attn_logit_softcapping", None),
+    ("model_type", "gemma"), ("hidden_size", "48"), ("hidden_size", 48.5), ("vocab_size", None), ("vocab_size", True),
+    ("num_key_value_heads", 3), ("num_key_value_heads", 0), ("sliding_window", 0), ("head_dim", 15), ("attn_logit_softcapping", "50"),
     ("layer_types", ["full_attention"]), ("layer_types", ["chunked_attention"] * 4), ("layer_types", 4), ("eos_token_id", "<eos>"),
     ("hidden_activation", "silu"), ("rope_parameters", {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}),
     ("rope_parameters", [500.0]),
@@ -264,7 +264,7 @@ def test_missing_config_key_is_named_with_the_file(copied, key):
 def test_impossible_config_value_is_named_with_the_file(copied, key, value):
     edit_config(copied, **{key: value})
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(copied)
+        Gemma.from_pretrained(copied)
     assert key in message_of(raised) and "config.json" in message_of(raised)
 
 
@@ -272,7 +272,7 @@ def test_impossible_config_value_is_named_with_the_file(copied, key, value):
 def test_unreadable_config_names_the_file(copied, content):
     (copied / "config.json").write_bytes(content)
     with pytest.raises(InputError) as raised:
-        Gemma2Config.from_json(copied / "config.json")
+        GemmaConfig.from_json(copied / "config.json")
     assert str(copied / "config.json") in message_of(raised)
 
 
@@ -291,7 +291,7 @@ def test_dtype_is_that_asked_for_whatever_the_file_holds(copied):
     stored = load_file(copied / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in stored.items()}, copied / "model.safetensors", {"format": "pt"})
     for dtype in (torch.float32, torch.bfloat16):
-        state = Gemma2.from_pretrained(copied, dtype=dtype).state_dict()
+        state = Gemma.from_pretrained(copied, dtype=dtype).state_dict()
         assert {tensor.dtype for tensor in state.values()} == {dtype}
         assert torch.equal(state["norm.weight"].float(), stored["model.norm.weight"].bfloat16().float())
 
@@ -303,7 +303,7 @@ def test_all_faults_of_a_weight_file_are_reported_together(copied):
     tensors["model.norm.weight"] = torch.zeros(47)
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(copied)
+        Gemma.from_pretrained(copied)
     message = message_of(raised)
     for part in ("layers.2.mlp.up_proj.weight", "layers.9.mlp.up_proj.weight", "norm.weight", "47", "48", "model.safetensors"):
         assert part in message, part
@@ -314,17 +314,17 @@ def test_truncated_weight_file_is_named(copied, kept):
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(copied)
+        Gemma.from_pretrained(copied)
     assert str(path) in message_of(raised)
 
 
 def test_directory_without_weights_or_config_is_named(copied, tmp_path):
     (copied / "model.safetensors").unlink()
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(copied)
+        Gemma.from_pretrained(copied)
     assert str(copied) in message_of(raised)
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(tmp_path / "nowhere")
+        Gemma.from_pretrained(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in message_of(raised)
 
 
@@ -332,7 +332,7 @@ def test_directory_without_weights_or_config_is_named(copied, tmp_path):
 @pytest.mark.parametrize("limit", [5_000_000_000, 60_000])
 def test_saved_model_loads_bit_equal(model, golden, tmp_path, limit):
     model.save_pretrained(tmp_path, max_shard_bytes=limit)
-    again = Gemma2.from_pretrained(tmp_path)
+    again = Gemma.from_pretrained(tmp_path)
     assert again.config == model.config
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -375,19 +375,19 @@ def test_shards_stay_below_the_limit_and_the_index_adds_up(model, tmp_path):
 
 def test_a_tensor_above_the_limit_gets_its_own_shard(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_bytes=100)
-    Gemma2.from_pretrained(tmp_path)
+    Gemma.from_pretrained(tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize(("first", "second"), [(60_000, 5_000_000_000), (5_000_000_000, 60_000), (60_000, 100_000)])
 def test_the_later_of_two_saves_in_a_directory_is_the_one_that_loads(model, tmp_path, first, second):
     model.save_pretrained(tmp_path, max_shard_bytes=first)
-    later = Gemma2.from_pretrained(GOLDEN)
+    later = Gemma.from_pretrained(GOLDEN)
     with torch.no_grad():
         for weight in later.parameters():
             weight.add_(1)
     later.save_pretrained(tmp_path, max_shard_bytes=second)
-    state = Gemma2.from_pretrained(tmp_path).state_dict()
+    state = Gemma.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in later.state_dict().items())
 
 
@@ -403,7 +403,7 @@ def test_saving_leaves_other_files_of_the_directory_alone(model, tmp_path):
 def test_a_model_can_be_saved_into_the_working_directory(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.save_pretrained(".")
-    assert torch.equal(Gemma2.from_pretrained(".").norm.weight, model.norm.weight)
+    assert torch.equal(Gemma.from_pretrained(".").norm.weight, model.norm.weight)
 
 
 def test_missing_shard_is_named(model, tmp_path):
@@ -411,7 +411,7 @@ def test_missing_shard_is_named(model, tmp_path):
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(tmp_path)
+        Gemma.from_pretrained(tmp_path)
     assert shard.name in message_of(raised)
 
 
@@ -420,7 +420,7 @@ def test_broken_index_is_named(model, tmp_path, content):
     model.save_pretrained(tmp_path, max_shard_bytes=60_000)
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(tmp_path)
+        Gemma.from_pretrained(tmp_path)
     assert "model.safetensors.index.json" in message_of(raised)
 
 
@@ -432,19 +432,19 @@ def test_tensor_that_the_index_leaves_out_is_missing(model, tmp_path):
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shard}
     path.write_text(json.dumps(index))
     with pytest.raises(InputError) as raised:
-        Gemma2.from_pretrained(tmp_path)
+        Gemma.from_pretrained(tmp_path)
     assert "embed_tokens.weight" in message_of(raised)
 
 
 def test_failed_save_leaves_the_earlier_model_whole(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
-    later = Gemma2.from_pretrained(GOLDEN)
+    later = Gemma.from_pretrained(GOLDEN)
     with torch.no_grad():
         later.norm.weight.add_(1)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
         later.save_pretrained(tmp_path)
-    assert torch.equal(Gemma2.from_pretrained(tmp_path).norm.weight, model.norm.weight)
+    assert torch.equal(Gemma.from_pretrained(tmp_path).norm.weight, model.norm.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -563,7 +563,7 @@ def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, model, golde
     recorded = request.getfixturevalue("gpu_steps") if path == "GPU" else None
     assert two_turns(model, first, second, stops, gemma.KVCache()) == expected
     if recorded:  # once for all numbers of rows above one, all lengths, and another copy of the weights
-        assert two_turns(Gemma2.from_pretrained(GOLDEN), first[:3], second[:3], stops, gemma.KVCache())[0] == expected[0][:3]
+        assert two_turns(Gemma.from_pretrained(GOLDEN), first[:3], second[:3], stops, gemma.KVCache())[0] == expected[0][:3]
         assert len(recorded.versions) == 1
 
 
@@ -615,7 +615,7 @@ def test_empty_prompt_is_an_error(model, prompts):
 
 
 def test_generation_keeps_no_graph_and_leaves_training_mode_alone(golden):
-    model = Gemma2.from_pretrained(GOLDEN).train()
+    model = Gemma.from_pretrained(GOLDEN).train()
     with_gradients = []
     model.layers[0].register_forward_pre_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     assert generate(model, prompts_of(golden)[:1], 3, temperature=0) == [continuations_of(golden)[0][:3]]
@@ -772,7 +772,8 @@ def test_wrong_directory_ends_in_one_line_and_status_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_flex_attention_with_block_masks_equals_attention_in_blocks():
+@pytest.mark.parametrize("softcap", [2.0, None])
+def test_flex_attention_with_block_masks_equals_attention_in_blocks(softcap):
     """The GPU's path, as far as a CPU can run it: the forward pass, on a forest of two tries and padding."""
     torch.manual_seed(3)
     forest = gemma.Forest([[5, 6, 7, *range(20, 20 + n)] for n in (90, 140, 7)] + [[1, 2, 3, 4] * 9])
@@ -780,8 +781,8 @@ def test_flex_attention_with_block_masks_equals_attention_in_blocks():
     q, k, v = torch.randn(B, 4, T, 16), torch.randn(B, 2, T, 16), torch.randn(B, 2, T, 16)
     blocks, masks = (make(forest.positions, forest.ends, window) for make in (gemma.tree_blocks, gemma.tree_block_masks))
     for kind in (gemma.LOCAL, gemma.GLOBAL):
-        expected = gemma.Attend.apply(q, k, v, blocks[kind], 0.3, 2.0)
-        found = gemma.flex_attend(q, k, v, masks[kind], 0.3, 2.0)
+        expected = gemma.attend(q, k, v, blocks[kind], 0.3, softcap)
+        found = gemma.attend(q, k, v, masks[kind], 0.3, softcap)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -806,7 +807,8 @@ def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
         generate(model, prompts, 1)
 
 
-def test_attention_in_blocks_equals_attention_written_out():
+@pytest.mark.parametrize("softcap", [2.0, None])
+def test_attention_in_blocks_equals_attention_written_out(softcap):
     """Scores, cap, mask, softmax as in the paper, in float64; forward and backward, with blocks smaller than the window and larger."""
     torch.manual_seed(4)
     forest = gemma.Forest([[5, 6, 7, *range(20, 20 + n)] for n in (30, 50, 7)] + [[1, 2, 3, 4] * 5])
@@ -816,14 +818,15 @@ def test_attention_in_blocks_equals_attention_written_out():
     sees &= forest.positions[:, :, None] - forest.positions[:, None, :] < window
     q, k, v = (torch.randn(B, heads, T, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
-    scores = (2.0 * torch.tanh(scores / 2.0)).masked_fill(~sees[:, None], float("-inf"))
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores.masked_fill(~sees[:, None], float("-inf"))
     expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
     weight = torch.randn_like(expected)
     gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for size in (5, 16, 512):
         blocks = gemma.tree_blocks(forest.positions, forest.ends, window, size)[gemma.LOCAL]
         inputs = [x.detach().float().requires_grad_() for x in (q, k, v)]
-        found = gemma.Attend.apply(*inputs, blocks, 0.3, 2.0)
+        found = gemma.attend(*inputs, blocks, 0.3, softcap)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad((found * weight.float()).sum(), inputs), gradients, strict=True):
             torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
