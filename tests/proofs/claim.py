@@ -36,7 +36,7 @@ METHODS = {  # method -> its config; SFT starts from the base model, the others 
     "SFT": "tiny_sft.json",
     "SFT continued": "tiny_sft_continued.json",
     "offline DPO": "tiny_dpo.json",
-    "ACT, action check only": "tiny_act_action_only.json",
+    "ACT, no simulation": "tiny_act_no_simulation.json",
     "ACT, random actions": "tiny_act_random_actions.json",
     "ACT, no labels": "tiny_act_no_labels.json",
     "ACT": "tiny.json",
@@ -56,7 +56,7 @@ GRID = {"learning_rate": (5e-4, 1e-3), "rpo_alpha": (0.0, 0.3, 1.0)}  # six sett
 SEARCH = {
     "SFT continued": {"learning_rate": (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)},
     "offline DPO": GRID,
-    "ACT, action check only": GRID,
+    "ACT, no simulation": GRID,
     "ACT, random actions": GRID,
     "ACT": GRID,
 }
