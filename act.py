@@ -46,7 +46,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -568,23 +568,11 @@ def scored_turn(pair, played, score):
     trajectory, actions, answer = played or ([], [None], None)
     turn = score(trajectory[0][1], pair.gold[0][1]) if played else (0.0, 0.0)
     final = score(answer, pair.target) if answer is not None else (0.0, 0.0)
-    return {
-        "where": pair.where,
-        "context": pair.context,
-        "history": pair.history,
-        "trajectory": trajectory,
-        "gold": pair.gold,
-        "inferred_action": actions[0],
-        "target_action": pair.action,
-        "final_answer": answer,
-        "gold_target": pair.target,
-        "questions": actions.count(CLARIFY),
-        "gold_questions": len(pair.gold) // 2,
-        "turn_exact_match": float(turn[0]),
-        "turn_f1": float(turn[1]),
-        "exact_match": float(final[0]),
-        "f1": float(final[1]),
-    }
+    texts = {"where": pair.where, "context": pair.context, "history": pair.history, "trajectory": trajectory,
+             "gold": pair.gold, "final_answer": answer, "gold_target": pair.target}  # fmt: skip
+    counts = {"questions": actions.count(CLARIFY), "gold_questions": len(pair.gold) // 2}
+    scores = {"turn_exact_match": turn[0], "turn_f1": turn[1], "exact_match": final[0], "f1": final[1]}
+    return {**texts, "inferred_action": actions[0], "target_action": pair.action, **counts, **scores}
 
 
 def summarize(samples):
@@ -700,7 +688,7 @@ class PolicyModelConfig:
 @dataclass(frozen=True)
 class HelperConfig:
     backend: Literal["", "rule", "gemma", "gemini"] = ""  # "": "gemini" where model_id is set, else "rule": no model
-    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the frozen one
+    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the policy's own
     model_id: str = ""  # gemini: e.g. "gemini-2.0-flash-001"
     base_url: str = "https://generativelanguage.googleapis.com"  # gemini: or that of a proxy
     prompt_path: str = ""  # what a model is told; "": the role's file in configs/prompts/
@@ -768,13 +756,13 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class Config:
     task: Literal["act", "sft", "dpo", "generate_preference", "evaluate"] = "act"
-    policy_model_config: PolicyModelConfig = field(default_factory=PolicyModelConfig)
-    action_model_config: HelperConfig = field(default_factory=HelperConfig)
-    user_simulator_config: HelperConfig = field(default_factory=HelperConfig)
-    intent_model_config: HelperConfig = field(default_factory=HelperConfig)
-    preference_model_config: HelperConfig = field(default_factory=HelperConfig)
-    data_config: DataConfig = field(default_factory=DataConfig)
-    training_config: TrainingConfig = field(default_factory=TrainingConfig)
+    policy_model_config: PolicyModelConfig = PolicyModelConfig()
+    action_model_config: HelperConfig = HelperConfig()
+    user_simulator_config: HelperConfig = HelperConfig()
+    intent_model_config: HelperConfig = HelperConfig()
+    preference_model_config: HelperConfig = HelperConfig()
+    data_config: DataConfig = DataConfig()
+    training_config: TrainingConfig = TrainingConfig()
 
 
 AT_LEAST_ONE = {
@@ -831,7 +819,7 @@ def load_config(path, overrides=()):
 
 def parse_value(text):
     try:
-        return text if text in ("NaN", "Infinity", "-Infinity") else json.loads(text)
+        return json.loads(text, parse_constant=str)  # NaN and Infinity stay texts
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
@@ -851,8 +839,7 @@ def build_section(cls, raw, path, prefix, where):
         if is_dataclass(types[key]):
             values[key] = build_section(types[key], value, path, f"{prefix}{key}.", where)
         else:
-            typed_on_command_line = prefix + key in where
-            values[key] = checked_value(key, value, types[key], at, typed_on_command_line)
+            values[key] = checked_value(key, value, types[key], at, typed=prefix + key in where)
     return cls(**values)
 
 
@@ -880,26 +867,23 @@ def checked_value(key, value, kind, at, typed=False):
 def check_config(config, path):
     """The rules that concern more than one key."""
     training, files, task = config.training_config, config.data_config, config.task
+    longest, shorter, preference = training.max_length, training.max_prompt_length, training.is_preference
+    balance = "class_balance" if training.class_balance else f"task {task!r}"
+    needs = f"is missing, task '{task}' needs it"
     rules = (
-        (training.max_prompt_length >= training.max_length,
-         f"max_prompt_length {training.max_prompt_length} leaves no room for a response, expected less than max_length "
-         f"{training.max_length}"),
-        (training.is_preference and training.action_labels == "classifier",
+        (shorter >= longest, f"max_prompt_length {shorter} leaves no room below max_length {longest} for a response"),
+        (preference and training.action_labels == "classifier",
          "action_labels is 'classifier', but is_preference is set, and files of pairs hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
-         f"action_labels is 'random', which changes pairs, not gold replies: not with "
-         f"{'class_balance' if training.class_balance else 'task ' + repr(task)}"),
+         f"action_labels is 'random', which changes pairs, not gold replies: not with {balance}"),
         (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
-        (training.loss_type == "ipo" and training.beta == 0,
-         "beta is 0, expected a number above 0 for loss_type 'ipo'"),
-        (not training.label_smoothing < 0.5,
-         f"label_smoothing is {training.label_smoothing}, expected a number from 0, below 0.5"),
+        (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
+        (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
         (task != "generate_preference" and not config.policy_model_config.model_path,
-         f"policy_model_config.model_path is missing, task '{task}' needs it"),
-        (task == "evaluate" and not files.validation_path,
-         "data_config.validation_path is missing, task 'evaluate' needs it"),
-        (task != "evaluate" and not files.train_path, f"data_config.train_path is missing, task '{task}' needs it"),
-        (task == "generate_preference" and training.is_preference,
+         f"policy_model_config.model_path {needs}"),
+        (task == "evaluate" and not files.validation_path, f"data_config.validation_path {needs}"),
+        (task != "evaluate" and not files.train_path, f"data_config.train_path {needs}"),
+        (task == "generate_preference" and preference,
          "task 'generate_preference' makes pairs from conversations, but is_preference is set"),
     )  # fmt: skip
     for broken, message in rules:
@@ -925,13 +909,9 @@ def start_processes():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if dist.is_initialized():
-        pass
-    elif "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -945,23 +925,20 @@ def print0(text):
 
 
 class Progress:
-    """One line that says how far a stage is: updated in place on a terminal, else printed every `every` seconds."""
+    """One line that says how far a stage is: updated in place on a terminal, else printed every ten seconds."""
 
-    def __init__(self, label, total, every=10.0):
-        self.label, self.total, self.start = label, total, time.monotonic()
-        self.tty, self.every = sys.stdout.isatty(), every
-        self.next = self.start + (0 if self.tty else every)
+    def __init__(self, label, total):
+        self.label, self.total, self.start, self.tty = label, total, time.monotonic(), sys.stdout.isatty()
+        self.every = 0.1 if self.tty else 10.0
+        self.next = self.start + self.every
 
     def __call__(self, done, text=""):
         now = time.monotonic()
-        if not is_main() or (now < self.next and done < self.total):
-            return
-        self.next = now + (0.1 if self.tty else self.every)
-        line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
-        if self.tty:
-            print(f"\r\033[K{line}", end="\n" if done == self.total else "", flush=True)
-        else:
-            print(line, flush=True)
+        if is_main() and (now >= self.next or done == self.total):
+            self.next = now + self.every
+            line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
+            start, end = ("\r\033[K", "\n" if done == self.total else "") if self.tty else ("", "\n")
+            print(start + line, end=end, flush=True)
 
 
 def all_sum(values, device):
@@ -1055,11 +1032,9 @@ def unsharded(model, bf16=False):
 
 def make_optimizer(model, training):
     """The optimiser with its state in place from the start, so that saving and loading need no special case."""
-    kinds = {
-        "rmsprop": (torch.optim.RMSprop, ("square_avg",)),
-        "adamw": (torch.optim.AdamW, ("exp_avg", "exp_avg_sq")),
-    }
-    cls, moments = kinds[training.optim]
+    cls, moments = torch.optim.RMSprop, ("square_avg",)
+    if training.optim == "adamw":
+        cls, moments = torch.optim.AdamW, ("exp_avg", "exp_avg_sq")
     optimizer = cls(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     for parameter in model.parameters():
         state = {key: torch.zeros_like(parameter) for key in moments}
@@ -1107,7 +1082,7 @@ def prepare(config, overwrite, resume):
     dtype, reference = getattr(torch, config.policy_model_config.dtype), None
     if config.task != "sft":
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
-    helpers = build_helpers(config, reference and (lambda: (unsharded(reference), tokenizer)))
+    helpers = build_helpers(config)
     pairs, validation = load_pairs(config, helpers)
     if not pairs:
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
@@ -1123,8 +1098,7 @@ def prepare(config, overwrite, resume):
         state = read_json(checkpoint / "trainer_state.json")
         start, former = state.get("step"), state.get("examples_per_step")
         if former != local * world:
-            now = f"a step is of {local * world} examples on {world} processes"
-            raise InputError(f"--resume: {now}, expected {former} as in {checkpoint}")
+            raise InputError(f"--resume: a step is of {local * world} examples, expected {former} as in {checkpoint}")
         if start > steps:
             raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
     on_main(start_output, config, checkpoint)
@@ -1210,9 +1184,7 @@ def checkpoints(output_dir):
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
 TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints")
 WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
-    "act": TRAINING_FILES,
-    "sft": TRAINING_FILES,
-    "dpo": TRAINING_FILES,
+    **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
     "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
     "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
 }
@@ -1245,9 +1217,7 @@ def check_output(config, resume, overwrite):
         return None
     if held and not overwrite and not (resume and former.exists()):
         found = "a run" if former.exists() else held
-        raise InputError(
-            f"{output}: already holds {found}, expected --resume to continue it or --overwrite to start again"
-        )
+        raise InputError(f"{output}: already holds {found}, expected --resume to continue it or --overwrite to restart")
     return resume_from(output, config) if resume and former.exists() else None
 
 
@@ -1267,8 +1237,7 @@ def resume_from(output, config):
         return "done"
     checkpoint = next(reversed(checkpoints(output)), None)
     if (output / "model").exists() and not checkpoint:
-        problem = f"{output} holds a finished model but no checkpoint"
-        raise InputError(f"--resume: {problem}, expected --overwrite to start again")
+        raise InputError(f"--resume: {output} holds a model but no checkpoint, expected --overwrite to start again")
     return checkpoint
 
 
@@ -1311,7 +1280,7 @@ class HelperError(RuntimeError):
 
 
 def count(what, number=1):
-    with COUNTS_LOCK:
+    with COUNTS_LOCK:  # calls run in threads
         HELPER_COUNTS[what] += number
 
 
@@ -1352,17 +1321,9 @@ class Helpers:
         return simulate
 
 
-def build_helpers(config, reference=None):
-    """The four roles as the configuration casts them; a checkpoint that several share is loaded once.
-
-    reference() -> (whole model, tokenizer) of the frozen reference, called if a role wants it; None: read its file.
-    """
-    models = {}
-
-    def local_model(path):
-        if path not in models:
-            models[path] = reference() if path == "reference" and reference else load_helper(config, path)
-        return models[path]
+def build_helpers(config):
+    """The four roles as the configuration casts them; a checkpoint that several share is loaded once."""
+    load = cache(lambda path: load_helper(config, path))
 
     def cast(name):
         helper, role = getattr(config, name), ROLES[name]
@@ -1373,11 +1334,10 @@ def build_helpers(config, reference=None):
         needed = {"gemma": "model_path", "gemini": "model_id"}[backend]
         if not getattr(helper, needed):
             raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
+        prompt = read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role)
         if backend == "gemini":
-            ask = GeminiClient(helper, role.stop)
-        else:
-            ask = gemma_asker(*local_model(helper.model_path), helper)
-        return played(ask, role, read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role))
+            return played(GeminiClient(helper, role.stop), role, prompt)
+        return played(gemma_asker(*load(helper.model_path), helper), role, prompt)
 
     user_is_rule = backend_of(config.user_simulator_config) == "rule"  # it knows the gold trajectory and no intent
     return Helpers(
@@ -1507,9 +1467,7 @@ class GeminiClient:
         sampling = {"temperature": self.config.temperature, "topP": 1.0, "topK": 1 if greedy else 40}
         return {
             "contents": [{"role": "user", "parts": [{"text": prompt}]}],
-            "generationConfig": {
-                **sampling, "maxOutputTokens": self.config.max_new_tokens, "stopSequences": self.stop
-            },
+            "generationConfig": {**sampling, "maxOutputTokens": self.config.max_new_tokens, "stopSequences": self.stop},
             "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
         }  # fmt: skip
 
@@ -1693,7 +1651,7 @@ USAGE = "expected --config FILE, --task NAME, --section.key VALUE, --resume or -
 
 def parse_arguments(arguments):
     """(config path, overrides, flags) of --config FILE [--task T] [--section.key VALUE ...] [--resume|--overwrite]."""
-    path, overrides, flags, rest = None, {}, set(), list(arguments)
+    overrides, flags, rest = {}, set(), list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
@@ -1707,14 +1665,10 @@ def parse_arguments(arguments):
                 raise InputError(f"{word}: --{name} takes no value")
             flags.add(name)
             continue
-        if not equals:
-            if not rest:
-                raise InputError(f"--{name}: a value is missing")
-            value = rest.pop(0)
-        if name == "config":
-            path = value
-        else:
-            overrides[name] = value
+        if not equals and not rest:
+            raise InputError(f"--{name}: a value is missing")
+        overrides[name] = value if equals else rest.pop(0)
+    path = overrides.pop("config", None)
     if path is None:
         raise InputError("--config FILE is missing")
     if len(flags) == 2:
@@ -1725,16 +1679,14 @@ def parse_arguments(arguments):
 def help_text():
     """The header's commands, the tasks, the flags, and every key as the dataclasses above give it."""
     tasks = [f"  {name:20} {task.__doc__.splitlines()[0]}" for name, task in TASKS.items()]
-    flags = ["  --resume             go on from the newest checkpoint of output_dir",
-             "  --overwrite          start again in an output_dir that holds a run"]  # fmt: skip
-    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:", *flags]
+    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:"]
+    lines += ["  --resume             go on from the newest checkpoint of output_dir"]
+    lines += ["  --overwrite          start again in an output_dir that holds a run"]
     for section in fields(Config)[1:]:
         cls = get_type_hints(Config)[section.name]
-        if cls is HelperConfig and section.name != "action_model_config":
-            continue  # the four helpers have the same keys
-        names = ", ".join(ROLES) if cls is HelperConfig else section.name
-        body = inspect.getsource(cls).splitlines()[2:]
-        lines += ["", f"--{names}:", *[line.removeprefix("  ") for line in body]]
+        same = section.name in ROLES and section.name != next(iter(ROLES))  # the four helpers have the same keys
+        body = [] if same else [line.removeprefix("  ") for line in inspect.getsource(cls).splitlines()[2:]]
+        lines += ["", f"--{section.name}:", *body]
     return "\n".join(lines)
 
 
