@@ -1006,14 +1006,15 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointin
         model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
     model.requires_grad_(trainable)
     model.set_checkpointing(checkpointing)
-    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if bf16:
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(model, "logps")
+    model.compute_dtype = torch.bfloat16 if bf16 else dtype
+    if mesh.size() > 1:
+        reduce = torch.float32 if bf16 else dtype
+        policy = MixedPrecisionPolicy(model.compute_dtype, reduce, cast_forward_inputs=False)
+        sharding = {"mesh": mesh if mesh.size(0) > 1 else mesh["shard"], "mp_policy": policy}
+        for layer in model.layers:
+            fully_shard(layer, **sharding)
+        fully_shard(model, **sharding)
+        register_fsdp_forward_method(model, "logps")
     model.to_empty(device=mesh.device_type)
     gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
     return model
@@ -1021,11 +1022,12 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointin
 
 @torch.no_grad()
 def unsharded(model, bf16=False):
-    """A whole copy to sample from: weights are gathered once for a rollout, in which no rank waits for another."""
+    """A whole model to sample from: weights are gathered once for a rollout, in which no rank waits for another."""
     with torch.device("meta"):
         whole = Gemma(model.config)
     dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
-    weights = {name: parameter.to(dtype).full_tensor() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
     whole.load_state_dict(weights, assign=True)
     return whole
 

@@ -612,9 +612,14 @@ def mean_or_none(values):
 FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
 NOTHING_TO_ADD = "I have nothing to add."
 QUESTION_END = re.compile("[?？؟][\\s\"'”’»)\\]}*_」』]*\\Z")
-COMMON_WORDS = set("""a an and any are asking about be by can could did do does exactly for from how i in interested is
-    it like looking mean me more of on or please precisely referring s say specific specifically talking that the there
-    they this to want was were what when where which who would you your""".split())  # fmt: skip
+COMMON_WORDS = set("""a amount an and any are ask asking about be by can could did do does exactly for from how i in
+    interested is it kind know like looking mean me more of on one or please precisely referring s say sort specific
+    specifically talking that the there they thing this to type value want was were what which who whose would you
+    your""".split())  # fmt: skip
+SLOTS = {  # words that ask for the same kind of thing
+    **dict.fromkeys("date day fiscal month period quarter time when year".split(), "time"),
+    **dict.fromkeys("area country place region where".split(), "place"),
+}
 
 
 def is_question(text):
@@ -627,24 +632,38 @@ def rule_actions(replies):
 
 
 def content_words(text):
+    """What a text is about: its words in the singular, without common ones, and "time" for year, month and so on."""
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return set(words) - COMMON_WORDS
+    words = {word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] != "s" else word for word in words}
+    return {SLOTS.get(word, word) for word in words - COMMON_WORDS}
+
+
+def same_question(asked, gold, topic):
+    """How much a question asks for what the gold question asks, from 0 to 1; topic: the user turn that both are about.
+
+    For a time or a place, the other words do not matter. Else the share of the words that both have, where those that
+    the question only repeats from the user do not count against it.
+    """
+    asked, wanted, slots = content_words(asked), content_words(gold), set(SLOTS.values())
+    if slots & (asked | wanted):
+        return float(bool(slots & asked & wanted))
+    if not wanted:
+        return float(not asked)
+    return len(wanted & asked) / len(wanted | (asked - content_words(topic)))
 
 
 def rule_users(requests):
-    """The user's gold reply, if the question shares at least half of the content words of the gold question.
+    """The user's gold reply to the gold question that is asked, if at least half of it is; else nothing new.
 
     requests: [(Pair, trajectory that ends in a question, intent)]; the rule knows the gold trajectory, not the intent.
     """
     answers = []
     for pair, trajectory, _ in requests:
-        asked = content_words(trajectory[-1][1])
         best, answer = 0.0, NOTHING_TO_ADD
         for (_, question), (role, reply) in zip(pair.gold, pair.gold[1:], strict=False):
-            wanted = content_words(question)
-            overlap = len(wanted & asked) / len(wanted) if wanted else 1.0
-            if role == "user" and overlap >= 0.5 and overlap > best:
-                best, answer = overlap, reply
+            match = same_question(trajectory[-1][1], question, pair.history[-1][1]) if role == "user" else 0.0
+            if match >= 0.5 and match > best:
+                best, answer = match, reply
         answers.append(answer)
     return answers
 
