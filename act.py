@@ -687,19 +687,19 @@ class PolicyModelConfig:
 
 @dataclass(frozen=True)
 class HelperConfig:
-    backend: Literal["", "rule", "gemma", "gemini"] = ""  # "": "gemini" where model_id is set, else "rule": no model
+    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini where model_id is set, else rule
     model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the policy's own
-    model_id: str = ""  # gemini: e.g. "gemini-2.0-flash-001"
-    base_url: str = "https://generativelanguage.googleapis.com"  # gemini: or that of a proxy
+    model_id: str = ""  # gemini, openai: e.g. "gemini-2.0-flash-001", "llama3.2"
+    base_url: str = ""  # gemini, openai: of a server that speaks as they do, e.g. "http://localhost:11434/v1"
     prompt_path: str = ""  # what a model is told; "": the role's file in configs/prompts/
     temperature: float = 0.0  # 0: greedy
     max_new_tokens: int = 128  # of one answer
     batch_size: int = 16  # gemma: prompts that are continued together
-    concurrency: int = 16  # gemini: calls in flight
-    max_retries: int = 5  # gemini: of one call, after 429, 5xx, resets, time-outs and half answers
-    max_failures: int = 20  # gemini: calls in a row, failed or blocked, after which the run saves and stops
-    timeout: float = 60.0  # gemini: seconds without a sign of life
-    cache_path: str = "helper_cache.sqlite"  # gemini: answers already paid for; "" keeps none
+    concurrency: int = 16  # servers: calls in flight
+    max_retries: int = 5  # servers: of one call, after 429, 5xx, resets, time-outs and half answers
+    max_failures: int = 20  # servers: calls in a row, failed or blocked, after which the run saves and stops
+    timeout: float = 60.0  # servers: seconds of one call
+    cache_path: str = "helper_cache.sqlite"  # servers: answers already paid for; "" keeps none
 
 
 @dataclass(frozen=True)
@@ -1269,8 +1269,8 @@ def whole_rows(path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Helper models
-# Who plays ACT's four roles (data.ROLES): a rule, a local Gemma or Gemini. A back end is a function ask(prompts) ->
-# answers, each a text or None; a new one goes into `build_helpers`.
+# Who plays ACT's four roles (data.ROLES): a rule, a local Gemma, or a model behind a server. A back end is a function
+# ask(prompts) -> answers, each a text or None; a new one goes into `build_helpers`.
 
 COUNTED = ("asked", "cached", "retried", "failed", "blocked", "unusable")  # failed: given up; blocked: or empty;
 HELPER_COUNTS = Counter()  # of these, since the start                         unusable: not understood
@@ -1333,13 +1333,14 @@ def build_helpers(config):
         idle = config.task == "generate_preference" and name in ("intent_model_config", "user_simulator_config")
         if backend == "rule" or idle:
             return role.rule
-        needed = {"gemma": "model_path", "gemini": "model_id"}[backend]
+        needed = "model_path" if backend == "gemma" else "model_id"
         if not getattr(helper, needed):
             raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
         prompt = read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role)
-        if backend == "gemini":
-            return played(GeminiClient(helper, role.stop), role, prompt)
-        return played(gemma_asker(*load(helper.model_path), helper), role, prompt)
+        if backend == "gemma":
+            return played(gemma_asker(*load(helper.model_path), helper), role, prompt)
+        client = GeminiClient if backend == "gemini" else OpenAIClient
+        return played(client(helper, role.stop), role, prompt)
 
     user_is_rule = backend_of(config.user_simulator_config) == "rule"  # it knows the gold trajectory and no intent
     return Helpers(
@@ -1424,27 +1425,29 @@ def gemma_asker(model, tokenizer, config):
 
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most, and however often it has failed
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)  # of a strange reply
 HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
 
 
-class GeminiClient:
-    """ask(prompts) by Gemini's REST API: calls run side by side, are tried again where that may help, paid only once.
+class HelperClient:
+    """ask(prompts) over HTTP: calls run side by side, are tried again where that may help, and are paid only once.
 
     stop: texts at which an answer ends. None stands for an answer that was blocked, empty, or not to be had in
-    max_retries + 1 calls. Raises HelperError where the API refuses a request as such, and when max_failures calls in a
-    row led to None; the client is then spent.
+    max_retries + 1 calls. Raises HelperError where the server refuses a request as such, and when max_failures calls in
+    a row led to None; the client is then spent. URL, key, headers, body and answer are those of the dialects below.
     """
 
     def __init__(self, config, stop=()):
-        address = urlsplit(config.base_url)
+        self.config, self.stop = config, list(stop)
+        base = config.base_url or self.home
+        address = urlsplit(base)
         if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
             raise InputError("base_url of a helper model: expected http(s)://HOST, with neither '?' nor '@'")
-        self.key = os.environ.get("GOOGLE_API_KEY", "").strip()
-        if not re.fullmatch("[!-~]+", self.key):
+        self.key = os.environ.get(self.key_name, "").strip()
+        if not re.fullmatch("[!-~]*", self.key) or not (self.key or (config.base_url and self.key_is_optional)):
             problem = "holds a blank or a character beyond ASCII" if self.key else "is not set"
-            raise InputError(f"GOOGLE_API_KEY {problem}, expected the key for helper model {config.model_id!r}")
-        self.url = f"{config.base_url.rstrip('/')}/v1beta/models/{quote(config.model_id)}:generateContent"
-        self.config, self.stop, self.cache = config, list(stop), answer_cache(config.cache_path)
+            raise InputError(f"{self.key_name} {problem}, expected the key for helper model {config.model_id!r}")
+        self.url, self.cache = base.rstrip("/") + self.path(), answer_cache(config.cache_path)
         self.lock, self.spent = threading.Lock(), threading.Event()
         self.in_a_row, self.error = 0, "interrupted"
 
@@ -1464,17 +1467,8 @@ class GeminiClient:
             pool.shutdown(wait=False, cancel_futures=True)
         return [answers[prompt] for prompt in prompts]
 
-    def body(self, prompt):
-        greedy = self.config.temperature == 0
-        sampling = {"temperature": self.config.temperature, "topP": 1.0, "topK": 1 if greedy else 40}
-        return {
-            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
-            "generationConfig": {**sampling, "maxOutputTokens": self.config.max_new_tokens, "stopSequences": self.stop},
-            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
-        }  # fmt: skip
-
     def cache_key(self, prompt):
-        request = json.dumps([self.config.model_id, self.body(prompt)], sort_keys=True)
+        request = json.dumps([self.url, self.body(prompt)], sort_keys=True)
         return hashlib.sha256(request.encode()).hexdigest()
 
     def answer(self, prompt):
@@ -1484,7 +1478,7 @@ class GeminiClient:
             if self.spent.is_set():
                 raise HelperError(self.error)
             try:
-                text, why = call_gemini(self.url, self.body(prompt), self.key, self.config.timeout)
+                text, why = self.call(prompt)
                 outcome = "blocked"  # unless there is a text
                 break
             except CallFailed as failure:
@@ -1512,6 +1506,106 @@ class GeminiClient:
         self.spent.set()
         raise HelperError(message)
 
+    def call(self, prompt):
+        """One POST: (text, "") or (None, why there is none). Raises CallFailed. The key is in neither, even echoed."""
+        headers = {"Content-Type": "application/json", **self.headers()}
+        request = urllib.request.Request(self.url, json.dumps(self.body(prompt)).encode(), headers)
+        try:
+            with OPENER.open(request, timeout=self.config.timeout) as response:
+                text, why = self.text_of(json.loads(self.read(response)))
+        except urllib.error.HTTPError as error:
+            raise self.http_failure(error) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise CallFailed(self.one_line(getattr(error, "reason", error) or type(error).__name__)) from None
+        except UNREADABLE:
+            raise CallFailed("its reply is not the JSON of an answer") from None
+        if not text.strip():
+            return None, self.one_line(why)
+        text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
+        return text.replace(self.key, "[key]") if self.key else text, ""
+
+    def http_failure(self, error):
+        """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
+        message, waits = error.reason, [error.headers.get("Retry-After", "")]
+        try:
+            report = json.loads(self.read(error))["error"]
+            message = report["message"]
+            waits += [str(detail.get("retryDelay", ""))[:-1] for detail in report.get("details", [])]  # "27s"
+        except (OSError, http.client.HTTPException, CallFailed, *UNREADABLE):
+            pass  # the status says enough
+        wait = max((float(text) for text in waits if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text)), default=0.0)
+        final = error.code < 500 and error.code not in (408, 429)
+        return CallFailed(self.one_line(f"HTTP {error.code}: {message}"), wait, final)
+
+    def read(self, response, limit=4_000_000):
+        """The bytes of a reply: a bounded number of them, in a bounded time. Raises CallFailed."""
+        body, deadline = b"", time.monotonic() + self.config.timeout
+        while chunk := response.read1(65536):
+            body += chunk
+            if len(body) > limit or time.monotonic() > deadline:
+                raise CallFailed("its reply is too long or takes too long")
+        return body
+
+    def one_line(self, message):
+        message = str(message).replace(self.key, "[key]") if self.key else str(message)
+        return " ".join(message.split())[:300]
+
+
+class GeminiClient(HelperClient):
+    """Google's generateContent."""
+
+    home, key_name, key_is_optional = "https://generativelanguage.googleapis.com", "GOOGLE_API_KEY", False
+
+    def path(self):
+        return f"/v1beta/models/{quote(self.config.model_id)}:generateContent"
+
+    def headers(self):
+        return {"x-goog-api-key": self.key}
+
+    def body(self, prompt):
+        temperature, length = self.config.temperature, self.config.max_new_tokens
+        sampling = {"temperature": temperature, "topP": 1.0, "topK": 40 if temperature else 1}
+        return {
+            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
+            "generationConfig": {**sampling, "maxOutputTokens": length, "stopSequences": self.stop},
+            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
+        }
+
+    def text_of(self, reply):
+        """(text, why there is none) of a reply's JSON."""
+        blocked = (reply.get("promptFeedback") or {}).get("blockReason")
+        if blocked or not reply.get("candidates"):
+            return "", f"prompt blocked ({blocked})" if blocked else "no candidates"
+        candidate = reply["candidates"][0]
+        finish = candidate.get("finishReason", "STOP")
+        parts = (candidate.get("content") or {}).get("parts") or []
+        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        return text if finish in ("STOP", "MAX_TOKENS") else "", f"no text (finishReason {finish})"
+
+
+class OpenAIClient(HelperClient):
+    """OpenAI's chat completions, which vLLM, Ollama, llama.cpp and LM Studio speak too: these may do without a key."""
+
+    home, key_name, key_is_optional = "https://api.openai.com/v1", "OPENAI_API_KEY", True
+
+    def path(self):
+        return "/chat/completions"
+
+    def headers(self):
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def body(self, prompt):
+        sampling = {"temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens}
+        messages = [{"role": "user", "content": prompt}]
+        return {"model": self.config.model_id, "messages": messages, **sampling, "stop": self.stop}
+
+    def text_of(self, reply):
+        """(text, why there is none) of a reply's JSON."""
+        choice = reply["choices"][0] if reply.get("choices") else {}
+        finish = choice.get("finish_reason") or "stop"
+        text = (choice.get("message") or {}).get("content") or ""
+        return text if finish in ("stop", "length") else "", f"no text (finish_reason {finish})"
+
 
 class CallFailed(Exception):
     """One call brought no answer. wait: seconds for which the server asks; final: the same call can only fail again."""
@@ -1529,54 +1623,6 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 OPENER = urllib.request.build_opener(NoRedirects)
-
-
-def call_gemini(url, body, key, timeout):
-    """One POST: (text, "") or (None, why there is none). Raises CallFailed. The key is in none of them, even echoed."""
-    headers = {"Content-Type": "application/json", "x-goog-api-key": key}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    try:
-        with OPENER.open(request, timeout=timeout) as response:
-            text, why = answer_of(json.loads(response.read()))
-    except urllib.error.HTTPError as error:
-        raise http_failure(error, key) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise CallFailed(one_line(getattr(error, "reason", error) or type(error).__name__, key)) from None
-    except (ValueError, TypeError, AttributeError, LookupError):
-        raise CallFailed("its reply is not the JSON of an answer") from None
-    return text and text.replace(key, "[key]"), one_line(why, key)
-
-
-def answer_of(reply):
-    """(text, "") of Gemini's reply, or (None, why there is no text). Half of a character becomes "?"."""
-    blocked = (reply.get("promptFeedback") or {}).get("blockReason")
-    if blocked or not reply.get("candidates"):
-        return None, f"prompt blocked ({blocked})" if blocked else "no candidates"
-    candidate = reply["candidates"][0]
-    finish = candidate.get("finishReason", "STOP")
-    parts = (candidate.get("content") or {}).get("parts") or []
-    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-    if finish not in ("STOP", "MAX_TOKENS") or not text.strip():
-        return None, f"no text (finishReason {finish})"
-    return text.encode("utf-8", "replace").decode(), ""
-
-
-def http_failure(error, key):
-    """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
-    message, waits = error.reason, [error.headers.get("Retry-After", "")]
-    try:
-        report = json.loads(error.read())["error"]
-        message = report["message"]
-        waits += [detail.get("retryDelay", "")[:-1] for detail in report.get("details", [])]  # "27s"
-    except (OSError, http.client.HTTPException, ValueError, TypeError, AttributeError, LookupError):
-        pass  # the status says enough
-    wait = max((float(text) for text in waits if re.fullmatch(r"\d+(\.\d+)?", text)), default=0.0)
-    final = error.code < 500 and error.code not in (408, 429)
-    return CallFailed(one_line(f"HTTP {error.code}: {message}", key), wait, final)
-
-
-def one_line(message, key):
-    return " ".join(str(message).replace(key, "[key]").split())[:300]
 
 
 class AnswerCache:
