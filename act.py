@@ -78,16 +78,17 @@ HELPER_FAILED = "helper_failed"  # a helper model gave no usable answer: the ori
 OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, CUT_OFF, SAME_TEXT, HELPER_FAILED)
 
 
-def act_pair(pair, score, tolerance, max_turns, simulate_user=True):
+def act_pair(pair, tolerance, max_turns, simulate_user=True):
     """The paper's Algorithm 2 for one example: returns the on-policy pair and its outcome.
 
     A generator that yields what it asks for, so that `in_lockstep` can run a batch side by side:
         ("respond", trajectory)   is sent (y, ended): a response, and whether it came to its end
         ("classify", y)           is sent A(y), the action of a response
         ("simulate", trajectory)  is sent U(p, trajectory), the simulated user's reply
+        ("score", trajectory)     is sent (exact, score), score being H(y, g) of its final answer
 
     In the paper's symbols: p is pair.context and pair.history, a pair.action, y_w pair.chosen,
-    y_l pair.rejected, g pair.target, H `score`, epsilon `tolerance`, pi the policy. Without
+    y_l pair.rejected, g pair.target, H the heuristic, epsilon `tolerance`, pi the policy. Without
     simulate_user (an ablation) a question where one is called for wins as it is.
     """
     trajectory = []
@@ -102,9 +103,12 @@ def act_pair(pair, score, tolerance, max_turns, simulate_user=True):
         y, action, ended = yield from respond(trajectory)  #     trajectory += y ~ pi
     if not ended:
         return contrast(pair, trajectory, CUT_OFF)
-    if action == CLARIFY or score(y, pair.target) > tolerance:  # if H(y, g) > epsilon:
-        return contrast(pair, trajectory, GOOD_OUTCOME)         #     y_w = trajectory
-    return contrast(pair, trajectory, BAD_OUTCOME)              # else: y_l = trajectory
+    if action == CLARIFY:
+        return contrast(pair, trajectory, GOOD_OUTCOME)
+    _, score = yield "score", trajectory                   # if H(y, g) > epsilon:
+    if score > tolerance:                                  #     y_w = trajectory
+        return contrast(pair, trajectory, GOOD_OUTCOME)    # else:
+    return contrast(pair, trajectory, BAD_OUTCOME)         #     y_l = trajectory
 
 
 def respond(trajectory):
@@ -124,20 +128,19 @@ def contrast(pair, trajectory, outcome):
     return (pair, SAME_TEXT) if words[0] == words[1] else (new, outcome)
 
 
-def in_lockstep(conversations, respond, classify, simulate):
+def in_lockstep(conversations, answers):
     """Run generators that ask as `act_pair` does side by side: one batch for what many wait for.
 
-    respond(rows, trajectories), classify(rows, texts) and simulate(rows, trajectories) return an
-    answer for each row, a position in `conversations`. Returns what each conversation returned;
-    None where a helper had no answer.
+    answers: {what is asked for: function(rows, requests) -> [answer]}, rows being positions in
+    `conversations`. Returns what each conversation returned; None where a helper had no answer.
     """
     results = [None] * len(conversations)
     waiting = {row: next(conversation) for row, conversation in enumerate(conversations)}
     while waiting:
-        for wanted, ask in (("respond", respond), ("classify", classify), ("simulate", simulate)):
+        for wanted, answer_all in answers.items():
             rows = sorted(row for row, (what, _) in waiting.items() if what == wanted)
             requests = [waiting.pop(row)[1] for row in rows]
-            for row, answer in zip(rows, ask(rows, requests) if rows else [], strict=True):
+            for row, answer in zip(rows, answer_all(rows, requests) if rows else [], strict=True):
                 if answer is None:  # a helper failed: this conversation ends here
                     continue
                 try:
@@ -149,20 +152,14 @@ def in_lockstep(conversations, respond, classify, simulate):
 
 def on_policy(run, pairs, step, positions):
     """Algorithm 2 for a batch: its new pairs, and how many had which outcome."""
-    training, files, helpers = run.config.training_config, run.config.data_config, run.helpers
-    heuristic = HEURISTICS[files.heuristic]  # -> (exact match, score)
-    rules = files.tolerance, training.max_turns, training.simulate_user
+    training, helpers = run.config.training_config, run.helpers
+    rules = run.config.data_config.tolerance, training.max_turns, training.simulate_user
     noise = noise_generators(training.seed, step, positions)
     policy = Sampler(unsharded(run.policy, training.bf16), run.template, pairs, training, noise)
-    conversations = [act_pair(pair, lambda y, g: heuristic(y, g)[1], *rules) for pair in pairs]
-
-    def play():
-        return in_lockstep(conversations, policy, helpers.classify, helpers.users_of(pairs))
-
+    answers = {"respond": policy, **helpers.answers(pairs, run.config.data_config.heuristic)}
     before = Counter(HELPER_COUNTS)
-    results = [
-        result or (pair, HELPER_FAILED) for pair, result in zip(pairs, together(play), strict=True)
-    ]
+    results = together(lambda: in_lockstep([act_pair(pair, *rules) for pair in pairs], answers))
+    results = [result or (pair, HELPER_FAILED) for pair, result in zip(pairs, results, strict=True)]
     outcomes = Counter(outcome for _, outcome in results)
     counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
     if helpers.cost:
@@ -528,20 +525,28 @@ class Sampler:
 
 
 def play_turn(pair, max_turns):
-    """Asks as `act_pair` does; goes on whatever the first action. Returns (trajectory, actions, answer or None)."""
-    trajectory = []
-    y, action, ended = yield from respond(trajectory)
-    actions = [action]
-    while ended and action == CLARIFY and len(actions) < max_turns:
-        trajectory.append(("user", (yield "simulate", trajectory)))
+    """Asks as `act_pair` does; goes on whatever the first action. Returns what is kept of the turn.
+
+    A conversation that does not end in an answer scores 0.
+    """
+    trajectory, actions, final = [], [], (0.0, 0.0)
+    while True:
         y, action, ended = yield from respond(trajectory)
         actions.append(action)
-    return trajectory, actions, y if ended and action == ANSWER else None
+        if not ended or action == ANSWER or len(actions) == max_turns:
+            break
+        trajectory.append(("user", (yield "simulate", trajectory)))
+    answered = ended and action == ANSWER
+    if answered:
+        final = yield "score", trajectory
+    texts = {"trajectory": trajectory, "final_answer": y if answered else None}
+    scores = {"exact_match": float(final[0]), "f1": float(final[1])}
+    return {**texts, "inferred_action": actions[0], "questions": actions.count(CLARIFY), **scores}
 
 
 def evaluate_pairs(model, template, pairs, helpers, config):
     """Play every turn. Returns (metrics, samples), the same on all ranks."""
-    training, score = config.training_config, HEURISTICS[config.data_config.heuristic]
+    training, heuristic = config.training_config, config.data_config.heuristic
     mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
     policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
 
@@ -549,10 +554,9 @@ def evaluate_pairs(model, template, pairs, helpers, config):
         samples = []
         for start in range(0, len(mine), training.per_device_eval_batch_size):
             batch = [pairs[i] for i in mine[start : start + training.per_device_eval_batch_size]]
-            conversations = [play_turn(pair, training.max_turns) for pair in batch]
-            sampler = Sampler(policy, template, batch, training)
-            played = in_lockstep(conversations, sampler, helpers.classify, helpers.users_of(batch))
-            samples += [scored_turn(pair, result, score) for pair, result in zip(batch, played, strict=True)]
+            answers = {"respond": Sampler(policy, template, batch, training), **helpers.answers(batch, heuristic)}
+            played = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
+            samples += [sample_of(pair, turn, heuristic) for pair, turn in zip(batch, played, strict=True)]
             progress(len(samples))
         return samples
 
@@ -560,19 +564,20 @@ def evaluate_pairs(model, template, pairs, helpers, config):
     return summarize(samples), samples
 
 
-def scored_turn(pair, played, score):
-    """What is kept of one evaluated turn. A conversation that does not end in an answer scores 0.
+FAILED_TURN = {"trajectory": [], "final_answer": None, "inferred_action": None, "questions": 0,
+               "exact_match": 0.0, "f1": 0.0}  # fmt: skip
 
-    inferred_action is None where a helper failed: the turn is then counted, but left out of all means.
+
+def sample_of(pair, turn, heuristic):
+    """A line of eval_samples.jsonl: the turn, how it was played, and its first reply beside the gold one.
+
+    inferred_action is None where a helper failed (turn is None): it is then counted, but left out of all means.
     """
-    trajectory, actions, answer = played or ([], [None], None)
-    turn = score(trajectory[0][1], pair.gold[0][1]) if played else (0.0, 0.0)
-    final = score(answer, pair.target) if answer is not None else (0.0, 0.0)
-    texts = {"where": pair.where, "context": pair.context, "history": pair.history, "trajectory": trajectory,
-             "gold": pair.gold, "final_answer": answer, "gold_target": pair.target}  # fmt: skip
-    counts = {"questions": actions.count(CLARIFY), "gold_questions": len(pair.gold) // 2}
-    scores = {"turn_exact_match": turn[0], "turn_f1": turn[1], "exact_match": final[0], "f1": final[1]}
-    return {**texts, "inferred_action": actions[0], "target_action": pair.action, **counts, **scores}
+    compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
+    exact, f1 = compare(turn["trajectory"][0][1], pair.gold[0][1]) if turn else (0.0, 0.0)
+    source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
+    source |= {"target_action": pair.action, "gold_target": pair.target, "gold_questions": len(pair.gold) // 2}
+    return {**source, **(turn or FAILED_TURN), "turn_exact_match": float(exact), "turn_f1": float(f1)}
 
 
 def summarize(samples):
@@ -707,7 +712,7 @@ class DataConfig:
     train_path: str = ""  # JSONL: conversations, or pairs where is_preference is set
     validation_path: str = ""  # the same, for the evaluations; "": none
     prompt_format: Literal["plain", "gemma"] = "plain"  # "plain": User: / Assistant: lines; "gemma": its chat template
-    heuristic: Literal[tuple(HEURISTICS)] = "drop_f1"  # the task's score of a final answer
+    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # the task's score of a final answer; see judge_model_config
     tolerance: float = 0.9  # a trajectory wins if its score is above this
 
 
@@ -761,6 +766,7 @@ class Config:
     user_simulator_config: HelperConfig = HelperConfig()
     intent_model_config: HelperConfig = HelperConfig()
     preference_model_config: HelperConfig = HelperConfig()
+    judge_model_config: HelperConfig = HelperConfig()
     data_config: DataConfig = DataConfig()
     training_config: TrainingConfig = TrainingConfig()
 
@@ -883,6 +889,8 @@ def check_config(config, path):
          f"policy_model_config.model_path {needs}"),
         (task == "evaluate" and not files.validation_path, f"data_config.validation_path {needs}"),
         (task != "evaluate" and not files.train_path, f"data_config.train_path {needs}"),
+        (files.heuristic == "judge" and backend_of(config.judge_model_config) == "rule",
+         "heuristic is 'judge', expected a judge_model_config.backend that is a model"),
         (task == "generate_preference" and preference,
          "task 'generate_preference' makes pairs from conversations, but is_preference is set"),
     )  # fmt: skip
@@ -1294,10 +1302,20 @@ class Helpers:
     summarize_intents: Any  # [Pair] -> [text | None]
     simulate_users: Any  # [(Pair, trajectory, intent)] -> [text | None]
     write_questions: Any  # [(Pair, examples: [Pair])] -> [text | None]
+    judge_answers: Any = None  # [(Pair, answer)] -> [1.0 | 0.0 | None], where data_config.heuristic is "judge"
     cost: bool = False  # whether any of them is a model, whose calls are worth counting
 
-    def classify(self, rows, texts):
-        return self.classify_actions(texts)
+    def answers(self, pairs, heuristic):
+        """What `in_lockstep` may ask for besides the policy's responses, about these pairs."""
+
+        def score(rows, trajectories):
+            ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
+            if heuristic == "judge":
+                return [None if right is None else (right, right) for right in self.judge_answers(ends)]
+            return [HEURISTICS[heuristic](answer, pair.target) for pair, answer in ends]
+
+        classify = self.classify_actions
+        return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}
 
     def label_actions(self, replies):
         """Actions of gold replies, which need one in any case: the rule decides where the model fails."""
@@ -1330,8 +1348,8 @@ def build_helpers(config):
     def cast(name):
         helper, role = getattr(config, name), ROLES[name]
         backend = backend_of(helper)
-        idle = config.task == "generate_preference" and name in ("intent_model_config", "user_simulator_config")
-        if backend == "rule" or idle:
+        labels = name in ("action_model_config", "preference_model_config")
+        if backend == "rule" or (config.task == "generate_preference" and not labels):
             return role.rule
         needed = "model_path" if backend == "gemma" else "model_id"
         if not getattr(helper, needed):
@@ -1348,6 +1366,7 @@ def build_helpers(config):
         data.rule_intents if user_is_rule else cast("intent_model_config"),
         cast("user_simulator_config"),
         cast("preference_model_config"),
+        cast("judge_model_config"),
         cost=any(backend_of(getattr(config, name)) != "rule" for name in ROLES),
     )
 

@@ -707,6 +707,18 @@ def question_fields(request):
     )}  # fmt: skip
 
 
+def judge_fields(request):
+    pair, answer = request
+    gold, answer = (text.strip().replace("\n", "\n  ") for text in (pair.target, answer))
+    return {"conversation": indented(pair.history + pair.gold[:-1]), "gold": gold, "answer": answer}
+
+
+def parse_verdict(answer):
+    """1.0 for RIGHT, 0.0 for WRONG, None where neither or both are written."""
+    found = set(re.findall("RIGHT|WRONG", answer.upper()))
+    return float(found == {"RIGHT"}) if len(found) == 1 else None
+
+
 def parse_action(answer):
     """The first of the two words, in capitals if there is one, else in any case; None where neither is written."""
     answer = unlabelled(answer, "Answer")
@@ -763,6 +775,8 @@ ROLES = {
         rule_users, ("intent", "conversation"), user_fields, parse_user, ("\nAssistant:",), "user.txt"),
     "preference_model_config": Role(
         rule_questions, ("examples",), question_fields, parse_question, ("\nUser:",), "question.txt"),
+    "judge_model_config": Role(  # no rule: a heuristic is one
+        None, ("conversation", "gold", "answer"), judge_fields, parse_verdict, ("\nConversation:",), "judge.txt"),
 }  # fmt: skip
 
 
