@@ -1,22 +1,36 @@
-"""ACT, Action-Based Contrastive Self-Training (arXiv 2406.00222): teach a language model when to ask a clarifying question.
+"""ACT, Action-Based Contrastive Self-Training (arXiv 2406.00222): when to ask instead of guessing.
 
-    torchrun act.py --config tiny.json                                           on a laptop, no GPU: 45 seconds
-    torchrun --nproc-per-node 8 act.py --config configs/gemma2_2b_pacific.json   on GPUs, sharded with fully_shard
-    torchrun act.py --config tiny.json --task dpo --training_config.beta 0.1     any key of the file can be overridden
+    torchrun act.py --config tiny.json                           on a laptop: 45 seconds
+    torchrun --nproc-per-node 8 act.py --config gemma2_2b_pacific.json
+                                                                 on GPUs, sharded with fully_shard
+    torchrun act.py --config tiny.json --training_config.beta 0.1
+                                                                 any key can be overridden
+    python act.py --help                                         all tasks, flags and keys
 
-Read data.py first (what a turn and a preference record are), then this file from "ACT" to "Training", then gemma.py.
+Reading order: data.py to the end of Algorithm 1, this file to the end of `train`, gemma.py to the
+end of the decoder. That is the method. What comes after it here are rooms to enter when you change
+what stands in them: text to tokens, evaluation, configuration, processes, models, runs and
+checkpoints, helper models, command line.
 
-Where we depart from the paper's Algorithm 2 and from the published research code, and why (README.md has the whole list):
-  - `max_turns` bounds the simulated conversation; one that never answers loses (the paper's loop has no bound, the code allows one turn).
-  - A lucky answer on a turn that called for a question is still the wrong action (the published code rewards it).
-  - Policy and reference score the same sequences (the published code samples inside a forward pass that both models run).
-  - Only the assistant's tokens are scored, not the simulated user's (`loss_on: "all"` scores both, as the published code does).
-  - A pair whose two sides have become the same text goes back to its original pair: its gradient would be zero.
-  - The action is classified from every response by the same classifier that labels unlabelled data.
+Where we depart from the paper's Algorithm 2 and from the published research code, and why
+(README.md has the whole list):
+  - `max_turns` bounds the simulated conversation; one that never answers loses (the paper's loop
+    has no bound, the code allows one turn). So does a response cut off at `max_new_tokens`.
+  - A lucky answer on a turn that called for a question is still the wrong action (the published
+    code rewards it).
+  - Policy and reference score the same sequences (the published code samples inside a forward pass
+    that both run).
+  - Only the assistant's tokens are scored, not the simulated user's (`loss_on: "all"` scores both,
+    as the paper's formula reads and the published code does).
+  - A pair whose sides have become the same text goes back to its original pair: its gradient would
+    be zero.
+  - The action is classified from every response, by the same classifier that labels unlabelled
+    data.
 """
 
 import hashlib
 import http.client
+import inspect
 import json
 import math
 import os
@@ -32,11 +46,11 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 from urllib.parse import quote, urlsplit
 
 import torch
@@ -48,149 +62,761 @@ from torch.distributed.tensor import DTensor
 
 import data
 import gemma
-from data import ANSWER, CLARIFY, InputError
-from gemma import Forest, Gemma2, Gemma2Config, KVCache, Tokenizer, generate, write_json
+from data import ANSWER, CLARIFY, HEURISTICS, ROLES, InputError, read_json, write_json
+from gemma import Forest, Gemma, GemmaConfig, KVCache, Tokenizer, generate
 
-INPUT_ERRORS = (InputError, gemma.InputError)  # bad input: one line on stderr, exit status 2, no traceback
+# --------------------------------------------------------------------------------------------------
+# Algorithm 2: on-policy pairs
+
+WRONG_ACTION = "wrong_action"  # the first response asks where it should answer, or the reverse
+GOOD_OUTCOME = "good_outcome"  # right action, and the trajectory ends in a good answer
+BAD_OUTCOME = "bad_outcome"  # right action, but the answer is not good enough
+NO_ANSWER = "no_answer"  # right action, but it is still asking after max_turns responses
+CUT_OFF = "cut_off"  # a response did not come to its end within max_new_tokens
+SAME_TEXT = "same_text"  # the two sides have become equal: the original pair stays
+HELPER_FAILED = "helper_failed"  # a helper model gave no usable answer: the original pair stays
+OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, CUT_OFF, SAME_TEXT, HELPER_FAILED)
+
+
+def act_pair(pair, tolerance, max_turns, simulate_user=True):
+    """The paper's Algorithm 2 for one example: returns the on-policy pair and its outcome.
+
+    A generator that yields what it asks for, so that `in_lockstep` can run a batch side by side:
+        ("respond", trajectory)   is sent (y, ended): a response, and whether it came to its end
+        ("classify", y)           is sent A(y), the action of a response
+        ("simulate", trajectory)  is sent U(p, trajectory), the simulated user's reply
+        ("score", trajectory)     is sent (exact, score), score being H(y, g) of its final answer
+
+    In the paper's symbols: p is pair.context and pair.history, a pair.action, y_w pair.chosen,
+    y_l pair.rejected, g pair.target, H the heuristic, epsilon `tolerance`, pi the policy. Without
+    simulate_user (an ablation) a question where one is called for wins as it is.
+    """
+    trajectory = []
+    y, action, ended = yield from respond(trajectory)      # y ~ pi(. | p)
+    if ended and action != pair.action:                    # if A(y) != a:
+        return contrast(pair, trajectory, WRONG_ACTION)    #     y_l = y
+    while ended and action == CLARIFY and simulate_user:   # while A(y) != ANSWER:
+        if len(trajectory) == 2 * max_turns - 1:
+            return contrast(pair, trajectory, NO_ANSWER)
+        user = yield "simulate", trajectory                #     u = U(p, trajectory)
+        trajectory.append(("user", user))                  #     trajectory += u
+        y, action, ended = yield from respond(trajectory)  #     trajectory += y ~ pi
+    if not ended:
+        return contrast(pair, trajectory, CUT_OFF)
+    if action == CLARIFY:
+        return contrast(pair, trajectory, GOOD_OUTCOME)
+    _, score = yield "score", trajectory                   # if H(y, g) > epsilon:
+    if score > tolerance:                                  #     y_w = trajectory
+        return contrast(pair, trajectory, GOOD_OUTCOME)    # else:
+    return contrast(pair, trajectory, BAD_OUTCOME)         #     y_l = trajectory
+
+
+def respond(trajectory):
+    """The policy's next message, added to the trajectory: returns (y, A(y), ended)."""
+    y, ended = yield "respond", trajectory
+    trajectory.append(("model", y))
+    return y, (yield "classify", y), ended
+
+
+def contrast(pair, trajectory, outcome):
+    """A good trajectory becomes y_w, any other y_l; two sides of the same words tell nothing."""
+    if outcome == GOOD_OUTCOME:
+        new = replace(pair, chosen=trajectory)
+    else:
+        new = replace(pair, rejected=trajectory, cut=outcome == CUT_OFF)
+    words = [[(role, text.split()) for role, text in side] for side in (new.chosen, new.rejected)]
+    return (pair, SAME_TEXT) if words[0] == words[1] else (new, outcome)
+
+
+def in_lockstep(conversations, answers):
+    """Run generators that ask as `act_pair` does side by side: one batch for what many wait for.
+
+    answers: {what is asked for: function(rows, requests) -> [answer]}, rows being positions in
+    `conversations`. Returns what each conversation returned; None where a helper had no answer.
+    """
+    results = [None] * len(conversations)
+    waiting = {row: next(conversation) for row, conversation in enumerate(conversations)}
+    while waiting:
+        for wanted, answer_all in answers.items():
+            rows = sorted(row for row, (what, _) in waiting.items() if what == wanted)
+            requests = [waiting.pop(row)[1] for row in rows]
+            for row, answer in zip(rows, answer_all(rows, requests) if rows else [], strict=True):
+                if answer is None:  # a helper failed: this conversation ends here
+                    continue
+                try:
+                    waiting[row] = conversations[row].send(answer)
+                except StopIteration as end:
+                    results[row] = end.value
+    return results
+
+
+def on_policy(run, pairs, step, positions):
+    """Algorithm 2 for a batch: its new pairs, and how many had which outcome."""
+    training, helpers = run.config.training_config, run.helpers
+    rules = run.config.data_config.tolerance, training.max_turns, training.simulate_user
+    noise = noise_generators(training.seed, step, positions)
+    policy = Sampler(unsharded(run.policy, training.bf16), run.template, pairs, training, noise)
+    answers = {"respond": policy, **helpers.answers(pairs, run.config.data_config.heuristic)}
+    before = Counter(HELPER_COUNTS)
+    results = together(lambda: in_lockstep([act_pair(pair, *rules) for pair in pairs], answers))
+    results = [result or (pair, HELPER_FAILED) for pair, result in zip(pairs, results, strict=True)]
+    outcomes = Counter(outcome for _, outcome in results)
+    counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
+    if helpers.cost:
+        counts |= {f"helpers/{key}": HELPER_COUNTS[key] - before[key] for key in COUNTED}
+    return [pair for pair, _ in results], counts
+
+
+def noise_generators(seed, step, positions):
+    """A generator for each example, keyed so that no batching, rank or resume changes a sample."""
+    keys = [random.Random(f"{seed}/{step}/{position}").getrandbits(62) for position in positions]
+    return [torch.Generator().manual_seed(key) for key in keys]
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps,
+             reference_chosen_logps, reference_rejected_logps,
+             beta, label_smoothing=0.0, loss_type="sigmoid"):  # fmt: skip
+    """Losses of preference pairs; all arguments and results float32 [batch].
+
+    With the margin m = log(pi(y_w)/ref(y_w)) - log(pi(y_l)/ref(y_l)): "sigmoid" is DPO, -log
+    sigmoid(beta m)
+    (arXiv 2305.18290, equation 7), with `label_smoothing` the share of pairs taken to be the wrong
+    way round
+    (conservative DPO); "hinge" is max(0, 1 - beta m) (SLiC, arXiv 2305.10425); "ipo" is (m - 1 / (2
+    beta))^2
+    (arXiv 2310.12036, equation 17). Returns (losses, chosen_rewards, rejected_rewards), rewards
+    being beta times the log-ratios.
+    """
+    chosen_ratios = policy_chosen_logps - reference_chosen_logps
+    rejected_ratios = policy_rejected_logps - reference_rejected_logps
+    margins = chosen_ratios - rejected_ratios
+    if loss_type == "sigmoid":
+        right, wrong = F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
+        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    elif loss_type == "hinge":
+        losses = torch.relu(1 - beta * margins)
+    elif loss_type == "ipo":
+        losses = (margins - 1 / (2 * beta)).square()
+    else:
+        raise InputError(f"loss_type is {loss_type!r}, expected one of sigmoid, hinge, ipo")
+    return losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach()
+
+
+class Scored:
+    """Sequences (prompt, reply, mask) as one Forest; each scored token's place, id and owner."""
+
+    def __init__(self, sequences, device):
+        self.forest = Forest([prompt + reply for prompt, reply, _ in sequences])
+        # the tokens that are computed, for the log
+        self.used = round((1 - self.forest.padding) * self.forest.tokens.numel())
+        rows, slots, targets, owners = [], [], [], []
+        for i, (prompt, reply, mask) in enumerate(sequences):
+            row, path = self.forest.paths[i]
+            for j, written in enumerate(mask):
+                if written:
+                    rows.append(row)
+                    slots.append(int(path[len(prompt) + j - 1]))  # the token before predicts it
+                    targets.append(reply[j])
+                    owners.append(i)
+        self.rows, self.slots = torch.tensor([rows, slots], device=device)
+        self.targets, self.owners = torch.tensor([targets, owners], device=device)
+        # the number of scored tokens of each sequence
+        self.lengths = torch.bincount(self.owners, minlength=len(sequences))
+        self.forest.to(device)
+
+    def logps(self, model):
+        """Log-probability of each reply, summed over its scored tokens: float32 [sequences]."""
+        token_logps = model.logps(self.forest, self.rows, self.slots, self.targets)
+        sums = torch.zeros(len(self.lengths), device=token_logps.device)
+        return sums.index_add(0, self.owners, token_logps)
+
+
+def preference_step(run, pairs, weight):
+    """Forward and backward of a micro-batch of pairs, its gradient times `weight`. Returns sums."""
+    training = run.config.training_config
+    sequences = []  # chosen, rejected, chosen, rejected, ...
+    for pair in pairs:
+        for messages, ended in ((pair.chosen, True), (pair.rejected, not pair.cut)):
+            sequences.append(sequence_of(pair, messages, ended, run.template, training))
+    scored = Scored(sequences, run.device)
+    with torch.no_grad():
+        reference_logps = scored.logps(run.reference)
+    chosen, rejected = scored.logps(run.policy).view(-1, 2).T
+    options = training.beta, training.label_smoothing, training.loss_type
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, *reference_logps.view(-1, 2).T, *options
+    )
+    likelihoods = chosen / scored.lengths[::2].clamp(min=1)  # per token
+    losses = losses - training.rpo_alpha * likelihoods
+    (losses.sum() * weight).backward()
+    sums = {
+        "loss": losses.detach().sum(),
+        "rewards/chosen": chosen_rewards.sum(),
+        "rewards/rejected": rejected_rewards.sum(),
+        "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float().sum(),
+        "logps/chosen": chosen.detach().sum(),
+        "logps/rejected": rejected.detach().sum(),
+    }
+    values = torch.stack(list(sums.values())).tolist()  # one wait for the device
+    return {**dict(zip(sums, values, strict=True)), "tokens": scored.used}
+
+
+def sft_step(run, pairs, weight):
+    """The same for gold replies: negative log-likelihood per token, a mean over each reply."""
+    training = run.config.training_config
+    golds = [sequence_of(pair, pair.gold[:1], True, run.template, training) for pair in pairs]
+    scored = Scored(golds, run.device)
+    losses = -scored.logps(run.policy) / scored.lengths.clamp(min=1)
+    (losses.sum() * weight).backward()
+    return {"loss": losses.sum().item(), "tokens": scored.used}
+
+
+def sequence_of(pair, messages, ended, template, training):
+    """(prompt, reply, mask) of a prompt and one side, cut to max_length; mask: 1 where scored."""
+    prompt = template.prompt(pair, training.max_prompt_length)
+    tokens, mask = template.reply(messages, ended)
+    if training.loss_on == "all":
+        mask = [1] * len(tokens)
+    room = max(1, training.max_length - len(prompt))
+    return prompt, tokens[:room], mask[:room]
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+class DataOrder:
+    """Which example comes when: epoch after epoch, dialogues shuffled, their turns together."""
+
+    def __init__(self, pairs, seed):
+        self.dialogues, self.count, self.seed = data.dialogues(pairs), len(pairs), seed
+        self.epochs = {}  # the current one: number -> indices in order
+
+    def __getitem__(self, position):
+        epoch, index = divmod(position, self.count)
+        if epoch not in self.epochs:
+            rng = random.Random(f"{self.seed}/epoch/{epoch}")
+            shuffled = rng.sample(self.dialogues, len(self.dialogues))
+            self.epochs = {epoch: [i for dialogue in shuffled for i in dialogue]}
+        return self.epochs[epoch][index]
+
+
+def learning_rate(step, steps, training):
+    """The learning rate of step `step` (from 0) of `steps`: a linear warm-up, then the schedule."""
+    if step < training.warmup_steps:
+        return training.learning_rate * step / training.warmup_steps
+    done = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
+    factors = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return training.learning_rate * factors[training.lr_scheduler_type]
+
+
+def clip_and_step(policy, optimizer, max_grad_norm, lr):
+    """Clip, take one optimiser step, and return the gradient's norm before clipping."""
+    grads = [p.grad for p in policy.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def train(config, overwrite=False, resume=False):
+    """Tasks sft, dpo and act: the whole run, told straight through."""
+    run = prepare(config, overwrite, resume)
+    if run is None:
+        return
+    training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
+    local, micro = run.local, training.per_device_train_batch_size  # of a step, a forward pass
+    order, log = DataOrder(run.pairs, training.seed), Log(config, run.start)
+    progress = Progress("step", run.steps)
+    print0(f"{config.task}: {len(run.pairs)} training turns, {len(run.validation)} for validation, "
+           f"steps of {local * world} turns, step {run.start} to {run.steps}")  # fmt: skip
+    done = run.start
+    try:
+        for step in range(run.start, run.steps + 1):
+            # evaluate before the first step, after the last, and in between as asked
+            between = training.eval_steps and step % training.eval_steps == 0
+            due = between or step in (0, run.steps)
+            if run.validation and due and step not in log.evaluated:
+                setting = run.template, run.validation, run.helpers, config
+                log.evaluation(step, *evaluate_pairs(run.policy, *setting))
+            if step == run.steps:
+                break
+
+            # this rank's part of the global batch: the same examples whatever the number of ranks
+            began = time.perf_counter()
+            positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
+            batch, sums = [run.pairs[order[position]] for position in positions], Counter()
+
+            # on-policy pairs (Algorithm 2)
+            n = training.sample_frequency
+            if config.task == "act" and n and (step + 1) % n == 0:
+                batch, counts = on_policy(run, batch, step, positions)
+                sums.update(counts)
+            rolled = time.perf_counter()
+
+            # forward and backward, micro-batch by micro-batch; gradients are averaged over ranks
+            for i in range(0, local, micro):
+                take_step = preference_step if run.reference else sft_step
+                sums.update(take_step(run, batch[i : i + micro], 1 / local))
+            lr = learning_rate(step, run.steps, training)
+            grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
+            done = step + 1
+
+            # one line of metrics: means over the global batch, sums of what is counted
+            if done % training.logging_steps == 0 or done == run.steps:
+                totals = zip(sums, all_sum(list(sums.values()), run.device), strict=True)
+                row = {key: x if is_total(key) else x / (local * world) for key, x in totals}
+                row |= {"grad_norm": grad_norm, "learning_rate": lr}
+                row |= {"seconds/rollout": rolled - began}
+                row |= {"seconds/train": time.perf_counter() - rolled}
+                log.step(done, row)
+                margin = f"  margin {row['rewards/margins']:.3f}" if run.reference else ""
+                progress(done, f"loss {row['loss']:.4f}{margin}")
+
+            if training.save_steps and done % training.save_steps == 0 and done < run.steps:
+                save_checkpoint(run, done)
+    except HelperError as error:
+        if done == run.start:
+            raise
+        save_checkpoint(run, done)
+        raise HelperError(f"{error}; saved, --resume goes on from step {done}") from None
+    save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
+    log.finish()
+
+
+def is_total(key):
+    """Whether the log shows a metric as a sum over the global batch rather than as a mean."""
+    return key == "tokens" or key.startswith(("act/", "helpers/"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text to tokens
+# A prompt format turns messages into tokens; the sampler is the policy's voice in a conversation.
+
+
+class Template:
+    """Text to tokens, message by message, so that dialogues that begin alike begin with the same tokens.
+
+    plain:  <bos>instruction / [context] / context / [conversation] / User: text / Assistant: text, a line each
+    gemma:  <bos><start_of_turn>user / context, blank line, text<end_of_turn> / <start_of_turn>model / text<end_of_turn>
+            token for token what transformers' apply_chat_template gives, white space around a text taken off
+    """
+
+    def __init__(self, tokenizer, prompt_format):
+        self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
+        self.newline = self.encode("\n")
+        if tokenizer.bos_id is None or not self.newline:
+            raise InputError(f"{tokenizer.path}: a prompt needs <bos> and newlines, this vocabulary lacks one of them")
+        if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
+            raise InputError(
+                f"{tokenizer.path}: no pieces '<start_of_turn>' and '<end_of_turn>', which prompt_format 'gemma' needs"
+            )
+        self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
+        self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
+        self.stop_ids = {self.end[-1], tokenizer.eos_id}
+        if self.plain:  # a message is one line; large vocabularies have pieces of several newlines, too
+            self.stop_ids |= {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
+
+    def turn(self, role):
+        return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
+
+    def message(self, role, text):
+        """[(tokens, whether the assistant wrote them), ...] of one message, all its markers included."""
+        text = data.fold(text) if self.plain else text.strip()
+        if self.plain and role == "user":
+            return [(self.encode("User: " + text) + self.newline, False)]
+        if self.plain:
+            return [(self.opening, False), (self.encode(" " + text), True), (self.end, True)]
+        if role == "user":
+            return [(self.turn("user") + self.encode(text) + self.end + self.newline, False)]
+        return [(self.opening, False), (self.encode(text), True), (self.end, True), (self.newline, False)]
+
+    def prompt(self, pair, max_length):
+        """Tokens that ask for the assistant's next message, at most `max_length` where the last user turn allows it.
+
+        A longer prompt loses its oldest turns first, then the head of its context, never the last user turn. The head
+        goes in steps of an eighth of max_length, so that most turns of a dialogue still begin with the same tokens.
+        """
+        turns = [[token for tokens, _ in self.message(*message) for token in tokens] for message in pair.history]
+        if self.plain:
+            before = [self.tokenizer.bos_id, *self.encode(f"{pair.instruction}\n[context]\n")]
+            head, context, after = [], self.encode(pair.context), self.encode("\n[conversation]\n")
+        else:  # no system role: the context stands at the head of the first user turn, one text with its header
+            before, after = [self.tokenizer.bos_id], []
+            head = self.encode("user\n") if pair.context else []
+            context = self.encode(f"user\n{pair.context}\n\n") if pair.context else []
+        room = max_length - len(before) - len(after) - len(self.opening)
+        users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
+        kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
+        while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
+            kept = next(i for i in users if i > kept)
+        turns = turns[kept:]
+        excess, step = len(context) + sum(map(len, turns)) - room, max(1, max_length // 8)
+        if excess > 0:
+            context = head + context[len(head) + math.ceil(excess / step) * step :]
+        if not self.plain and context:
+            start = self.turn("user")
+            turns[0], context = start[:1] + context + turns[0][len(start) :], []
+        return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
+
+    def reply(self, messages, ended=True):
+        """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote the token.
+
+        ended: whether the assistant closed its last message, so that an end token is there to be scored.
+        """
+        pieces = [piece for message in messages for piece in self.message(*message)][1:]  # the prompt has the opening
+        while pieces and not pieces[-1][1]:  # nothing after the last reply
+            pieces.pop()
+        if not ended:
+            pieces.pop()
+        tokens = [token for tokens, _ in pieces for token in tokens]
+        return tokens, [int(written) for tokens, written in pieces for _ in tokens]
+
+    def following(self, messages):
+        """All tokens of messages that follow `prompt`, up to the opening of the assistant's next."""
+        pieces = [piece for message in messages for piece in self.message(*message)][1:]
+        return [token for tokens, _ in pieces for token in tokens] + self.opening
+
+    def text(self, tokens):
+        """A response as a message's text."""
+        return self.tokenizer.decode(tokens).strip()
+
+
+class Sampler:
+    """`respond` of `in_lockstep`: continues all prompts in one batch and keeps their key-value cache between turns."""
+
+    def __init__(self, model, template, pairs, training, generators=None):
+        """generators: one for each pair; None: greedy."""
+        self.model, self.template, self.max_new_tokens = model, template, training.max_new_tokens
+        self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
+        self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
+        self.cache, self.rows, self.generators = KVCache(), [], generators
+
+    def __call__(self, rows, trajectories):
+        """[(the policy's next message, whether it came to its end)] in each of these rows."""
+        if self.rows:
+            self.cache.keep([self.rows.index(row) for row in rows])
+        self.rows = rows
+        prompts = [
+            self.prompts[row] + (self.template.following(said) if said else [])
+            for row, said in zip(rows, trajectories, strict=True)
+        ]  # fmt: skip
+        sampling = {"temperature": 0.0}
+        if self.generators:
+            sampling = {**self.sampling, "generator": [self.generators[row] for row in rows]}
+        stop_ids = self.template.stop_ids
+        replies = generate(self.model, prompts, self.max_new_tokens, stop_ids=stop_ids, kv_cache=self.cache, **sampling)
+        return [(self.template.text(tokens), len(tokens) < self.max_new_tokens) for tokens in replies]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# Every validation turn played to its end with greedy decoding, by the driver of Algorithm 2.
+
+
+def play_turn(pair, max_turns):
+    """Asks as `act_pair` does; goes on whatever the first action. Returns what is kept of the turn.
+
+    A conversation that does not end in an answer scores 0.
+    """
+    trajectory, actions, final = [], [], (0.0, 0.0)
+    while True:
+        y, action, ended = yield from respond(trajectory)
+        actions.append(action)
+        if not ended or action == ANSWER or len(actions) == max_turns:
+            break
+        trajectory.append(("user", (yield "simulate", trajectory)))
+    answered = ended and action == ANSWER
+    if answered:
+        final = yield "score", trajectory
+    texts = {"trajectory": trajectory, "final_answer": y if answered else None}
+    scores = {"exact_match": float(final[0]), "f1": float(final[1])}
+    return {**texts, "inferred_action": actions[0], "questions": actions.count(CLARIFY), **scores}
+
+
+def evaluate_pairs(model, template, pairs, helpers, config):
+    """Play every turn. Returns (metrics, samples), the same on all ranks."""
+    training, heuristic = config.training_config, config.data_config.heuristic
+    mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
+    policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
+
+    def play():
+        samples = []
+        for start in range(0, len(mine), training.per_device_eval_batch_size):
+            batch = [pairs[i] for i in mine[start : start + training.per_device_eval_batch_size]]
+            answers = {"respond": Sampler(policy, template, batch, training), **helpers.answers(batch, heuristic)}
+            played = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
+            samples += [sample_of(pair, turn, heuristic) for pair, turn in zip(batch, played, strict=True)]
+            progress(len(samples))
+        return samples
+
+    samples = all_gathered(together(play))
+    return summarize(samples), samples
+
+
+FAILED_TURN = {"trajectory": [], "final_answer": None, "inferred_action": None, "questions": 0,
+               "exact_match": 0.0, "f1": 0.0}  # fmt: skip
+
+
+def sample_of(pair, turn, heuristic):
+    """A line of eval_samples.jsonl: the turn, how it was played, and its first reply beside the gold one.
+
+    inferred_action is None where a helper failed (turn is None): it is then counted, but left out of all means.
+    """
+    compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
+    exact, f1 = compare(turn["trajectory"][0][1], pair.gold[0][1]) if turn else (0.0, 0.0)
+    source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
+    source |= {"target_action": pair.action, "gold_target": pair.target, "gold_questions": len(pair.gold) // 2}
+    return {**source, **(turn or FAILED_TURN), "turn_exact_match": float(exact), "turn_f1": float(f1)}
+
+
+def summarize(samples):
+    """Metrics of evaluated turns, as fractions; a mean over nothing is None, and counts say how many each is over."""
+
+    def means(name, f1, exact_match, chosen):
+        return {
+            f"{name} DROP F1": data.mean_or_none(sample[f1] for sample in chosen),
+            f"{name} Exact Match": data.mean_or_none(sample[exact_match] for sample in chosen),
+            f"{name} Turns": len(chosen),
+        }
+
+    failures = sum(sample["inferred_action"] is None for sample in samples)
+    samples = [sample for sample in samples if sample["inferred_action"] is not None]
+    asked = [sample for sample in samples if sample["inferred_action"] == CLARIFY]
+    of = {action: [sample for sample in samples if sample["target_action"] == action] for action in (CLARIFY, ANSWER)}
+    gold, inferred = ([sample[key] for sample in samples] for key in ("target_action", "inferred_action"))
+    return {
+        **data.action_metrics(gold, inferred),
+        **means("Turn-Level", "turn_f1", "turn_exact_match", samples),
+        **means("Trajectory-level", "f1", "exact_match", samples),
+        **means("Post-Clarification", "f1", "exact_match", asked),
+        **means("CLARIFY Turns: Trajectory-level", "f1", "exact_match", of[CLARIFY]),
+        **means("ANSWER Turns: Trajectory-level", "f1", "exact_match", of[ANSWER]),
+        "Questions per Turn": data.mean_or_none(sample["questions"] for sample in samples),
+        "Gold Questions per Turn": data.mean_or_none(sample["gold_questions"] for sample in samples),
+        "Helper Failures": failures,
+    }
+
+
+SHOWN = (
+    "Accuracy", "Macro F1", "Trajectory-level Exact Match", "Trajectory-level DROP F1",
+    "Post-Clarification Exact Match", "CLARIFY Turns: Trajectory-level Exact Match",
+    "ANSWER Turns: Trajectory-level Exact Match", "Questions per Turn",
+)  # fmt: skip
+
+
+def comparison(before, after):
+    """A table of the main metrics before and after training; the whole of them is in metrics.jsonl."""
+    lines = [f"{'':44} {'before':>8} {'after':>8}"]
+    for name in SHOWN:
+        scale, digits = (1, 2) if name == "Questions per Turn" else (100, 1)
+        found = [metrics[name] for metrics in (before, after)]
+        cells = ["-" if value is None else f"{scale * value:.{digits}f}" for value in found]
+        lines.append(f"{name:44} {cells[0]:>8} {cells[1]:>8}")
+    return "\n".join(lines)
+
+
+def changed_conversations(before, after, count=2):
+    """Turns that went wrong before and right after, as text; conversations with a question first."""
+    rows = zip(before, after, strict=True)
+    changed = [(b, a) for b, a in rows if a["exact_match"] > b["exact_match"] and b["inferred_action"]]
+    changed.sort(key=lambda row: (row[0]["inferred_action"], -row[1]["questions"]))  # ANSWER first: sorted by name
+    lines = []
+    for b, a in changed[:count]:
+        context = [line for line in a["context"].split("\n")[-6:] if line]
+        lines += ["", *[f"  {line}" for line in context], f"  User: {data.fold(a['history'][-1][1])}"]
+        for name, sample in (("before", b), ("after ", a)):
+            said = [f"{data.SPEAKERS[role]}: {data.fold(text)}" for role, text in sample["trajectory"]]
+            lines.append(f"    {name} | {'  '.join(said)}")
+        lines.append(f"    gold   | {data.fold(a['gold_target'])}")
+    return "\n".join(lines)
+
+
+class Log:
+    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), and what is said at the end."""
+
+    def __init__(self, config, start):
+        self.folder, self.first, self.last = Path(config.training_config.output_dir), None, None
+        rows = on_main(lambda: whole_rows(self.folder / "metrics.jsonl"))
+        self.evaluated = {row["step"] for row in rows if "eval/Accuracy" in row}
+        samples = on_main(lambda: whole_rows(self.folder / "eval_samples.jsonl")) if start else []
+        samples = [row for row in samples if row["step"] == 0]
+        if samples:  # resumed: the evaluation before training is on disk
+            self.first = summarize(samples), samples
+
+    def step(self, step, metrics):
+        if is_main():
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def evaluation(self, step, metrics, samples):
+        self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.last = metrics, [{"step": step, **sample} for sample in samples]
+        self.first = self.first or self.last
+        kept = self.first[1] + (self.last[1] if self.last is not self.first else [])
+        write_evaluation(self.folder, metrics, kept)
+
+    def finish(self):
+        if self.last and self.first is not self.last:
+            print0("\n" + comparison(self.first[0], self.last[0]))
+            print0(changed_conversations(self.first[1], self.last[1]))
+        print0(f"\nThe model is in {self.folder / 'model'}, its metrics in {self.folder / 'metrics.jsonl'}")
+
+
+def write_evaluation(folder, metrics, samples):
+    if is_main():
+        write_json(folder / "eval_metrics.json", metrics)
+        data.write_jsonl(folder / "eval_samples.jsonl", samples)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
+# Every key there is, with its default; `python act.py --help` prints them. Nothing else is read.
 
 
 @dataclass(frozen=True)
 class PolicyModelConfig:
     model_path: str = ""  # directory with config.json, *.safetensors, tokenizer.model
-    dtype: str = "float32"  # of the parameters held between steps; training in bfloat16 is training_config.bf16
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters held between steps; see training_config.bf16
 
 
 @dataclass(frozen=True)
 class HelperConfig:
-    backend: str = ""  # "rule", "gemma" or "gemini"; "": "gemini" where model_id is set, else "rule", which needs no model
-    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the frozen reference's weights
-    model_id: str = ""  # gemini: e.g. "gemini-2.0-flash-001"
-    base_url: str = "https://generativelanguage.googleapis.com"  # gemini: or that of a proxy
+    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini where model_id is set, else rule
+    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the policy's own
+    model_id: str = ""  # gemini, openai: e.g. "gemini-2.0-flash-001", "llama3.2"
+    base_url: str = ""  # gemini, openai: of a server that speaks as they do, e.g. "http://localhost:11434/v1"
+    prompt_path: str = ""  # what a model is told; "": the role's file in configs/prompts/
     temperature: float = 0.0  # 0: greedy
     max_new_tokens: int = 128  # of one answer
     batch_size: int = 16  # gemma: prompts that are continued together
-    concurrency: int = 16  # gemini: calls in flight
-    max_retries: int = 5  # gemini: of one call, after 429, 5xx, resets, time-outs and half answers
-    max_failures: int = 20  # gemini: calls in a row without an answer, failed or blocked, after which the run saves and stops
-    timeout: float = 60.0  # gemini: seconds without a sign of life
-    cache_path: str = "helper_cache.sqlite"  # gemini: answers already paid for; "" keeps none
+    concurrency: int = 16  # servers: calls in flight
+    max_retries: int = 5  # servers: of one call, after 429, 5xx, resets, time-outs and half answers
+    max_failures: int = 20  # servers: calls in a row, failed or blocked, after which the run saves and stops
+    timeout: float = 60.0  # servers: seconds of one call
+    cache_path: str = "helper_cache.sqlite"  # servers: answers already paid for; "" keeps none
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_path: str = ""  # JSONL: conversations, or preference records where is_preference is set
-    validation_path: str = ""  # the same, for the evaluation; it may be left out
-    prompt_format: str = "plain"  # "plain": User: / Assistant: lines; "gemma": Gemma's chat template
-    heuristic: str = "drop_f1"  # the task's score of a final answer: drop_f1, coqa_f1 or exact_match
+    train_path: str = ""  # JSONL: conversations, or pairs where is_preference is set
+    validation_path: str = ""  # the same, for the evaluations; "": none
+    prompt_format: Literal["plain", "gemma"] = "plain"  # "plain": User: / Assistant: lines; "gemma": its chat template
+    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # the task's score of a final answer; see judge_model_config
     tolerance: float = 0.9  # a trajectory wins if its score is above this
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     output_dir: str = "output"  # everything that a run writes
-    seed: int = 42  # of the data order, the samples and the pairs; they do not depend on the number of processes
+    seed: int = 42  # of the data order, the samples and the pairs; independent of the number of processes
     per_device_train_batch_size: int = 1  # examples of one forward pass on one device
     per_device_eval_batch_size: int = 16  # examples that are continued together in an evaluation
-    gradient_accumulation_steps: int = 1  # forward passes to one optimiser step; all of them sample from the same policy
-    learning_rate: float = 5e-7  # at the end of the warm-up; the paper's, as are beta, optim, the schedule and the epochs
-    lr_scheduler_type: str = "cosine"  # cosine, linear or constant, after the warm-up
+    gradient_accumulation_steps: int = 1  # forward passes to one optimiser step; all sample from the same policy
+    learning_rate: float = 5e-7  # after the warm-up; the published code's, as are beta, optim, schedule and epochs
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     warmup_steps: int = 0  # from 0 up to learning_rate
-    optim: str = "rmsprop"  # rmsprop or adamw
+    optim: Literal["rmsprop", "adamw"] = "rmsprop"
     weight_decay: float = 0.0  # of the optimiser
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to it; 0: no clipping
     num_train_epochs: float = 2.0  # passes over the training turns
     max_steps: int = -1  # above 0 it replaces num_train_epochs
-    do_eval: bool = True  # where there is a validation_path
     eval_steps: int = 0  # 0: evaluate before the first and after the last step only
     logging_steps: int = 1  # a line of metrics.jsonl every n steps
     save_steps: int = 0  # a checkpoint every n steps; 0: only the final model
     save_total_limit: int = 1  # checkpoints kept; 0 keeps all
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
-    dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding then stays inside a node
+    dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding stays inside a node
     max_length: int = 1024  # tokens of prompt and trajectory; what is longer loses its end
     max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context
     beta: float = 0.05  # DPO: how far the policy may move from the reference
     label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round (conservative DPO)
-    loss_type: str = "sigmoid"  # sigmoid (DPO), hinge or ipo
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # sigmoid: DPO
     rpo_alpha: float = 0.0  # weight of the chosen side's negative log-likelihood per token, added to the DPO loss
-    loss_on: str = "assistant"  # "assistant": its tokens only; "all": the simulated user's too
+    loss_on: Literal["assistant", "all"] = "assistant"  # "assistant": its tokens only; "all": the simulated user's too
     sample_frequency: int = 1  # sample on policy at every n-th step; 0: never, which is offline DPO
-    target_label: str = CLARIFY  # the action that the preference model writes; no other is known
+    simulate_user: bool = True  # False (ablation): a question where one is called for wins as it is
     icl_examples: int = 10  # examples that the preference model is shown
-    action_labels: str = "gold"  # of the training turns: "gold"; "classifier": as if the file had none; "random": by a coin (ablation)
+    action_labels: Literal["gold", "classifier", "random"] = "gold"  # of training turns; "random" (ablation): by a coin
     class_balance: dict | None = None  # e.g. {"CLARIFY": 2, "ANSWER": 1}: resample the training turns of each action
-    is_preference: bool = False  # the data files hold preference records
+    is_preference: bool = False  # the data files hold pairs: records, Vertex's preference lines or TRL's
     max_new_tokens: int = 128  # of one response
     temperature: float = 1.0  # of the policy's samples in training; evaluation is greedy
     top_k: int = 0  # sample among the k most likely tokens only; 0: all
     top_p: float = 1.0  # sample among the most likely tokens that together have this probability
     max_turns: int = 3  # responses of one simulated trajectory
-    judge: str = "trajectory"  # what a sample with the right action is judged by: "trajectory", or "action" alone (ablation)
 
 
 @dataclass(frozen=True)
 class Config:
-    task: str = "act"
-    policy_model_config: PolicyModelConfig = field(default_factory=PolicyModelConfig)
-    action_model_config: HelperConfig = field(default_factory=HelperConfig)
-    user_simulator_config: HelperConfig = field(default_factory=HelperConfig)
-    intent_model_config: HelperConfig = field(default_factory=HelperConfig)
-    preference_model_config: HelperConfig = field(default_factory=HelperConfig)
-    data_config: DataConfig = field(default_factory=DataConfig)
-    training_config: TrainingConfig = field(default_factory=TrainingConfig)
+    task: Literal["act", "sft", "dpo", "generate_preference", "evaluate"] = "act"
+    policy_model_config: PolicyModelConfig = PolicyModelConfig()
+    action_model_config: HelperConfig = HelperConfig()
+    user_simulator_config: HelperConfig = HelperConfig()
+    intent_model_config: HelperConfig = HelperConfig()
+    preference_model_config: HelperConfig = HelperConfig()
+    judge_model_config: HelperConfig = HelperConfig()
+    data_config: DataConfig = DataConfig()
+    training_config: TrainingConfig = TrainingConfig()
 
 
-CHOICES = {
-    "task": ("act", "sft", "dpo", "generate_preference", "evaluate"),
-    "backend": ("", "rule", "gemma", "gemini"),
-    "dtype": ("float32", "bfloat16"),
-    "prompt_format": ("plain", "gemma"),
-    "heuristic": tuple(data.HEURISTICS),
-    "lr_scheduler_type": ("cosine", "linear", "constant"),
-    "optim": ("rmsprop", "adamw"),
-    "loss_type": ("sigmoid", "hinge", "ipo"),
-    "loss_on": ("assistant", "all"),
-    "action_labels": data.ACTION_LABELS,
-    "judge": ("trajectory", "action"),
-}
 AT_LEAST_ONE = {
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "max_new_tokens",
-    "max_turns", "icl_examples", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
+    "max_new_tokens", "max_turns", "icl_examples", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
-FOREIGN = {  # keys of the published research code's configs that mean nothing here: accepted, named once, not read
-    "policy_model_config": "model_id token revision trust_remote_code use_flash_attention_2 model_code_revision torch_dtype "
-    "tokenizer_name_or_path load_in_4bit load_in_8bit",
-    "data_config": "preference_batch_generation has_context_metadata train_preference_filename validation_preference_filename "
-    "truncation_side eval_data eval_result_output_path eval_sample_output_path eval_max_input_length",
-    "training_config": "project_id location staging_bucket machine_type accelerator_type packing gradient_checkpointing_kwargs "
-    "resume_from_checkpoint eval_strategy save_strategy logging_strategy max_seq_length world_size log_level logging_first_step",
+INPUT_PATHS = {"model_path", "train_path", "validation_path", "prompt_path"}
+RENAMED = {  # keys of earlier versions, and what to write instead
+    "do_eval": "an empty data_config.validation_path",
+    "judge": "simulate_user: true for 'trajectory', false for 'action' (answers are then judged all the same)",
 }
+FOREIGN = {  # keys of the published research code's configs that mean nothing here: accepted, named once, not read
+    "policy_model_config": "model_id token revision trust_remote_code use_flash_attention_2 model_code_revision "
+    "torch_dtype tokenizer_name_or_path load_in_4bit load_in_8bit",
+    "data_config": "preference_batch_generation has_context_metadata train_preference_filename truncation_side "
+    "validation_preference_filename eval_data eval_result_output_path eval_sample_output_path eval_max_input_length",
+    "training_config": "project_id location staging_bucket machine_type accelerator_type packing target_label "
+    "gradient_checkpointing_kwargs resume_from_checkpoint eval_strategy save_strategy logging_strategy max_seq_length "
+    "world_size log_level logging_first_step",
+}
+HERE = Path(__file__).resolve().parent
+
+
+def located(path):
+    """A path as given if it is there, else beside act.py, so that shipped configs run from any working directory."""
+    return str(HERE / path) if path and not Path(path).exists() and (HERE / path).exists() else str(path)
 
 
 def load_config(path, overrides=()):
-    """Config from a JSON file, looked for as given and then in configs/, and ("section.key", "value") overrides.
+    """Config from a JSON file, looked for as given, beside act.py and in configs/. Raises InputError.
 
-    Raises InputError for a key that nothing reads (naming the nearest that exists), a value of another type or out of range.
+    overrides: {"section.key": value}, or pairs of the two; a text is read as JSON where it is JSON. A key that nothing
+    reads is an error that names the nearest known one; so is a value of another type or out of range.
     """
-    path = next((p for p in (Path(path), Path("configs") / path) if p.is_file()), None) or Path(path)
-    raw = gemma.read_json(path)
-    where = {}  # override -> how to call it in an error
-    for key, text in overrides:
+    path = next((p for p in (Path(path), HERE / path, HERE / "configs" / path) if p.is_file()), Path(path))
+    raw, where = read_json(path), {}  # where: override -> how to call it in an error
+    for key, value in dict(overrides).items():
         section, _, name = key.rpartition(".")
         target = raw.setdefault(section, {}) if section else raw
         if not isinstance(target, dict):
             raise InputError(f"--{key}: {section} is not a section of {path}")
-        target[name] = text if text in ("NaN", "Infinity", "-Infinity") else parse_value(text)
+        target[name] = parse_value(value) if isinstance(value, str) else value
         where[key] = f"--{key}"
     for section, names in FOREIGN.items():
         unread = raw[section].keys() & set(names.split()) if isinstance(raw.get(section), dict) else ()
         if unread:
-            say(f"{path}: {section}: not read here: {', '.join(sorted(unread))}")
+            print0(f"{path}: {section}: not read here: {', '.join(sorted(unread))}")
             raw[section] = {key: value for key, value in raw[section].items() if key not in unread}
     config = build_section(Config, raw, str(path), "", where)
     check_config(config, path)
@@ -199,7 +825,7 @@ def load_config(path, overrides=()):
 
 def parse_value(text):
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=str)  # NaN and Infinity stay texts
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
@@ -211,65 +837,79 @@ def build_section(cls, raw, path, prefix, where):
     types, values = get_type_hints(cls), {}
     for key, value in raw.items():
         at = where.get(prefix + key, f"{path}: {prefix}{key}")
+        if key in RENAMED:
+            raise InputError(f"{at}: no longer a key, write {RENAMED[key]} instead")
         if key not in types:
             near = get_close_matches(key, types, 1, 0) or [""]
             raise InputError(f"{at}: unknown key, the nearest known one is {prefix}{near[0]}")
         if is_dataclass(types[key]):
             values[key] = build_section(types[key], value, path, f"{prefix}{key}.", where)
-            continue
-        if types[key] is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        if types[key] is str and type(value) in (int, float) and prefix + key in where:
-            value = str(value)  # a number on the command line may be a name
-        if not isinstance(value, types[key]) or (isinstance(value, bool) and types[key] is not bool):
-            raise InputError(f"{at} is {value!r}, expected {getattr(types[key], '__name__', types[key])}")
-        if key in CHOICES and value not in CHOICES[key]:
-            near = get_close_matches(value, CHOICES[key], 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InputError(f"{at} is {value!r}, expected one of {', '.join(filter(None, CHOICES[key]))}{hint}")
-        if key in AT_LEAST_ONE and value < 1:
-            raise InputError(f"{at} is {value}, expected at least 1")
-        if type(value) in (int, float) and key not in ANY_NUMBER and not 0 <= value < math.inf:
-            raise InputError(f"{at} is {value}, expected a number from 0")
-        values[key] = value
+        else:
+            values[key] = checked_value(key, value, types[key], at, typed=prefix + key in where)
     return cls(**values)
+
+
+def checked_value(key, value, kind, at, typed=False):
+    """A value of one key, of its type and in its range. typed: on the command line, where a number may be a name."""
+    choices = get_args(kind) if str(kind).startswith("typing.Literal") else ()
+    kind = str if choices else kind
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if kind is str and type(value) in (int, float) and typed:
+        value = str(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{at} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+    if choices and value not in choices:
+        near = get_close_matches(value, choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InputError(f"{at} is {value!r}, expected one of {', '.join(filter(None, choices))}{hint}")
+    if key in AT_LEAST_ONE and value < 1:
+        raise InputError(f"{at} is {value}, expected at least 1")
+    if type(value) in (int, float) and key not in ANY_NUMBER and not 0 <= value < math.inf:
+        raise InputError(f"{at} is {value}, expected a number from 0")
+    return located(value) if key in INPUT_PATHS else value
 
 
 def check_config(config, path):
     """The rules that concern more than one key."""
-    training, files = config.training_config, config.data_config
-    if training.max_prompt_length >= training.max_length:
-        raise InputError(
-            f"{path}: max_prompt_length {training.max_prompt_length} leaves no room for a response, expected less than "
-            f"max_length {training.max_length}"
-        )
-    if training.is_preference and training.action_labels == "classifier":
-        raise InputError(f"{path}: action_labels is 'classifier', but is_preference is set, and preference records hold their actions")
-    if training.action_labels == "random" and (training.class_balance or config.task == "sft"):
-        what = f"task {config.task!r}" if config.task == "sft" else "class_balance"
-        raise InputError(f"{path}: action_labels is 'random', which changes pairs, not gold replies: not with {what}")
-    if not 0 < training.top_p <= 1:
-        raise InputError(f"{path}: top_p is {training.top_p}, expected a number above 0, up to 1")
-    if training.loss_type == "ipo" and training.beta == 0:
-        raise InputError(f"{path}: beta is 0, expected a number above 0 for loss_type 'ipo'")
-    if not 0 <= training.label_smoothing < 0.5:
-        raise InputError(f"{path}: label_smoothing is {training.label_smoothing}, expected a number from 0, below 0.5")
-    needed = {"policy_model_config.model_path": config.policy_model_config.model_path}
-    if config.task == "evaluate":
-        needed["data_config.validation_path"] = files.validation_path
-    else:
-        needed["data_config.train_path"] = files.train_path
-    if config.task == "generate_preference":
-        del needed["policy_model_config.model_path"]
-    for key, value in needed.items():
-        if not value:
-            raise InputError(f"{path}: {key} is missing, task '{config.task}' needs it")
-    if config.task == "generate_preference" and training.is_preference:
-        raise InputError(f"{path}: task 'generate_preference' makes preference records from conversations, but is_preference is set")
+    training, files, task = config.training_config, config.data_config, config.task
+    longest, shorter, preference = training.max_length, training.max_prompt_length, training.is_preference
+    balance = "class_balance" if training.class_balance else f"task {task!r}"
+    needs = f"is missing, task '{task}' needs it"
+    rules = (
+        (shorter >= longest, f"max_prompt_length {shorter} leaves no room below max_length {longest} for a response"),
+        (preference and training.action_labels == "classifier",
+         "action_labels is 'classifier', but is_preference is set, and files of pairs hold their actions"),
+        (training.action_labels == "random" and (training.class_balance or task == "sft"),
+         f"action_labels is 'random', which changes pairs, not gold replies: not with {balance}"),
+        (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
+        (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
+        (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
+        (task != "generate_preference" and not config.policy_model_config.model_path,
+         f"policy_model_config.model_path {needs}"),
+        (task == "evaluate" and not files.validation_path, f"data_config.validation_path {needs}"),
+        (task != "evaluate" and not files.train_path, f"data_config.train_path {needs}"),
+        (files.heuristic == "judge" and backend_of(config.judge_model_config) == "rule",
+         "heuristic is 'judge', expected a judge_model_config.backend that is a model"),
+        (task == "generate_preference" and preference,
+         "task 'generate_preference' makes pairs from conversations, but is_preference is set"),
+    )  # fmt: skip
+    for broken, message in rules:
+        if broken:
+            raise InputError(f"{path}: {message}")
+
+
+def flat(config):
+    """{"section.key": value} of a config as a dict."""
+    values = {}
+    for name, section in config.items():
+        values |= {f"{name}.{key}": v for key, v in section.items()} if isinstance(section, dict) else {name: section}
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes
+# One rank or many: what only rank 0 says or does, what all ranks share, and the progress of long stages.
 
 
 def start_processes():
@@ -277,10 +917,9 @@ def start_processes():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    else:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -288,26 +927,26 @@ def is_main():
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def say(text):
+def print0(text):
     if is_main():
         print(text, flush=True)
 
 
 class Progress:
-    """One line that says how far a stage is: updated in place on a terminal, else printed every `every` seconds."""
+    """One line that says how far a stage is: updated in place on a terminal, else printed every ten seconds."""
 
-    def __init__(self, label, total, every=10.0):
-        self.label, self.total, self.start = label, total, time.monotonic()
-        self.tty, self.every = sys.stdout.isatty(), every
-        self.next = self.start + (0 if self.tty else every)
+    def __init__(self, label, total):
+        self.label, self.total, self.start, self.tty = label, total, time.monotonic(), sys.stdout.isatty()
+        self.every = 0.1 if self.tty else 10.0
+        self.next = self.start + self.every
 
     def __call__(self, done, text=""):
         now = time.monotonic()
-        if not is_main() or (now < self.next and done < self.total):
-            return
-        self.next = now + (0.1 if self.tty else self.every)
-        line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
-        print(f"\r\033[K{line}" + ("\n" if done == self.total else "") if self.tty else line, end="" if self.tty else "\n", flush=True)
+        if is_main() and (now >= self.next or done == self.total):
+            self.next = now + self.every
+            line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
+            start, end = ("\r\033[K", "\n" if done == self.total else "") if self.tty else ("", "\n")
+            print(start + line, end=end, flush=True)
 
 
 def all_sum(values, device):
@@ -329,12 +968,40 @@ def shares(count, rank, world):
     return range(count * rank // world, count * (rank + 1) // world)
 
 
+def on_main(function, *arguments):
+    """Call a function on rank 0 alone; its result, or its InputError, on every rank."""
+    answer = [None, None]
+    if is_main():
+        try:
+            answer[0] = function(*arguments)
+        except (InputError, OSError) as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise InputError(answer[1])
+    return answer[0]
+
+
+def together(work):
+    """work() on every rank; where a helper gives up on one, HelperError on all, so that none waits for another."""
+    result, errors = None, []
+    try:
+        result = work()
+    except HelperError as error:
+        errors = [str(error)]
+    errors = all_gathered(errors)
+    if errors:
+        raise HelperError(errors[0])
+    return result
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
+# Sharded over the ranks to train, whole on each of them to sample.
 
 
 def make_mesh(device, replicas):
-    """The ranks as [copies, shards]: parameters are sharded along the second dimension and repeated along the first."""
+    """The ranks as [copies, shards]: parameters are sharded along the second dimension, repeated along the first."""
     world = dist.get_world_size()
     if world % replicas:
         raise InputError(f"dp_replicate_size is {replicas}, expected a divisor of the number of processes, {world}")
@@ -342,523 +1009,279 @@ def make_mesh(device, replicas):
 
 
 def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointing=False):
-    """A Gemma 2 sharded over the ranks of a mesh, each of which reads only its part of the checkpoint."""
+    """A Gemma sharded over the ranks of a mesh, each of which reads only its part of the checkpoint."""
     with torch.device("meta"):
-        model = Gemma2(Gemma2Config.from_json(Path(directory) / "config.json")).to(dtype)
+        model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
     model.requires_grad_(trainable)
     model.set_checkpointing(checkpointing)
-    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if bf16:
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(model, "logps")
+    model.compute_dtype = torch.bfloat16 if bf16 else dtype
+    if mesh.size() > 1:
+        reduce = torch.float32 if bf16 else dtype
+        policy = MixedPrecisionPolicy(model.compute_dtype, reduce, cast_forward_inputs=False)
+        sharding = {"mesh": mesh if mesh.size(0) > 1 else mesh["shard"], "mp_policy": policy}
+        for layer in model.layers:
+            fully_shard(layer, **sharding)
+        fully_shard(model, **sharding)
+        register_fsdp_forward_method(model, "logps")
     model.to_empty(device=mesh.device_type)
     gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
     return model
 
 
 @torch.no_grad()
-def gathered(model, bf16=False):
-    """An unsharded copy to sample from: weights are gathered once for a whole rollout, and no rank waits for another in it."""
+def unsharded(model, bf16=False):
+    """A whole model to sample from: weights are gathered once for a rollout, in which no rank waits for another."""
     with torch.device("meta"):
-        whole = Gemma2(model.config)
+        whole = Gemma(model.config)
     dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
-    whole.load_state_dict({name: parameter.full_tensor().to(dtype) for name, parameter in model.named_parameters()}, assign=True)
+    weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
+    whole.load_state_dict(weights, assign=True)
     return whole
 
 
+def make_optimizer(model, training):
+    """The optimiser with its state in place from the start, so that saving and loading need no special case."""
+    cls, moments = torch.optim.RMSprop, ("square_avg",)
+    if training.optim == "adamw":
+        cls, moments = torch.optim.AdamW, ("exp_avg", "exp_avg_sq")
+    optimizer = cls(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    for parameter in model.parameters():
+        state = {key: torch.zeros_like(parameter) for key in moments}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **state}
+    return optimizer
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Pairs, and text to tokens
+# Runs and checkpoints
+# What a run consists of, its output directory, and a directory checkpoints/step-N each: a model in Hugging Face's
+# layout with the optimiser's tensors beside it.
 
 
 @dataclass
-class Pair:
-    """One user turn and the two ways of going on that the loss compares. Messages are (role, text), role "user" or "model"."""
+class Run:
+    """What a training run consists of."""
 
-    context: str
-    history: list  # messages up to and including the user turn
-    action: str  # the gold action
-    chosen: list  # messages of the winning trajectory (y_w)
-    rejected: list  # messages of the losing one (y_l)
-    gold: list  # messages of the gold trajectory
-    target: str  # the gold final answer
-    instruction: str
-    record: dict  # where it comes from
-
-
-def make_pairs(records, path):
-    """Pairs from preference records: their plain text is split again, so that files and conversations give the same tokens."""
-    pairs = []
-    for i, record in enumerate(records):
-        instruction, context, history = data.split_dialogue(record["input_text"])
-        chosen, rejected, gold = (data.split_reply(record[key]) for key in ("chosen", "rejected", "output_text"))
-        if not history or history[-1][0] != "user":
-            raise InputError(f"{path}: record {i + 1}: input_text does not end with a line 'User: '")
-        if not all(messages and messages[0][0] == "model" for messages in (chosen, rejected, gold)):
-            raise InputError(f"{path}: record {i + 1}: chosen, rejected or output_text does not begin with the assistant's text")
-        target = data.first_reply(record["gold_target"])
-        pairs.append(Pair(context, history, record["dialogue_policy"], chosen, rejected, gold, target, instruction, record))
-    return pairs
+    config: Config
+    device: torch.device
+    tokenizer: Tokenizer
+    template: Template
+    helpers: Any  # Helpers
+    pairs: list  # of the training turns
+    validation: list  # of the validation turns
+    policy: Gemma
+    reference: Gemma | None  # None in task sft
+    optimizer: torch.optim.Optimizer
+    start: int  # optimiser steps that a resumed run has behind it
+    steps: int  # and how many it shall have at its end
+    local: int  # examples of a step on this rank
 
 
-class Template:
-    """Text to tokens, message by message, so that dialogues that begin alike begin with the same tokens.
+def prepare(config, overwrite, resume):
+    """Read, check and build all that a run needs; only then is its output directory touched. None: nothing to do."""
+    training, source, device = config.training_config, config.policy_model_config.model_path, start_processes()
+    tokenizer = Tokenizer(Path(source) / "tokenizer.model")
+    template = Template(tokenizer, config.data_config.prompt_format)
+    mesh = make_mesh(device, training.dp_replicate_size)
+    checkpoint = on_main(check_output, config, resume, overwrite)
+    if checkpoint == "done":
+        return print0(f"{training.output_dir}: this run is finished, nothing to resume")
+    if resume and not checkpoint:
+        print0(f"{training.output_dir}: no checkpoint yet, starting from the beginning")
 
-    plain:  <bos>instruction / [context] / context / [conversation] / User: text / Assistant: text, a line each
-    gemma:  <bos><start_of_turn>user / context, blank line, text<end_of_turn> / <start_of_turn>model / text<end_of_turn> / ...
+    dtype, reference = getattr(torch, config.policy_model_config.dtype), None
+    if config.task != "sft":
+        reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
+    helpers = build_helpers(config)
+    pairs, validation = load_pairs(config, helpers)
+    if not pairs:
+        raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
+    policy = build_model(checkpoint or source, mesh, dtype, training.bf16, True, training.gradient_checkpointing)
+    gemma.check_vocabulary(tokenizer, policy)
+
+    world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
+    steps = math.ceil(training.num_train_epochs * len(pairs) / (local * world))
+    steps = training.max_steps if training.max_steps > 0 else steps
+    optimizer, start = make_optimizer(policy, training), 0
+    if checkpoint:
+        gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
+        state = read_json(checkpoint / "trainer_state.json")
+        start, former = state.get("step"), state.get("examples_per_step")
+        if former != local * world:
+            raise InputError(f"--resume: a step is of {local * world} examples, expected {former} as in {checkpoint}")
+        if start > steps:
+            raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
+    on_main(start_output, config, checkpoint)
+    return Run(config, device, tokenizer, template, helpers, pairs, validation, policy, reference, optimizer, start,
+               steps, local)  # fmt: skip
+
+
+def load_pairs(config, helpers):
+    """(training, validation) pairs, with actions and questions from the helper models where the files lack them."""
+    questions = split_over_ranks("writing question", helpers.write_questions)
+    classify = split_over_ranks("classifying reply", helpers.label_actions)
+    pairs, validation = data.get_datasets_from_config(config, questions, classify, print0)
+    texts = [text for pair in pairs + validation for _, text in (pair.history[-1], pair.gold[0])]
+    broken = sum(len(text.strip().splitlines()) > 1 for text in texts)
+    if broken and config.data_config.prompt_format == "plain":
+        print0(f"prompt_format 'plain' puts each message on one line: {broken} of {len(texts)} have line breaks")
+    return pairs, validation
+
+
+def split_over_ranks(label, answer):
+    """A role for requests that are the same on all ranks: each asks for its share, and all get all results."""
+
+    def ask(requests, chunk=64):
+        results, progress = [], Progress(label, len(requests))
+        for start in range(0, len(requests), chunk):
+            results += answer(requests[start : start + chunk])
+            progress(len(results))
+        return results
+
+    def split(requests):
+        mine = [requests[i] for i in shares(len(requests), dist.get_rank(), dist.get_world_size())]
+        return all_gathered(together(lambda: ask(mine)))
+
+    return split
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
+    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    return {f"{key}.{name}": value for name, state in states.items() for key, value in state.items()}
+
+
+def save_model(model, tokenizer, directory, optimizer=None, state=None):
+    """The model, its tokenizer and what a resumed run needs, as a directory that appears when it is complete.
+
+    Every rank calls this.
     """
-
-    def __init__(self, tokenizer, prompt_format):
-        self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
-        self.newline = self.encode("\n")
-        if tokenizer.bos_id is None or not self.newline:
-            raise InputError(f"{tokenizer.path}: a prompt needs <bos> and newlines, this vocabulary lacks one of them")
-        if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
-            raise InputError(f"{tokenizer.path}: no pieces '<start_of_turn>' and '<end_of_turn>', which prompt_format 'gemma' needs")
-        self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
-        self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
-        self.stop_ids = {self.end[-1], tokenizer.eos_id}
-        if self.plain:  # a message is one line; large vocabularies have pieces of several newlines, too
-            self.stop_ids |= {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
-
-    def turn(self, role):
-        return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
-
-    def message(self, role, text):
-        """[(tokens, whether the assistant wrote them), ...] of one message, all its markers included."""
-        if self.plain:
-            if role == "user":
-                return [(self.encode("User: " + text) + self.newline, False)]
-            return [(self.opening, False), (self.encode(" " + text) + self.end, True)]
-        if role == "user":
-            return [(self.turn("user") + self.encode(text.strip()) + self.end + self.newline, False)]
-        return [(self.opening, False), (self.encode(text.strip()) + self.end, True), (self.newline, False)]
-
-    def prompt(self, pair, max_length):
-        """Tokens that ask for the assistant's next message, at most `max_length` of them where the last user turn allows it.
-
-        A longer prompt loses its oldest turns first, then the head of its context, never the last user turn.
-        """
-        turns = [[token for tokens, _ in self.message(*message) for token in tokens] for message in pair.history]
-        if self.plain:
-            before = [self.tokenizer.bos_id, *self.encode(f"{pair.instruction}\n[context]\n")]
-            context, after = self.encode(pair.context), self.encode("\n[conversation]\n")
-        else:
-            before, after = [self.tokenizer.bos_id], []
-            context = self.encode(pair.context.strip()) + self.encode("\n\n") if pair.context.strip() else []
-        room = max_length - len(before) - len(after) - len(self.opening)
-        users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
-        kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
-        while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
-            kept = next(i for i in users if i > kept)
-        turns = turns[kept:]
-        spare = max(0, room - sum(map(len, turns)))
-        context = context[max(0, len(context) - spare) :]
-        if not self.plain and context:  # no system role: the context stands at the head of the first user turn
-            start = self.turn("user")
-            turns[0], context = start + context + turns[0][len(start) :], []
-        return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
-
-    def reply(self, messages):
-        """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote the token."""
-        pieces = [piece for message in messages for piece in self.message(*message)][1:]  # the prompt ends with the opening
-        while pieces and not pieces[-1][1]:  # nothing after the last reply
-            pieces.pop()
-        tokens = [token for tokens, _ in pieces for token in tokens]
-        return tokens, [int(written) for tokens, written in pieces for _ in tokens]
-
-    def text(self, tokens):
-        """A response as a message's text: one line in the plain format."""
-        text = self.tokenizer.decode(tokens)
-        return data.fold(text) if self.plain else text.strip()
+    partial = directory.with_name(f".{directory.name}.part")
+    if is_main():
+        gemma.remove_tree(partial)
+    model.save_pretrained(partial)
+    if optimizer:
+        gemma.save_safetensors(optimizer_tensors(model, optimizer), partial if is_main() else None, "optimizer")
+    if is_main():
+        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            if tokenizer.path.with_name(name).exists():  # not read here, but transformers and vLLM look for them
+                shutil.copyfile(tokenizer.path.with_name(name), partial / name)
+        if state:
+            write_json(partial / "trainer_state.json", state)
+        gemma.remove_tree(directory)
+        partial.rename(directory)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-probabilities and the loss
+def save_checkpoint(run, step):
+    """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
+    training = run.config.training_config
+    directory = Path(training.output_dir) / "checkpoints" / f"step-{step}"
+    state = {"step": step, "examples_per_step": run.local * dist.get_world_size()}
+    save_model(run.policy, run.tokenizer, directory, run.optimizer, state)
+    if is_main() and training.save_total_limit:
+        for old in checkpoints(training.output_dir)[: -training.save_total_limit]:
+            gemma.remove_tree(old)
+    dist.barrier()
 
 
-class Scored:
-    """Sequences (prompt, reply, mask) as one Forest, and for every scored token: where it is predicted, what it is, whose it is."""
-
-    def __init__(self, sequences, device):
-        self.forest = Forest([prompt + reply for prompt, reply, _ in sequences])
-        self.used = round((1 - self.forest.padding) * self.forest.tokens.numel())  # tokens that are computed
-        rows, slots, targets, owners = [], [], [], []
-        for i, (prompt, reply, mask) in enumerate(sequences):
-            row, path = self.forest.paths[i]
-            at = [len(prompt) + j for j, written in enumerate(mask) if written]
-            rows += [row] * len(at)
-            slots += path[[j - 1 for j in at]].tolist()
-            targets += [reply[j - len(prompt)] for j in at]
-            owners += [i] * len(at)
-        self.rows, self.slots, self.targets, self.owners = torch.tensor([rows, slots, targets, owners], device=device)
-        self.lengths = torch.bincount(self.owners, minlength=len(sequences))  # scored tokens of each sequence
-        self.forest.to(device)
-
-    def logps(self, model):
-        """Log-probability of each reply, summed over its scored tokens: float32 [sequences]. For policy and reference alike."""
-        token_logps = model.logps(self.forest, self.rows, self.slots, self.targets)
-        return torch.zeros(len(self.lengths), device=token_logps.device).index_add(0, self.owners, token_logps)
+def checkpoints(output_dir):
+    """Complete checkpoints, oldest first."""
+    found = [path for path in (Path(output_dir) / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             beta, label_smoothing=0.0, loss_type="sigmoid"):  # fmt: skip
-    """Losses of preference pairs; all arguments and results float32 [batch].
+PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
+TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints")
+WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
+    **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
+    "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
+    "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
+}
+MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, on how many devices; not what is learnt
+    "max_steps", "num_train_epochs", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "output_dir",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
+    "gradient_checkpointing",
+}  # fmt: skip
 
-    With the margin m = log(pi(y_w)/ref(y_w)) - log(pi(y_l)/ref(y_l)): "sigmoid" is DPO, -log sigmoid(beta m) (arXiv 2305.18290,
-    equation 7), with `label_smoothing` the share of pairs taken to be the wrong way round (conservative DPO); "hinge" is
-    max(0, 1 - beta m) (SLiC, arXiv 2305.10425); "ipo" is (m - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17).
-    Returns (losses, chosen_rewards, rejected_rewards), rewards being beta times the log-ratios.
+
+def check_output(config, resume, overwrite):
+    """May this run write to its output directory? Changes nothing. Returns the checkpoint to resume, "done", or None.
+
+    Tasks evaluate and generate_preference replace what an earlier run of the same task left, and nothing else.
     """
-    chosen_ratios = policy_chosen_logps - reference_chosen_logps
-    rejected_ratios = policy_rejected_logps - reference_rejected_logps
-    margins = chosen_ratios - rejected_ratios
-    if loss_type == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * margins) - label_smoothing * F.logsigmoid(-beta * margins)
-    elif loss_type == "hinge":
-        losses = torch.relu(1 - beta * margins)
-    elif loss_type == "ipo":
-        losses = (margins - 1 / (2 * beta)).square()
+    output, writes = Path(config.training_config.output_dir), (*WRITES[config.task], "config.json")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: output_dir is a file, expected a directory")
+    for key, source in flat(asdict(config)).items():
+        at = Path(source).resolve() if key.endswith("_path") and source else None
+        if at and any((output / name).resolve() in (at, at / "config.json", *at.parents) for name in writes):
+            raise InputError(f"{key} {source}: this run would write over it, expected another output_dir than {output}")
+    former = output / "config.json"
+    held = next((name for name in writes if (output / name).exists()), None)
+    if config.task not in ("act", "sft", "dpo"):
+        task = read_json(former).get("task", "act") if former.exists() else None
+        if held and task != config.task:
+            found = f"a run of task {task!r}" if task else held
+            raise InputError(f"{output}: holds {found}, expected another output_dir for task {config.task!r}")
+        return None
+    if held and not overwrite and not (resume and former.exists()):
+        found = "a run" if former.exists() else held
+        raise InputError(f"{output}: already holds {found}, expected --resume to continue it or --overwrite to restart")
+    return resume_from(output, config) if resume and former.exists() else None
+
+
+def resume_from(output, config):
+    """The newest checkpoint of the run in `output`, if that run learnt as this one does; "done" if it has ended."""
+    former = output / "config.json"
+    defaults, now, then = flat(asdict(Config())), flat(asdict(config)), flat(read_json(former))
+    for key in then.keys() - now.keys():
+        raise InputError(f"--resume: {former} has {key}, no key of this version, expected --overwrite to start again")
+    then = defaults | then  # keys that are newer than that run had their defaults
+    changed = [key for key, value in now.items() if then.get(key) != value]
+    for key in changed:
+        if key.rpartition(".")[2] not in MAY_CHANGE:
+            raise InputError(f"--resume: {key} is {now[key]!r}, expected {then.get(key)!r} as in {former}")
+    longer = {"training_config.max_steps", "training_config.num_train_epochs"} & set(changed)
+    if (output / "model").exists() and not longer:
+        return "done"
+    checkpoint = next(reversed(checkpoints(output)), None)
+    if (output / "model").exists() and not checkpoint:
+        raise InputError(f"--resume: {output} holds a model but no checkpoint, expected --overwrite to start again")
+    return checkpoint
+
+
+def start_output(config, checkpoint=None):
+    """Remove what a former run wrote and this one will write again: the first thing that a run changes on disk."""
+    output = Path(config.training_config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
+        gemma.remove_tree(output / "model")
+        step = int(checkpoint.name[5:])
+        for name in ("metrics.jsonl", "eval_samples.jsonl"):
+            data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
     else:
-        raise InputError(f"loss_type is {loss_type!r}, expected one of {', '.join(CHOICES['loss_type'])}")
-    return losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach()
+        for name in WRITES[config.task]:
+            gemma.remove_tree(output / name)
+    write_json(output / "config.json", asdict(config))
+
+
+def whole_rows(path):
+    """The rows of a JSONL file that a killed run may have left with half a line at its end."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    try:
+        return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: a line is not an object with a step, expected what a run wrote") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# ACT: on-policy pairs (the paper's Algorithm 2)
-
-WRONG_ACTION = "wrong_action"  # the first response asks where it should answer, or answers where it should ask
-GOOD_OUTCOME = "good_outcome"  # right action, and the trajectory ends in a good answer
-BAD_OUTCOME = "bad_outcome"  # right action, but the answer is not good enough
-NO_ANSWER = "no_answer"  # right action, but it is still asking after max_turns responses
-SAME_TEXT = "same_text"  # the two sides have become equal: the original pair stays
-HELPER_FAILED = "helper_failed"  # a helper model gave no usable answer: the original pair stays
-OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, SAME_TEXT, HELPER_FAILED)
-
-
-def act_pair(pair, respond, classify_action, simulate_user, score, tolerance, max_turns):
-    """The on-policy pair of one example, and its outcome. Everything between "sample" and "update" in Algorithm 2.
-
-    This is the form to read beside the paper; training runs `act_pairs`, and a test holds the two equal.
-
-    y_w = pair.chosen, y_l = pair.rejected, a = pair.action; the rest are plain functions:
-    respond(pair, trajectory) -> text         y ~ pi_theta(. | prompt, trajectory)
-    classify_action(text) -> action           A; None where the helper failed
-    simulate_user(pair, trajectory) -> text   U; None where the helper failed. None for the function: the action alone decides (an ablation)
-    score(text, target) -> number             H, and `tolerance` is epsilon
-    """
-    response = respond(pair, [])
-    action = classify_action(response)
-    trajectory = [("model", response)]
-    if action not in (pair.action, None):  # the implicit action is not the gold one: the response loses
-        return contrast(pair, trajectory, WRONG_ACTION)
-    if not simulate_user and action is not None:
-        return contrast(pair, trajectory, GOOD_OUTCOME)
-    while action == CLARIFY:  # play the conversation on until there is an answer
-        if len(trajectory) >= 2 * max_turns - 1:
-            return contrast(pair, trajectory, NO_ANSWER)
-        reply = simulate_user(pair, trajectory)
-        if reply is None:
-            return contrast(pair, trajectory, HELPER_FAILED)
-        trajectory.append(("user", reply))
-        response = respond(pair, trajectory)
-        action = classify_action(response)
-        trajectory.append(("model", response))
-    if action is None:
-        return contrast(pair, trajectory, HELPER_FAILED)
-    good = score(response, pair.target) > tolerance  # judged by where it leads
-    return contrast(pair, trajectory, GOOD_OUTCOME if good else BAD_OUTCOME)
-
-
-def contrast(pair, trajectory, outcome):
-    """A good trajectory becomes y_w, any other y_l; one that a helper cut short tells nothing and changes nothing."""
-    if outcome == HELPER_FAILED:
-        return pair, outcome
-    new = replace(pair, chosen=trajectory) if outcome == GOOD_OUTCOME else replace(pair, rejected=trajectory)
-    if new.chosen == new.rejected:
-        return pair, SAME_TEXT
-    return new, outcome
-
-
-def act_pairs(pairs, respond, classify_actions, simulate_users, score, tolerance, max_turns):
-    """`act_pair` for many examples at once, turn by turn in lock-step. Returns ([Pair], [outcome])."""
-    turns = max_turns if simulate_users else 1
-    trajectories, actions = rollouts(pairs, respond, classify_actions, simulate_users, turns, gold_action_only=True)
-    new = []
-    for pair, trajectory, (first, last) in zip(pairs, trajectories, actions, strict=True):
-        if last is None:
-            outcome = HELPER_FAILED
-        elif first != pair.action:
-            outcome = WRONG_ACTION
-        elif not simulate_users:
-            outcome = GOOD_OUTCOME
-        elif last == CLARIFY:
-            outcome = NO_ANSWER
-        else:
-            outcome = GOOD_OUTCOME if score(trajectory[-1][1], pair.target) > tolerance else BAD_OUTCOME
-        new.append(contrast(pair, trajectory, outcome))
-    return [pair for pair, _ in new], [outcome for _, outcome in new]
-
-
-def rollouts(pairs, respond, classify_actions, simulate_users, max_turns, gold_action_only=False):
-    """Play every conversation on until the policy answers, or has responded `max_turns` times, or a helper fails.
-
-    The functions take and return lists: respond(rows, trajectories), classify_actions(texts), simulate_users(rows, trajectories),
-    rows being positions in `pairs`. gold_action_only: go on only where the first response took the gold action.
-    Returns trajectories [[(role, text)]] and the actions of each one's first and last response; last is None where a helper failed.
-    """
-    trajectories, actions = [[] for _ in pairs], [None] * len(pairs)
-    active = list(range(len(pairs)))
-    for turn in range(max_turns):
-        if turn > 0:
-            for row, text in zip(active, simulate_users(active, [trajectories[row] for row in active]), strict=True):
-                if text is None:
-                    actions[row] = (actions[row][0], None)
-                else:
-                    trajectories[row].append(("user", text))
-            active = [row for row in active if actions[row][1] is not None]
-        if not active:
-            break
-        responses = respond(active, [trajectories[row] for row in active])
-        for row, response, action in zip(active, responses, classify_actions(responses), strict=True):
-            trajectories[row].append(("model", response))
-            actions[row] = (actions[row][0] if turn else action, action)
-        active = [row for row in active if actions[row][1] == CLARIFY and not (gold_action_only and pairs[row].action != CLARIFY)]
-    return trajectories, actions
-
-
-class Sampler:
-    """The policy's voice in `rollouts`: continues prompts in one batch and keeps their key-value cache from turn to turn."""
-
-    def __init__(self, model, template, pairs, training, generators=None):
-        self.model, self.template, self.training, self.generators = model, template, training, generators
-        self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
-        self.cache, self.rows = KVCache(), []
-
-    def __call__(self, rows, trajectories):
-        """The policy's next message in each of these rows, given what was said since the prompt."""
-        if self.rows:
-            self.cache.keep([self.rows.index(row) for row in rows])
-        self.rows = rows
-        prompts = [
-            self.prompts[row] + self.template.reply(said)[0] + self._after(said) if said else self.prompts[row]
-            for row, said in zip(rows, trajectories, strict=True)
-        ]  # fmt: skip
-        sampling = {"temperature": 0.0}
-        if self.generators:
-            sampling = {key: getattr(self.training, key) for key in ("temperature", "top_k", "top_p")}
-            sampling["generator"] = [self.generators[row] for row in rows]
-        tokens = generate(
-            self.model, prompts, self.training.max_new_tokens, stop_ids=self.template.stop_ids, kv_cache=self.cache, **sampling
-        )
-        return [self.template.text(row) for row in tokens]
-
-    def _after(self, said):
-        """Tokens from the end of the assistant's last message to the opening of its next."""
-        [*_, (role, text)] = said
-        tokens = [token for piece, _ in self.template.message(role, text) for token in piece]
-        return ([] if self.template.plain else self.template.newline) + tokens + self.template.opening
-
-
-def noise_generators(seed, step, positions):
-    """One generator per example, keyed by what it is for, so that neither batching, nor ranks, nor a resume changes a sample."""
-    return [torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{position}").getrandbits(62)) for position in positions]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Helper models: rules. Each role is a function from a list of requests to a list of results.
-
-COMMON_WORDS = set("""a an and any are asking about be by can could did do does exactly for from how i in interested is it like looking
-    mean me more of on or please precisely referring s say specific specifically talking that the there they this to want was were what
-    when where which who would you your""".split())  # fmt: skip
-NOTHING_TO_ADD = "I have nothing to add."
-
-
-def content_words(text):
-    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return set(words) - COMMON_WORDS
-
-
-def rule_users(conversations):
-    """The user's gold reply, if the question shares at least half of the content words of the gold question that it answers.
-
-    conversations: [(messages so far, intent)], intent as `rule_intents` writes it.
-    """
-    answers = []
-    for messages, intent in conversations:
-        gold, asked = data.split_reply(intent), content_words(messages[-1][1])
-        best, answer = 0.0, NOTHING_TO_ADD
-        for (_, question), (role, reply) in zip(gold, gold[1:], strict=False):
-            wanted = content_words(question)
-            overlap = len(wanted & asked) / len(wanted) if wanted else 1.0
-            if role == "user" and overlap >= 0.5 and overlap > best:
-                best, answer = overlap, reply
-        answers.append(answer)
-    return answers
-
-
-def rule_intents(pairs):
-    """The gold trajectory itself, without its final answer, serves as the summary of what the user wants."""
-    return [data.format_reply(pair.gold[:-1]) for pair in pairs]
-
-
-RULES = {
-    "action_model_config": data.rule_actions,
-    "intent_model_config": rule_intents,
-    "user_simulator_config": rule_users,
-    "preference_model_config": data.rule_preferences,
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Helper models: prompts
-
-PROMPTS = {
-    "action_model_config": """\
-What does an assistant's message do? Write CLARIFY if it asks the user for something that it must know before it can answer. \
-Write ANSWER if it answers, states something or declines, even if it then offers more help. Write that one word only.
-
-Message: Do you mean the museum in Lyon or the one in Nice?
-Action: CLARIFY
-
-Message: It opened in 1911.
-Action: ANSWER
-
-Message: Please tell me which of the two seasons you have in mind.
-Action: CLARIFY
-
-Message: 310 - 290 = 20, so 20 more. Is there anything else that I can do?
-Action: ANSWER
-
-Message: Sales of the whole group, or of the bakery alone?
-Action: CLARIFY
-
-Message: The text does not say.
-Action: ANSWER
-
-Message: {response}
-Action:""",
-    "intent_model_config": """\
-Write in one sentence or two what the user of a conversation wants to know at its end, beginning with "The user". \
-Include every detail that the user gave, also when asked: which one, when, where, whose, in what unit. Do not answer the user.
-
-Conversation:
-User: When did the north station open?
-Assistant: In 1887.
-User: And how many people used it?
-Assistant: In which year?
-User: In 1990, please.
-Intent: The user wants to know how many people used the north station in 1990.
-
-Conversation:
-User: What did the bakery spend on staff?
-Assistant: Do you mean wages alone, or wages and pensions?
-User: Both together.
-Assistant: For which of the two years?
-User: The later one.
-Intent: The user wants to know how much the bakery spent on wages and pensions together in the later of the two years.
-
-Conversation:
-User: Who wrote the second letter?
-Intent: The user wants to know who wrote the second letter.
-
-Conversation:
-{conversation}Intent:""",
-    "user_simulator_config": """\
-Play the user of an assistant. Write the user's next message, one short line that replies to what the assistant asked last. \
-Tell only what the intent says. If it does not settle what was asked, write: {nothing}
-
-Intent: The user wants to know how many people used the north station in 1990.
-Conversation:
-User: How many people used it?
-Assistant: In which year?
-User: In 1990.
-
-Intent: The user wants to know how many people used the north station in 1990.
-Conversation:
-User: How many people used it?
-Assistant: Do you mean the south station?
-User: No, the north station.
-
-Intent: The user wants to know who painted the mayor's portrait.
-Conversation:
-User: Who painted it?
-Assistant: How large should the picture be?
-User: {nothing}
-
-Intent: {intent}
-Conversation:
-{conversation}User:""",
-    "preference_model_config": """\
-Each conversation below ends with the assistant asking one short clarifying question about something that the user may have left open. \
-Write the question that ends the last conversation, and nothing else.
-
-{examples}""",
-}
-
-
-def action_prompt(text):
-    return PROMPTS["action_model_config"].format(response=data.fold(text))
-
-
-def intent_prompt(pair):
-    """From the gold trajectory without its final answer: what the summary does not know, the simulated user cannot give away."""
-    return PROMPTS["intent_model_config"].format(conversation=data.format_reply(pair.history + pair.gold[:-1]))
-
-
-def user_prompt(conversation):
-    messages, intent = conversation
-    prompt = PROMPTS["user_simulator_config"]
-    return prompt.format(intent=data.fold(intent), conversation=data.format_reply(messages), nothing=NOTHING_TO_ADD)
-
-
-def question_prompt(request):
-    return PROMPTS["preference_model_config"].format(examples=request["prompt"])
-
-
-def parse_action(answer):
-    """The first of the two words, in capitals if there is one, else in any case; None where neither is written."""
-    answer = unlabelled(answer, "Answer")
-    found = re.search("CLARIFY|ANSWER", answer) or re.search(r"(?i)clarify|\banswer", answer)
-    return found and found[0].upper()
-
-
-def parse_intent(answer):
-    """The first paragraph that is no announcement ("Here is the summary:"), on one line, up to what looks like a next example."""
-    answer = re.split(r"\n\s*(?:Intent|Conversation|User|Assistant):", unlabelled(answer, "Intent"))[0]
-    paragraphs = [data.fold(paragraph) for paragraph in re.split(r"\n\s*\n", answer)]
-    return next((text for text in paragraphs if text and not text.endswith(":")), None)
-
-
-def parse_user(answer):
-    """The first line, up to what the model writes for the assistant."""
-    line = unlabelled(answer, "User").partition("\n")[0]
-    return line.partition("Assistant:")[0].strip() or None
-
-
-def parse_question(answer):
-    """The first line that is a question, before anybody else speaks; None where none was written."""
-    lines = re.split(r"\n\s*User:", unlabelled(answer, "Assistant"))[0].split("\n")
-    return next((line for line in (unlabelled(line, "Assistant").strip() for line in lines) if data.is_question(line)), None)
-
-
-def unlabelled(answer, name):
-    """Without a "User: ", "**Assistant:** " or "Assistant (asks): " in front."""
-    return re.sub(rf"\A[\s*]*{name}(?: \([^)\n]*\))?[\s*]*:[\s*]*", "", answer.strip())
-
-
-# How a model plays a role: what turns a request into a prompt, what turns an answer into a result, where an answer may be cut short.
-ROLES = {
-    "action_model_config": (action_prompt, parse_action, ("\nMessage:",)),
-    "intent_model_config": (intent_prompt, parse_intent, ("\nConversation:",)),
-    "user_simulator_config": (user_prompt, parse_user, ("\nAssistant:",)),
-    "preference_model_config": (question_prompt, parse_question, ("\nUser:",)),
-}
-COUNTED = ("asked", "cached", "retried", "failed", "blocked", "unusable")  # failed: given up; blocked: or empty; unusable: not understood
-HELPER_COUNTS = Counter()  # of these, since the start
+# Helper models
+# Who plays ACT's four roles (data.ROLES): a rule, a local Gemma, or a model behind a server. A back end is a function
+# ask(prompts) -> answers, each a text or None; a new one goes into `build_helpers`.
+
+COUNTED = ("asked", "cached", "retried", "failed", "blocked", "unusable")  # failed: given up; blocked: or empty;
+HELPER_COUNTS = Counter()  # of these, since the start                         unusable: not understood
 COUNTS_LOCK = threading.Lock()
 
 
@@ -867,30 +1290,132 @@ class HelperError(RuntimeError):
 
 
 def count(what, number=1):
-    with COUNTS_LOCK:
+    with COUNTS_LOCK:  # calls run in threads
         HELPER_COUNTS[what] += number
 
 
-def played(ask, write_prompt, parse):
-    """A role: requests -> results, None where the model gave nothing usable. ask: prompts -> answers, each a text or None."""
+@dataclass(frozen=True)
+class Helpers:
+    """The four roles: functions from lists to lists. None where a helper model failed, which rules never do."""
+
+    classify_actions: Any  # [response] -> [CLARIFY | ANSWER | None]
+    summarize_intents: Any  # [Pair] -> [text | None]
+    simulate_users: Any  # [(Pair, trajectory, intent)] -> [text | None]
+    write_questions: Any  # [(Pair, examples: [Pair])] -> [text | None]
+    judge_answers: Any = None  # [(Pair, answer)] -> [1.0 | 0.0 | None], where data_config.heuristic is "judge"
+    cost: bool = False  # whether any of them is a model, whose calls are worth counting
+
+    def answers(self, pairs, heuristic):
+        """What `in_lockstep` may ask for besides the policy's responses, about these pairs."""
+
+        def score(rows, trajectories):
+            ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
+            if heuristic == "judge":
+                return [None if right is None else (right, right) for right in self.judge_answers(ends)]
+            return [HEURISTICS[heuristic](answer, pair.target) for pair, answer in ends]
+
+        classify = self.classify_actions
+        return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}
+
+    def label_actions(self, replies):
+        """Actions of gold replies, which need one in any case: the rule decides where the model fails."""
+        actions = zip(self.classify_actions(replies), data.rule_actions(replies), strict=True)
+        return [action or rule for action, rule in actions]
+
+    def users_of(self, pairs):
+        """`simulate` of `in_lockstep` for these pairs: each user's intent is summarised once, when first asked."""
+        intents = {}
+
+        def simulate(rows, trajectories):
+            new = [row for row in rows if row not in intents]
+            intents.update(zip(new, self.summarize_intents([pairs[row] for row in new]) if new else [], strict=True))
+            known = {
+                row: (pairs[row], trajectory, intents[row])
+                for row, trajectory in zip(rows, trajectories, strict=True)
+                if intents[row] is not None  # a user whose intent could not be summarised says nothing
+            }
+            replies = self.simulate_users(list(known.values())) if known else []
+            replies = dict(zip(known, replies, strict=True))
+            return [replies.get(row) for row in rows]
+
+        return simulate
+
+
+def build_helpers(config):
+    """The four roles as the configuration casts them; a checkpoint that several share is loaded once."""
+    load = cache(lambda path: load_helper(config, path))
+
+    def cast(name):
+        helper, role = getattr(config, name), ROLES[name]
+        backend = backend_of(helper)
+        labels = name in ("action_model_config", "preference_model_config")
+        if backend == "rule" or (config.task == "generate_preference" and not labels):
+            return role.rule
+        needed = "model_path" if backend == "gemma" else "model_id"
+        if not getattr(helper, needed):
+            raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
+        prompt = read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role)
+        if backend == "gemma":
+            return played(gemma_asker(*load(helper.model_path), helper), role, prompt)
+        client = GeminiClient if backend == "gemini" else OpenAIClient
+        return played(client(helper, role.stop), role, prompt)
+
+    user_is_rule = backend_of(config.user_simulator_config) == "rule"  # it knows the gold trajectory and no intent
+    return Helpers(
+        cast("action_model_config"),
+        data.rule_intents if user_is_rule else cast("intent_model_config"),
+        cast("user_simulator_config"),
+        cast("preference_model_config"),
+        cast("judge_model_config"),
+        cost=any(backend_of(getattr(config, name)) != "rule" for name in ROLES),
+    )
+
+
+def backend_of(helper):
+    return helper.backend or ("gemini" if helper.model_id else "rule")
+
+
+def read_prompt(path, role):
+    """What a model is told in a role, with {names} in it. Raises InputError."""
+    try:
+        prompt = data.read_bytes(path).decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8, expected the text of a prompt") from None
+    missing = [name for name in role.names if f"{{{name}}}" not in prompt]
+    if missing:
+        raise InputError(f"{path}: lacks {{{missing[0]}}}, expected a prompt with {', '.join(map(repr, role.names))}")
+    return prompt
+
+
+def played(ask, role, prompt):
+    """A role: requests -> results, None where the model gave nothing usable."""
+
+    def filled(request):
+        texts = role.fields(request)
+        return re.sub(r"\{(\w+)\}", lambda name: texts.get(name[1], name[0]), prompt)  # one pass: texts may hold {}
 
     def play(requests):
-        answers = ask([write_prompt(request) for request in requests])
-        results = [None if answer is None else parse(answer) for answer in answers]
-        count("unusable", sum(result is None and answer is not None for result, answer in zip(results, answers, strict=True)))
+        answers = ask([filled(request) for request in requests])
+        results = [None if answer is None else role.parse(answer) for answer in answers]
+        count("unusable", sum(r is None and answer is not None for r, answer in zip(results, answers, strict=True)))
         return results
 
     return play
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Helper models: a local Gemma 2
+def load_helper(config, path):
+    """(model, tokenizer) of a checkpoint, whole on this rank's device, in the precision that the policy computes in."""
+    directory = Path(config.policy_model_config.model_path if path == "reference" else path)
+    dtype = torch.bfloat16 if config.training_config.bf16 else getattr(torch, config.policy_model_config.dtype)
+    tokenizer = Tokenizer(directory / "tokenizer.model")
+    model = Gemma.from_pretrained(directory, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    return model.requires_grad_(False), tokenizer
 
 
 def gemma_asker(model, tokenizer, config):
-    """ask(prompts) with a local checkpoint, in its chat template where its vocabulary has one, else one line is continued.
+    """ask(prompts) with a local checkpoint: in its chat template where its vocabulary has one, else as a continuation.
 
-    An answer depends on its prompt alone, not on the batch: what is random is drawn from a generator keyed by the prompt.
+    An answer depends on its prompt alone, not on the batch: what is random is drawn from a generator keyed by it.
     """
     template = Template(tokenizer, "plain" if tokenizer.end_of_turn_id is None else "gemma")
     before, after = [tokenizer.bos_id], []
@@ -898,14 +1423,12 @@ def gemma_asker(model, tokenizer, config):
         before, after = before + template.turn("user"), template.end + template.newline + template.opening
     room = max(1, model.config.max_position_embeddings - config.max_new_tokens - len(before) - len(after))
 
-    def tokens_of(prompt):  # one that is too long loses its head: the task and the first examples
-        return before + tokenizer.encode(prompt)[-room:] + after
-
     def continued(prompts):
         seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big") for prompt in prompts]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        tokens = [tokens_of(prompt) for prompt in prompts]
-        answers = generate(model, tokens, config.max_new_tokens, config.temperature, stop_ids=template.stop_ids, generator=generators)
+        tokens = [before + tokenizer.encode(prompt)[-room:] + after for prompt in prompts]  # too long: without its head
+        sampling = {"stop_ids": template.stop_ids, "generator": generators}
+        answers = generate(model, tokens, config.max_new_tokens, config.temperature, **sampling)
         return [tokenizer.decode(answer).strip() or None for answer in answers]
 
     def ask(prompts):
@@ -920,30 +1443,30 @@ def gemma_asker(model, tokenizer, config):
     return ask
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Helper models: Gemini's REST API
-
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most, and however often it has failed
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)  # of a strange reply
 HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
 
 
-class GeminiAsker:
-    """ask(prompts) by Gemini's REST API: calls run side by side, are tried again where that may help, and are never paid twice.
+class HelperClient:
+    """ask(prompts) over HTTP: calls run side by side, are tried again where that may help, and are paid only once.
 
-    stop: texts at which an answer ends. None stands for an answer that was blocked, empty, or not to be had in max_retries + 1 calls.
-    Raises HelperError where the API refuses a request as such, and when max_failures calls in a row led to None; the asker is then spent.
+    stop: texts at which an answer ends. None stands for an answer that was blocked, empty, or not to be had in
+    max_retries + 1 calls. Raises HelperError where the server refuses a request as such, and when max_failures calls in
+    a row led to None; the client is then spent. URL, key, headers, body and answer are those of the dialects below.
     """
 
     def __init__(self, config, stop=()):
-        address = urlsplit(config.base_url)
+        self.config, self.stop = config, list(stop)
+        base = config.base_url or self.home
+        address = urlsplit(base)
         if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
-            raise InputError("base_url of a helper model: expected http://HOST or https://HOST, with neither '?' nor '@'")
-        self.key = os.environ.get("GOOGLE_API_KEY", "").strip()
-        if not re.fullmatch("[!-~]+", self.key):
+            raise InputError("base_url of a helper model: expected http(s)://HOST, with neither '?' nor '@'")
+        self.key = os.environ.get(self.key_name, "").strip()
+        if not re.fullmatch("[!-~]*", self.key) or not (self.key or (config.base_url and self.key_is_optional)):
             problem = "holds a blank or a character beyond ASCII" if self.key else "is not set"
-            raise InputError(f"GOOGLE_API_KEY {problem}, expected the key for helper model {config.model_id!r}")
-        self.url = f"{config.base_url.rstrip('/')}/v1beta/models/{quote(config.model_id)}:generateContent"
-        self.config, self.stop, self.cache = config, list(stop), answer_cache(config.cache_path)
+            raise InputError(f"{self.key_name} {problem}, expected the key for helper model {config.model_id!r}")
+        self.url, self.cache = base.rstrip("/") + self.path(), answer_cache(config.cache_path)
         self.lock, self.spent = threading.Lock(), threading.Event()
         self.in_a_row, self.error = 0, "interrupted"
 
@@ -963,16 +1486,9 @@ class GeminiAsker:
             pool.shutdown(wait=False, cancel_futures=True)
         return [answers[prompt] for prompt in prompts]
 
-    def body(self, prompt):
-        sampling = {"temperature": self.config.temperature, "topP": 1.0, "topK": 40 if self.config.temperature else 1}
-        return {
-            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
-            "generationConfig": {**sampling, "maxOutputTokens": self.config.max_new_tokens, "stopSequences": self.stop},
-            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
-        }
-
     def cache_key(self, prompt):
-        return hashlib.sha256(json.dumps([self.config.model_id, self.body(prompt)], sort_keys=True).encode()).hexdigest()
+        request = json.dumps([self.url, self.body(prompt)], sort_keys=True)
+        return hashlib.sha256(request.encode()).hexdigest()
 
     def answer(self, prompt):
         """The answer to one prompt, stored as soon as it is there, or None; runs in a thread of its own."""
@@ -981,7 +1497,7 @@ class GeminiAsker:
             if self.spent.is_set():
                 raise HelperError(self.error)
             try:
-                text, why = call_gemini(self.url, self.body(prompt), self.key, self.config.timeout)
+                text, why = self.call(prompt)
                 outcome = "blocked"  # unless there is a text
                 break
             except CallFailed as failure:
@@ -999,7 +1515,8 @@ class GeminiAsker:
         with self.lock:
             self.in_a_row = 0 if text else self.in_a_row + 1
             if self.in_a_row >= self.config.max_failures:
-                self.give_up(f"{self.in_a_row} requests to {self.config.model_id} in a row failed, the last one with: {why}")
+                requests = f"{self.in_a_row} requests to {self.config.model_id} in a row"
+                self.give_up(f"{requests} failed, the last one with: {why}")
         return text
 
     def give_up(self, message):
@@ -1007,6 +1524,106 @@ class GeminiAsker:
             self.error = message
         self.spent.set()
         raise HelperError(message)
+
+    def call(self, prompt):
+        """One POST: (text, "") or (None, why there is none). Raises CallFailed. The key is in neither, even echoed."""
+        headers = {"Content-Type": "application/json", **self.headers()}
+        request = urllib.request.Request(self.url, json.dumps(self.body(prompt)).encode(), headers)
+        try:
+            with OPENER.open(request, timeout=self.config.timeout) as response:
+                text, why = self.text_of(json.loads(self.read(response)))
+        except urllib.error.HTTPError as error:
+            raise self.http_failure(error) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise CallFailed(self.one_line(getattr(error, "reason", error) or type(error).__name__)) from None
+        except UNREADABLE:
+            raise CallFailed("its reply is not the JSON of an answer") from None
+        if not text.strip():
+            return None, self.one_line(why)
+        text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
+        return text.replace(self.key, "[key]") if self.key else text, ""
+
+    def http_failure(self, error):
+        """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
+        message, waits = error.reason, [error.headers.get("Retry-After", "")]
+        try:
+            report = json.loads(self.read(error))["error"]
+            message = report["message"]
+            waits += [str(detail.get("retryDelay", ""))[:-1] for detail in report.get("details", [])]  # "27s"
+        except (OSError, http.client.HTTPException, CallFailed, *UNREADABLE):
+            pass  # the status says enough
+        wait = max((float(text) for text in waits if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text)), default=0.0)
+        final = error.code < 500 and error.code not in (408, 429)
+        return CallFailed(self.one_line(f"HTTP {error.code}: {message}"), wait, final)
+
+    def read(self, response, limit=4_000_000):
+        """The bytes of a reply: a bounded number of them, in a bounded time. Raises CallFailed."""
+        body, deadline = b"", time.monotonic() + self.config.timeout
+        while chunk := response.read1(65536):
+            body += chunk
+            if len(body) > limit or time.monotonic() > deadline:
+                raise CallFailed("its reply is too long or takes too long")
+        return body
+
+    def one_line(self, message):
+        message = str(message).replace(self.key, "[key]") if self.key else str(message)
+        return " ".join(message.split())[:300]
+
+
+class GeminiClient(HelperClient):
+    """Google's generateContent."""
+
+    home, key_name, key_is_optional = "https://generativelanguage.googleapis.com", "GOOGLE_API_KEY", False
+
+    def path(self):
+        return f"/v1beta/models/{quote(self.config.model_id)}:generateContent"
+
+    def headers(self):
+        return {"x-goog-api-key": self.key}
+
+    def body(self, prompt):
+        temperature, length = self.config.temperature, self.config.max_new_tokens
+        sampling = {"temperature": temperature, "topP": 1.0, "topK": 40 if temperature else 1}
+        return {
+            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
+            "generationConfig": {**sampling, "maxOutputTokens": length, "stopSequences": self.stop},
+            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
+        }
+
+    def text_of(self, reply):
+        """(text, why there is none) of a reply's JSON."""
+        blocked = (reply.get("promptFeedback") or {}).get("blockReason")
+        if blocked or not reply.get("candidates"):
+            return "", f"prompt blocked ({blocked})" if blocked else "no candidates"
+        candidate = reply["candidates"][0]
+        finish = candidate.get("finishReason", "STOP")
+        parts = (candidate.get("content") or {}).get("parts") or []
+        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        return text if finish in ("STOP", "MAX_TOKENS") else "", f"no text (finishReason {finish})"
+
+
+class OpenAIClient(HelperClient):
+    """OpenAI's chat completions, which vLLM, Ollama, llama.cpp and LM Studio speak too: these may do without a key."""
+
+    home, key_name, key_is_optional = "https://api.openai.com/v1", "OPENAI_API_KEY", True
+
+    def path(self):
+        return "/chat/completions"
+
+    def headers(self):
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def body(self, prompt):
+        sampling = {"temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens}
+        messages = [{"role": "user", "content": prompt}]
+        return {"model": self.config.model_id, "messages": messages, **sampling, "stop": self.stop}
+
+    def text_of(self, reply):
+        """(text, why there is none) of a reply's JSON."""
+        choice = reply["choices"][0] if reply.get("choices") else {}
+        finish = choice.get("finish_reason") or "stop"
+        text = (choice.get("message") or {}).get("content") or ""
+        return text if finish in ("stop", "length") else "", f"no text (finish_reason {finish})"
 
 
 class CallFailed(Exception):
@@ -1027,52 +1644,6 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(NoRedirects)
 
 
-def call_gemini(url, body, key, timeout):
-    """One POST: (text, "") or (None, why there is no text). Raises CallFailed. The key is in none of them, even if the server echoes it."""
-    headers = {"Content-Type": "application/json", "x-goog-api-key": key}
-    try:
-        with OPENER.open(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=timeout) as response:
-            text, why = answer_of(json.loads(response.read()))
-    except urllib.error.HTTPError as error:
-        raise http_failure(error, key) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise CallFailed(one_line(getattr(error, "reason", error) or type(error).__name__, key)) from None
-    except (ValueError, TypeError, AttributeError, LookupError):
-        raise CallFailed("its reply is not the JSON of an answer") from None
-    return text and text.replace(key, "[key]"), one_line(why, key)
-
-
-def answer_of(reply):
-    """(text, "") of Gemini's reply, or (None, why there is no text). Half of a character becomes "?"."""
-    blocked = (reply.get("promptFeedback") or {}).get("blockReason")
-    if blocked or not reply.get("candidates"):
-        return None, f"prompt blocked ({blocked})" if blocked else "no candidates"
-    candidate = reply["candidates"][0]
-    finish = candidate.get("finishReason", "STOP")
-    parts = (candidate.get("content") or {}).get("parts") or []
-    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-    if finish not in ("STOP", "MAX_TOKENS") or not text.strip():
-        return None, f"no text (finishReason {finish})"
-    return text.encode("utf-8", "replace").decode(), ""
-
-
-def http_failure(error, key):
-    """CallFailed for an HTTP status: 408, 429 and 5xx may pass. The wait stands in Retry-After, or in Google's RetryInfo ("27s")."""
-    message, waits = error.reason, [error.headers.get("Retry-After", "")]
-    try:
-        report = json.loads(error.read())["error"]
-        message = report["message"]
-        waits += [detail.get("retryDelay", "")[:-1] for detail in report.get("details", [])]
-    except (OSError, http.client.HTTPException, ValueError, TypeError, AttributeError, LookupError):
-        pass  # the status says enough
-    wait = max((float(text) for text in waits if re.fullmatch(r"\d+(\.\d+)?", text)), default=0.0)
-    return CallFailed(one_line(f"HTTP {error.code}: {message}", key), wait, final=error.code < 500 and error.code not in (408, 429))
-
-
-def one_line(message, key):
-    return " ".join(str(message).replace(key, "[key]").split())[:300]
-
-
 class AnswerCache:
     """Answers on disk, for any number of threads and processes; the file is opened at the first use."""
 
@@ -1087,13 +1658,15 @@ class AnswerCache:
         self.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, answer))
 
     def execute(self, statement, values):
-        """The first row of the result. Each statement is a transaction of its own; where another process writes, it waits."""
+        """The first row of the result. Each statement is a transaction of its own, and waits for other processes."""
         with self.lock:
             try:
                 if self.connection is None:
-                    self.connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-                    self.connection.execute("PRAGMA synchronous = OFF")  # safe from kill -9, and 100 times as fast as waiting for the disk
-                    self.connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+                    options = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
+                    self.connection = sqlite3.connect(self.path, **options)
+                    self.connection.execute("PRAGMA synchronous = OFF")  # safe from kill -9, and 100 times as fast
+                    table = "answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
+                    self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
                 return self.connection.execute(statement, values).fetchone()
             except sqlite3.Error as error:
                 raise HelperError(f"{self.path}: not usable as the cache of helper models ({error})") from None
@@ -1103,742 +1676,66 @@ answer_cache = cache(AnswerCache)  # one connection to a file, whichever roles s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Helper models: who plays which role
+# Other tasks and the command line
+# What `act.py` does besides training, and how it is told what to do.
 
 
-@dataclass(frozen=True)
-class Helpers:
-    """The four roles: functions from lists to lists. None where a helper model failed, which rules never do."""
-
-    classify_actions: callable  # [response text] -> ["CLARIFY" | "ANSWER" | None]
-    summarize_intents: callable  # [Pair] -> [text | None]
-    simulate_users: callable  # [(messages, intent | None)] -> [text | None]
-    write_questions: callable  # [request of data.ACTDataset] -> [text, "" where the model failed]
-    early_intents: bool = False  # intents come over the network: ask for them while the policy decodes
-
-
-def build_helpers(config, reference=None):
-    """The four roles as the configuration casts them; a checkpoint that several share is loaded once.
-
-    reference() -> (whole model, tokenizer) of the frozen reference, called if a role wants it; None: it is read from its file.
-    """
-    models = {}
-
-    def local_model(path):
-        if path not in models:
-            models[path] = reference() if path == "reference" and reference else load_helper(config, path)
-        return models[path]
-
-    def cast(role):
-        helper = getattr(config, role)
-        backend = backend_of(helper)
-        if backend == "rule" or (config.task == "generate_preference" and role not in ("action_model_config", "preference_model_config")):
-            return RULES[role]
-        needed = {"gemma": "model_path", "gemini": "model_id"}[backend]
-        if not getattr(helper, needed):
-            raise InputError(f"{role}.{needed} is missing, backend '{backend}' needs it")
-        write_prompt, parse, stop = ROLES[role]
-        ask = GeminiAsker(helper, stop) if backend == "gemini" else gemma_asker(*local_model(helper.model_path), helper)
-        return played(ask, write_prompt, parse)
-
-    write_questions = cast("preference_model_config")
-    return Helpers(
-        cast("action_model_config"),
-        cast("intent_model_config"),
-        where_intent_is_known(cast("user_simulator_config")),
-        lambda requests: [question or "" for question in write_questions(requests)],
-        early_intents=backend_of(config.intent_model_config) == "gemini",
-    )
-
-
-def backend_of(helper):
-    return helper.backend or ("gemini" if helper.model_id else "rule")
-
-
-def load_helper(config, path):
-    """(model, tokenizer) of a checkpoint, whole on this rank's device, in the precision in which the policy computes."""
-    directory = Path(config.policy_model_config.model_path if path == "reference" else path)
-    dtype = torch.bfloat16 if config.training_config.bf16 else getattr(torch, config.policy_model_config.dtype)
-    tokenizer = Tokenizer(directory / "tokenizer.model")
-    model = Gemma2.from_pretrained(directory, dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    return model.requires_grad_(False), tokenizer
-
-
-def where_intent_is_known(simulate_users):
-    """A user whose intent could not be summarised (None) says None."""
-
-    def simulate(conversations):
-        known = [i for i, (_, intent) in enumerate(conversations) if intent is not None]
-        replies = dict(zip(known, simulate_users([conversations[i] for i in known]), strict=True)) if known else {}
-        return [replies.get(i) for i in range(len(conversations))]
-
-    return simulate
-
-
-def user_for(pairs, helpers):
-    """`simulate_users` for `rollouts`: each user's intent is summarised once, when it is first asked something.
-
-    With early_intents, those of the turns that call for a question are asked for at once, while the policy decodes.
-    """
-    intents, pending = {}, None
-    early = [row for row, pair in enumerate(pairs) if helpers.early_intents and pair.action == CLARIFY]
-    if early:
-        pool = ThreadPoolExecutor(1)
-        pending = pool.submit(helpers.summarize_intents, [pairs[row] for row in early])
-        pool.shutdown(wait=False)  # it finishes what it has
-
-    def simulate_users(rows, trajectories):
-        if pending and not intents:
-            intents.update(zip(early, pending.result(), strict=True))
-        new = [row for row in rows if row not in intents]
-        intents.update(zip(new, helpers.summarize_intents([pairs[row] for row in new]) if new else [], strict=True))
-        said = [pairs[row].history + trajectory for row, trajectory in zip(rows, trajectories, strict=True)]
-        return helpers.simulate_users([(messages, intents[row]) for messages, row in zip(said, rows, strict=True)])
-
-    return simulate_users
-
-
-def together(work):
-    """work() on every rank; where a helper gives up on one of them, HelperError on all, so that none waits for another."""
-    result, errors = None, []
-    try:
-        result = work()
-    except HelperError as error:
-        errors = [str(error)]
-    errors = all_gathered(errors)
-    if errors:
-        raise HelperError(errors[0])
-    return result
-
-
-def split_over_ranks(label, answer):
-    """The role `answer` for requests that are the same on all ranks: each asks for its share, and all get all results."""
-
-    def ask(requests, chunk=64):
-        results, progress = [], Progress(label, len(requests))
-        for start in range(0, len(requests), chunk):
-            results += answer(requests[start : start + chunk])
-            progress(len(results))
-        return results
-
-    def split(requests):
-        mine = [requests[i] for i in shares(len(requests), dist.get_rank(), dist.get_world_size())]
-        return all_gathered(together(lambda: ask(mine)))
-
-    return split
-
-
-def gold_actions(classify_actions):
-    """`classify_actions` for turns that need an action in any case: the rule decides where the model fails."""
-
-    def classify(texts):
-        return [action or rule for action, rule in zip(classify_actions(texts), data.rule_actions(texts), strict=True)]
-
-    return classify
-
-
-def load_records(config, helpers):
-    """(training, validation) preference records, with gold actions and questions from the helper models where the files lack them.
-
-    A losing question is paid for only where it is used: in training on pairs, and in files of pairs.
-    """
-    files, written = config.data_config, config.task == "generate_preference"
-    questions = split_over_ranks("writing question", helpers.write_questions)
-    classify = split_over_ranks("classifying reply", gold_actions(helpers.classify_actions))
-    if not config.training_config.is_preference:
-        for path in filter(None, (files.train_path, files.validation_path)):
-            report_agreement(path, classify, path == files.train_path and config.training_config.action_labels == "classifier")
-    halves = (
-        ({"validation_path": ""}, questions if config.task in ("act", "dpo") or written else None),
-        ({"train_path": ""}, questions if written else None),
-    )
-    halves = [data.get_datasets_from_config(replace(config, data_config=replace(files, **no)), q, classify) for no, q in halves]
-    return halves[0][0], halves[1][1]
-
-
-def report_agreement(path, classify_actions, ignored=False):
-    """Where the classifier labels turns, because they have no label or it is ignored: how well it agrees with the labels there are."""
-    turns = []
-    for conversation in data.read_vertex_jsonl(path):
-        messages = conversation["messages"]
-        both = [(turn, reply) for turn, reply in zip(messages, messages[1:], strict=False) if reply["role"] == "model"]
-        turns += [(turn.get("requires_clarification"), reply["content"]) for turn, reply in both if turn["role"] == "user"]
-    labelled = [(CLARIFY if label else ANSWER, text) for label, text in turns if label is not None]
-    unlabelled = len(turns) if ignored else len(turns) - len(labelled)
-    if not unlabelled:
-        return
-    text = f"{path}: the action classifier labels {unlabelled} of {len(turns)} turns"
-    if labelled:
-        gold, replies = map(list, zip(*labelled[:: -(-len(labelled) // 200)], strict=True))  # a sample: calls may cost money
-        found = data.action_metrics(gold, classify_actions(replies))
-        text += f"; with the labels in the file it agrees in {found['Accuracy']:.3f}, Macro F1 {found['Macro F1']:.3f}"
-    say(text)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def evaluate(model, template, pairs, helpers, config):
-    """Play every validation turn with greedy decoding. Returns (metrics, samples), the same on all ranks."""
-    training, score = config.training_config, data.HEURISTICS[config.data_config.heuristic]
-    mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
-    whole, progress, size = gathered(model, training.bf16), Progress("evaluating turn", len(mine)), training.per_device_eval_batch_size
-
-    def play():
-        samples = []
-        for start in range(0, len(mine), size):
-            batch = [pairs[i] for i in mine[start : start + size]]
-            respond = Sampler(whole, template, batch, training)
-            played = rollouts(batch, respond, helpers.classify_actions, user_for(batch, helpers), training.max_turns)
-            samples += [judge(pair, *result, score) for pair, *result in zip(batch, *played, strict=True)]
-            progress(len(samples))
-        return samples
-
-    samples = all_gathered(together(play))
-    return summarize(samples), samples
-
-
-def judge(pair, trajectory, actions, score):
-    """What is kept of one evaluated turn. A conversation that ends in a question has no answer and scores 0.
-
-    inferred_action is None where a helper failed: the turn is then counted, but left out of all means.
-    """
-    first, last = actions
-    turn = score(trajectory[0][1], pair.gold[0][1])
-    final = score(trajectory[-1][1], pair.target) if last == ANSWER else (0.0, 0.0)
-    return {
-        "input_text": pair.record["input_text"],
-        "trajectory": data.format_reply(trajectory),
-        "gold": data.format_reply(pair.gold),
-        "inferred_action": first if last else None,
-        "target_action": pair.action,
-        "final_answer": trajectory[-1][1] if last == ANSWER else None,
-        "gold_target": pair.target,
-        "questions": len(trajectory) // 2 + (last == CLARIFY),
-        "gold_questions": len(pair.gold) // 2,
-        "turn_exact_match": float(turn[0]),
-        "turn_f1": float(turn[1]),
-        "exact_match": float(final[0]),
-        "f1": float(final[1]),
-    }
-
-
-def summarize(samples):
-    """Metrics of judged turns, as fractions; a mean over nothing is None, and the counts say how many turns each is over."""
-
-    def means(name, f1, exact_match, chosen):
-        return {
-            f"{name} DROP F1": data.mean_or_none([sample[f1] for sample in chosen]),
-            f"{name} Exact Match": data.mean_or_none([sample[exact_match] for sample in chosen]),
-            f"{name} Turns": len(chosen),
-        }
-
-    failures = sum(sample["inferred_action"] is None for sample in samples)
-    samples = [sample for sample in samples if sample["inferred_action"] is not None]
-    asked = [sample for sample in samples if sample["inferred_action"] == CLARIFY]
-    by_action = {action: [sample for sample in samples if sample["target_action"] == action] for action in (CLARIFY, ANSWER)}
-    actions = [[sample[key] for sample in samples] for key in ("target_action", "inferred_action")]
-    return {
-        **data.action_metrics(*actions),
-        **means("Turn-Level", "turn_f1", "turn_exact_match", samples),
-        **means("Trajectory-level", "f1", "exact_match", samples),
-        **means("Post-Clarification", "f1", "exact_match", asked),
-        **means("CLARIFY Turns: Trajectory-level", "f1", "exact_match", by_action[CLARIFY]),
-        **means("ANSWER Turns: Trajectory-level", "f1", "exact_match", by_action[ANSWER]),
-        "Questions per Turn": data.mean_or_none([sample["questions"] for sample in samples]),
-        "Gold Questions per Turn": data.mean_or_none([sample["gold_questions"] for sample in samples]),
-        "Helper Failures": failures,
-    }
-
-
-SHOWN = (
-    "Accuracy", "Macro F1", "Trajectory-level Exact Match", "Trajectory-level DROP F1", "Post-Clarification Exact Match",
-    "CLARIFY Turns: Trajectory-level Exact Match", "ANSWER Turns: Trajectory-level Exact Match", "Questions per Turn",
-)  # fmt: skip
-
-
-def comparison(before, after):
-    """A table of the main metrics before and after training; the whole of them is in metrics.jsonl."""
-    lines = [f"{'':44} {'before':>8} {'after':>8}"]
-    for name in SHOWN:
-        scale = 1 if name == "Questions per Turn" else 100
-        cells = ["-" if metrics[name] is None else f"{scale * metrics[name]:.{2 if scale == 1 else 1}f}" for metrics in (before, after)]
-        lines.append(f"{name:44} {cells[0]:>8} {cells[1]:>8}")
-    return "\n".join(lines)
-
-
-def changed_conversations(before, after, count=2):
-    """Turns that went wrong before and right after, as text; conversations with a question first."""
-    changed = [(b, a) for b, a in zip(before, after, strict=True) if a["exact_match"] > b["exact_match"] and b["inferred_action"]]
-    changed.sort(key=lambda pair: (pair[0]["inferred_action"], -pair[1]["questions"]))  # ANSWER before CLARIFY, sorted by name
-    lines = []
-    for b, a in changed[:count]:
-        _, context, history = data.split_dialogue(a["input_text"])
-        lines += ["", *[f"  {line}" for line in context.split("\n")[-6:] if line]]
-        lines += [f"  User: {history[-1][1]}", f"    before | {'  '.join(b['trajectory'].splitlines())}"]
-        lines += [f"    after  | {'  '.join(a['trajectory'].splitlines())}", f"    gold   | {a['gold_target']}"]
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a directory checkpoints/step-N each, in the layout of a model, with the optimiser's tensors beside it
-
-
-def optimizer_tensors(model, optimizer):
-    """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
-    return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
-
-
-def save_model(model, tokenizer, directory, optimizer=None, step=None, examples_per_step=None):
-    """The model, its tokenizer and what a resumed run needs, as a directory that appears when it is complete. Every rank calls this."""
-    partial = directory.with_name(f".{directory.name}.part")
-    if is_main():
-        gemma.remove_tree(partial)
-    model.save_pretrained(partial)
-    if optimizer:
-        gemma.save_safetensors(optimizer_tensors(model, optimizer), partial if is_main() else None, "optimizer")
-    if is_main():
-        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if tokenizer.path.with_name(name).exists():  # not read here, but transformers and vLLM look for them
-                shutil.copyfile(tokenizer.path.with_name(name), partial / name)
-        if optimizer:
-            write_json(partial / "trainer_state.json", {"step": step, "examples_per_step": examples_per_step})
-        gemma.remove_tree(directory)
-        partial.rename(directory)
-
-
-def save_checkpoint(run, step):
-    """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
-    training = run.config.training_config
-    folder = Path(training.output_dir) / "checkpoints"
-    save_model(run.policy, run.tokenizer, folder / f"step-{step}", run.optimizer, step, run.local * dist.get_world_size())
-    if is_main() and training.save_total_limit:
-        for old in checkpoints(training.output_dir)[: -training.save_total_limit]:
-            gemma.remove_tree(old)
-    dist.barrier()
-
-
-def checkpoints(output_dir):
-    """Complete checkpoints, oldest first."""
-    found = [path for path in (Path(output_dir) / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
-    "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
-    "generate_preference": ("train.jsonl", "validation.jsonl", "train.vertex.jsonl", "validation.vertex.jsonl"),
-    "training": ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints"),
-}
-MAY_CHANGE = {  # keys that a resumed run may have changed: they say how far, how often and on how many devices, not what is learnt
-    "max_steps", "num_train_epochs", "do_eval", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "output_dir",
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
-    "gradient_checkpointing",
-}  # fmt: skip
-
-
-def on_main(function, *arguments):
-    """Call a function on rank 0 alone; its result, or its InputError, on every rank."""
-    answer = [None, None]
-    if is_main():
-        try:
-            answer[0] = function(*arguments)
-        except (*INPUT_ERRORS, OSError) as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise InputError(answer[1])
-    return answer[0]
-
-
-def check_output(config, resume, overwrite):
-    """May this run write to its output directory? Changes nothing. Returns the checkpoint to resume from, "done", or None."""
-    output = Path(config.training_config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: output_dir is a file, expected a directory")
-    written = [output / name for name in (*WRITES.get(config.task, WRITES["training"]), "config.json")]
-    for key, source in flat(asdict(config)).items():
-        if key.endswith("_path") and source:
-            at = Path(source).resolve()
-            if any(path.resolve() in (at, at / "config.json", *at.parents) for path in written):
-                raise InputError(f"{key} {source}: this run would write over it, expected another output_dir than {output}")
-    former, there = output / "config.json", next((path for path in written if path.exists()), None)
-    if there and not overwrite and not (resume and former.exists()):
-        flags = "--overwrite to start again" if config.task in WRITES else "--resume to continue it or --overwrite to start again"
-        raise InputError(f"{output}: already holds {'a run' if former.exists() else there.name}, expected {flags}")
-    return resume_from(output, config) if resume and former.exists() else None
-
-
-def resume_from(output, config):
-    """The newest checkpoint of the run in `output`, if that run learnt as this one does; "done" if it has ended."""
-    former = output / "config.json"
-    then = flat(asdict(Config())) | flat(gemma.read_json(former))  # keys that are newer than that run had their defaults
-    now = flat(asdict(config))
-    changed = [key for key, value in now.items() if then.get(key) != value]
-    for key in changed:
-        if key.rpartition(".")[2] not in MAY_CHANGE:
-            raise InputError(f"--resume: {key} is {now[key]!r}, expected {then.get(key)!r} as in {former}")
-    if (output / "model").exists() and not {"training_config.max_steps", "training_config.num_train_epochs"} & set(changed):
-        return "done"
-    checkpoint = next(reversed(checkpoints(output)), None)
-    if (output / "model").exists() and not checkpoint:
-        raise InputError(f"--resume: {output} holds a finished model but no checkpoint, expected --overwrite to start again")
-    return checkpoint
-
-
-def flat(section, prefix=""):
-    """{"a.b": value} of nested dicts."""
-    pairs = ((f"{prefix}{key}", value) for key, value in section.items())
-    return {k: v for key, value in pairs for k, v in (flat(value, f"{key}.") if isinstance(value, dict) else {key: value}).items()}
-
-
-def start_output(config, checkpoint=None):
-    """Remove what a former run wrote, as far as this one will write it again. The first thing that a run changes on disk."""
-    output = Path(config.training_config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if checkpoint:  # what was logged after the checkpoint will be logged again, and the model is no longer the last one
-        gemma.remove_tree(output / "model")
-        step = int(checkpoint.name[5:])
-        for name in ("metrics.jsonl", "eval_samples.jsonl"):
-            data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
-    else:
-        for name in WRITES.get(config.task, WRITES["training"]):
-            gemma.remove_tree(output / name)
-    write_json(output / "config.json", asdict(config))
-
-
-def whole_rows(path):
-    """The rows of a JSONL file that a killed run may have left with half a line at its end."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-    try:
-        return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path}: a line is not an object with a step, expected what a run wrote") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def make_optimizer(model, training):
-    """The optimiser with its state in place from the start, so that saving and loading need no special case."""
-    kinds = {"rmsprop": (torch.optim.RMSprop, ("square_avg",)), "adamw": (torch.optim.AdamW, ("exp_avg", "exp_avg_sq"))}
-    cls, moments = kinds[training.optim]
-    optimizer = cls(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(parameter) for key in moments}}
-    return optimizer
-
-
-def learning_rate(step, steps, training):
-    """The learning rate of optimiser step `step` (from 0) of `steps`: a linear warm-up, then the schedule down to 0."""
-    if step < training.warmup_steps:
-        return training.learning_rate * step / training.warmup_steps
-    done = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[training.lr_scheduler_type]
-    return training.learning_rate * factor
-
-
-class DataOrder:
-    """Which example comes when: epoch after epoch without a gap, dialogues shuffled, the turns of each kept together."""
-
-    def __init__(self, records, seed):
-        self.dialogues, self.count, self.seed, self.epochs = data.dialogues(records), len(records), seed, {}
-
-    def __getitem__(self, position):
-        epoch, index = divmod(position, self.count)
-        if epoch not in self.epochs:
-            shuffled = random.Random(f"{self.seed}/epoch/{epoch}").sample(self.dialogues, len(self.dialogues))
-            self.epochs = {epoch: [i for dialogue in shuffled for i in dialogue]}
-        return self.epochs[epoch][index]
-
-
-def preference_step(policy, reference, template, pairs, weight, training, device):
-    """Forward and backward of one micro-batch of preference pairs. Returns sums over its pairs, for the log."""
-    sequences = [sequence_of(pair, messages, template, training) for pair in pairs for messages in (pair.chosen, pair.rejected)]
-    scored = Scored(sequences, device)
-    with torch.no_grad():
-        reference_logps = scored.logps(reference)
-    logps = scored.logps(policy)
-    (chosen, rejected), (reference_chosen, reference_rejected) = (x.view(-1, 2).T for x in (logps, reference_logps))
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, reference_chosen, reference_rejected, training.beta, training.label_smoothing, training.loss_type
-    )
-    losses = losses - training.rpo_alpha * chosen / scored.lengths.view(-1, 2)[:, 0].clamp(min=1)
-    (losses.sum() * weight).backward()
-    sums = {
-        "loss": losses.detach().sum(),
-        "rewards/chosen": chosen_rewards.sum(),
-        "rewards/rejected": rejected_rewards.sum(),
-        "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).float().sum(),
-        "logps/chosen": chosen.detach().sum(),
-        "logps/rejected": rejected.detach().sum(),
-    }
-    return {**dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)), "tokens": scored.used}
-
-
-def sft_step(policy, template, pairs, weight, training, device):
-    """Forward and backward of one micro-batch of gold replies: the negative log-likelihood per token, averaged over a turn's reply."""
-    scored = Scored([sequence_of(pair, pair.gold[:1], template, training) for pair in pairs], device)
-    losses = -scored.logps(policy) / scored.lengths.clamp(min=1)
-    (losses.sum() * weight).backward()
-    return {"loss": losses.sum().item(), "tokens": scored.used}
-
-
-def sequence_of(pair, messages, template, training):
-    """(prompt, reply, mask) of a pair's prompt and one side of it, cut to max_length."""
-    prompt = template.prompt(pair, training.max_prompt_length)
-    tokens, mask = template.reply(messages)
-    if training.loss_on == "all":
-        mask = [1] * len(tokens)
-    room = max(1, training.max_length - len(prompt))
-    return prompt, tokens[:room], mask[:room]
-
-
-def clip_and_step(policy, optimizer, max_grad_norm, lr):
-    """Clip, take one optimiser step, and return the gradient's norm before clipping."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm.item()
-
-
-@dataclass
-class Run:
-    """What a training run consists of."""
-
-    config: Config
-    device: torch.device
-    tokenizer: Tokenizer
-    template: Template
-    helpers: Helpers
-    records: list  # of the training turns
-    pairs: list
-    validation: list  # pairs of the validation turns
-    policy: Gemma2
-    reference: Gemma2 | None  # None in task sft
-    optimizer: torch.optim.Optimizer
-    start: int  # optimiser steps that a resumed run has behind it
-    steps: int  # and how many it shall have at its end
-    local: int  # examples of a step on this rank
-
-
-def prepare(config, device, overwrite, resume):
-    """Read, check and build all that a run needs; only then is its output directory touched. None: nothing is left to do."""
-    training, source = config.training_config, config.policy_model_config.model_path
-    tokenizer = Tokenizer(Path(source) / "tokenizer.model")
-    template, mesh = Template(tokenizer, config.data_config.prompt_format), make_mesh(device, training.dp_replicate_size)
-    checkpoint = on_main(check_output, config, resume, overwrite)
-    if checkpoint == "done":
-        return say(f"{training.output_dir}: this run is finished, nothing to resume")
-    if resume and not checkpoint:
-        say(f"{training.output_dir}: no checkpoint yet, starting from the beginning")
-    dtype, reference = getattr(torch, config.policy_model_config.dtype), None
-    if config.task != "sft":
-        reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
-    helpers = build_helpers(config, reference and (lambda: (gathered(reference), tokenizer)))
-    records, validation = load_records(config, helpers)
-    if not records:
-        raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
-    pairs = make_pairs(records, config.data_config.train_path)
-    validation = make_pairs(validation, config.data_config.validation_path) if training.do_eval else []
-    policy = build_model(checkpoint or source, mesh, dtype, training.bf16, checkpointing=training.gradient_checkpointing)
-    gemma.check_vocabulary(tokenizer, policy)
-    world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(pairs) / (local * world))
-    optimizer, start = make_optimizer(policy, training), 0
-    if checkpoint:
-        gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
-        state = gemma.read_json(checkpoint / "trainer_state.json")
-        start, former = state.get("step"), state.get("examples_per_step")
-        if former != local * world:
-            raise InputError(f"--resume: a step is of {local * world} examples on {world} processes, expected {former} as in {checkpoint}")
-        if start > steps:
-            raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
-    on_main(start_output, config, checkpoint)
-    return Run(
-        config, device, tokenizer, template, helpers, records, pairs, validation, policy, reference, optimizer, start, steps, local
-    )  # fmt: skip
-
-
-def on_policy(run, batch, step, positions):
-    """Sample on policy and contrast: the batch's new pairs, and how many had which outcome."""
-    training, helpers = run.config.training_config, run.helpers
-    heuristic, tolerance = data.HEURISTICS[run.config.data_config.heuristic], run.config.data_config.tolerance
-    before = Counter(HELPER_COUNTS)
-    respond = Sampler(
-        gathered(run.policy, training.bf16), run.template, batch, training, noise_generators(training.seed, step, positions)
-    )
-
-    def score(answer, target):
-        return heuristic(answer, target)[1]
-
-    users = user_for(batch, helpers) if training.judge == "trajectory" else None
-    batch, outcomes = together(lambda: act_pairs(batch, respond, helpers.classify_actions, users, score, tolerance, training.max_turns))
-    counts = {f"act/{outcome}": outcomes.count(outcome) for outcome in OUTCOMES}
-    if any(backend_of(getattr(run.config, role)) != "rule" for role in ROLES):
-        counts |= {f"helpers/{key}": HELPER_COUNTS[key] - before[key] for key in COUNTED}
-    return batch, counts
-
-
-def train(config, device, overwrite, resume):
-    """Tasks sft, dpo and act: the whole run, told straight through."""
-    run = prepare(config, device, overwrite, resume)
-    if not run:
-        return
-    training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
-    pairs, local, steps, micro = run.pairs, run.local, run.steps, training.per_device_train_batch_size
-    order, log, progress, done = DataOrder(run.records, training.seed), Log(config, run.start), Progress("step", steps), run.start
-    evaluated = on_main(evaluated_steps, training.output_dir)
-    sizes = f"{len(pairs)} training turns, {len(run.validation)} for validation, steps of {local * world} turns"
-    say(f"{config.task}: {sizes}, step {done} to {steps}")
-    try:
-        for step in range(run.start, steps + 1):
-            due = step in (0, steps) or (training.eval_steps and step % training.eval_steps == 0)
-            if run.validation and due and step not in evaluated:
-                log.evaluation(step, *evaluate(run.policy, run.template, run.validation, run.helpers, config))
-            if step == steps:
-                break
-            positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
-            batch, sums, began = [pairs[order[position]] for position in positions], Counter(), time.perf_counter()
-            if config.task == "act" and training.sample_frequency and (step + 1) % training.sample_frequency == 0:
-                batch, counts = on_policy(run, batch, step, positions)
-                sums.update(counts)
-            rolled = time.perf_counter()
-
-            for i in range(0, local, micro):
-                rest = run.template, batch[i : i + micro], 1 / local, training, device  # gradients are averaged over ranks
-                sums.update(preference_step(run.policy, run.reference, *rest) if run.reference else sft_step(run.policy, *rest))
-            lr = learning_rate(step, steps, training)
-            grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
-            seconds, done = {"seconds/rollout": rolled - began, "seconds/train": time.perf_counter() - rolled}, step + 1
-
-            if done % training.logging_steps == 0 or done == steps:
-                totals = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
-                means = {key: value if key in TOTALS else value / (local * world) for key, value in totals.items()}
-                log.step(done, {**means, "grad_norm": grad_norm, "learning_rate": lr, **seconds})
-                progress(done, f"loss {means['loss']:.4f}" + (f"  margin {means['rewards/margins']:.3f}" if run.reference else ""))
-            if training.save_steps and done % training.save_steps == 0 and done < steps:
-                save_checkpoint(run, done)
-    except HelperError as error:
-        if done == run.start:
-            raise
-        save_checkpoint(run, done)
-        raise HelperError(f"{error}; saved, --resume goes on from step {done}") from None
-    save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
-    log.finish()
-
-
-TOTALS = {"tokens", *(f"act/{outcome}" for outcome in OUTCOMES), *(f"helpers/{key}" for key in COUNTED)}  # logged as sums, not as means
-
-
-def evaluated_steps(folder):
-    return {row["step"] for row in whole_rows(Path(folder) / "metrics.jsonl") if "eval/Accuracy" in row}
-
-
-def write_evaluation(folder, metrics, samples):
-    if is_main():
-        write_json(Path(folder) / "eval_metrics.json", metrics)
-        data.write_jsonl(Path(folder) / "eval_samples.jsonl", samples)
-
-
-class Log:
-    """metrics.jsonl, eval_metrics.json and eval_samples.jsonl (of the first and the last evaluation), and what is shown at the end."""
-
-    def __init__(self, config, start):
-        self.folder, self.first, self.last = Path(config.training_config.output_dir), None, None
-        samples = [row for row in whole_rows(self.folder / "eval_samples.jsonl") if row["step"] == 0] if start else []
-        if samples:  # resumed: the evaluation before training is on disk
-            self.first = summarize(samples), samples
-
-    def step(self, step, metrics):
-        if is_main():
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-    def evaluation(self, step, metrics, samples):
-        self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.last = metrics, [{"step": step, **sample} for sample in samples]
-        self.first = self.first or self.last
-        write_evaluation(self.folder, metrics, self.first[1] + (self.last[1] if self.last is not self.first else []))
-
-    def finish(self):
-        if self.last and self.first is not self.last:
-            say("\n" + comparison(self.first[0], self.last[0]))
-            say(changed_conversations(self.first[1], self.last[1]))
-        say(f"\nThe model is in {self.folder / 'model'}, its metrics in {self.folder / 'metrics.jsonl'}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Other tasks, and the command line
-
-
-def evaluate_only(config, device, overwrite, _):
+def evaluate(config, overwrite=False, resume=False):
     """Task evaluate: the metrics of policy_model_config.model_path on data_config.validation_path."""
-    source = config.policy_model_config.model_path
-    on_main(check_output, config, False, overwrite)
-    mesh = make_mesh(device, config.training_config.dp_replicate_size)
+    training, source, device = config.training_config, config.policy_model_config.model_path, start_processes()
+    on_main(check_output, config, resume, overwrite)
     tokenizer = Tokenizer(Path(source) / "tokenizer.model")
-    helpers = build_helpers(config)
-    _, records = load_records(replace(config, data_config=replace(config.data_config, train_path="")), helpers)
-    pairs = make_pairs(records, config.data_config.validation_path)
-    model = build_model(source, mesh, getattr(torch, config.policy_model_config.dtype), trainable=False)
+    template, helpers = Template(tokenizer, config.data_config.prompt_format), build_helpers(config)
+    _, pairs = load_pairs(config, helpers)
+    dtype = getattr(torch, config.policy_model_config.dtype)
+    model = build_model(source, make_mesh(device, training.dp_replicate_size), dtype, trainable=False)
     gemma.check_vocabulary(tokenizer, model)
     on_main(start_output, config)
-    template = Template(tokenizer, config.data_config.prompt_format)
-    metrics, samples = evaluate(model, template, pairs, helpers, config)
-    write_evaluation(config.training_config.output_dir, metrics, samples)
+    metrics, samples = evaluate_pairs(model, template, pairs, helpers, config)
+    write_evaluation(Path(training.output_dir), metrics, samples)
     for name, value in metrics.items():
-        say(f"{name:50} {'-' if value is None else round(value, 4)}")
+        print0(f"{name:50} {'-' if value is None else round(value, 4)}")
 
 
-def generate_preference(config, _, overwrite, __):
-    """Task generate_preference: conversations in, preference records out (Algorithm 1), in output_dir."""
-    on_main(check_output, config, False, overwrite)
-    train_records, validation_records = load_records(config, build_helpers(config))
+def generate_preference(config, overwrite=False, resume=False):
+    """Task generate_preference: conversations in, files of pairs out (Algorithm 1), in output_dir."""
+    start_processes()
+    on_main(check_output, config, resume, overwrite)
+    splits = zip(("train", "validation"), load_pairs(config, build_helpers(config)), strict=True)
     on_main(start_output, config)
-    for name, records in (("train", train_records), ("validation", validation_records)):
-        if records and is_main():
-            path = Path(config.training_config.output_dir) / f"{name}.jsonl"
-            data.write_jsonl(path, records)
-            data.write_vertex_preferences(path.with_suffix(".vertex.jsonl"), records)
-            say(f"{path}: {len(records)} preference records; the same for tuning Gemini: {path.with_suffix('.vertex.jsonl')}")
+    for name, pairs in splits:
+        start = str(Path(config.training_config.output_dir) / name)
+        paths = {form: start + ending for form, ending in PAIR_FILES.items()}
+        if pairs and is_main():
+            for form, path in paths.items():
+                data.write_preferences(path, pairs, form)
+            print0(f"{len(pairs)} pairs: {paths['records']}; to tune Gemini {paths['vertex']}; for TRL {paths['trl']}")
 
 
-TASKS = {"act": train, "sft": train, "dpo": train, "evaluate": evaluate_only, "generate_preference": generate_preference}
+TASKS = {"act": train, "sft": train, "dpo": train, "evaluate": evaluate, "generate_preference": generate_preference}
+USAGE = "expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite"
 
 
 def parse_arguments(arguments):
-    """(config path, overrides, flags) of --config FILE [--task T] [--section.key value ...] [--resume | --overwrite]."""
-    path, overrides, flags, rest = None, [], set(), list(arguments)
+    """(config path, overrides, flags) of --config FILE [--task T] [--section.key VALUE ...] [--resume|--overwrite]."""
+    overrides, flags, rest = {}, set(), list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if word in ("-h", "--help"):
-            print(__doc__)
+            print(help_text())
             raise SystemExit(0)
         if not word.startswith("--"):
-            raise InputError(f"{word!r}: expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite")
+            raise InputError(f"{word!r}: {USAGE}")
         if name in ("resume", "overwrite"):
             if equals:
                 raise InputError(f"{word}: --{name} takes no value")
             flags.add(name)
             continue
-        if not equals:
-            if not rest:
-                raise InputError(f"--{name}: a value is missing")
-            value = rest.pop(0)
-        if name == "config":
-            path = value
-        else:
-            overrides.append((name, value))
+        if not equals and not rest:
+            raise InputError(f"--{name}: a value is missing")
+        overrides[name] = value if equals else rest.pop(0)
+    path = overrides.pop("config", None)
     if path is None:
         raise InputError("--config FILE is missing")
     if len(flags) == 2:
@@ -1846,18 +1743,32 @@ def parse_arguments(arguments):
     return path, overrides, flags
 
 
+def help_text():
+    """The header's commands, the tasks, the flags, and every key as the dataclasses above give it."""
+    tasks = [f"  {name:20} {task.__doc__.splitlines()[0]}" for name, task in TASKS.items()]
+    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:"]
+    lines += ["  --resume             go on from the newest checkpoint of output_dir"]
+    lines += ["  --overwrite          start again in an output_dir that holds a run"]
+    for section in fields(Config)[1:]:
+        cls = get_type_hints(Config)[section.name]
+        same = section.name in ROLES and section.name != next(iter(ROLES))  # the four helpers have the same keys
+        body = [] if same else [line.removeprefix("  ") for line in inspect.getsource(cls).splitlines()[2:]]
+        lines += ["", f"--{section.name}:", *body]
+    return "\n".join(lines)
+
+
 def main(arguments=None):
+    """Run what the command line says; returns the exit status."""
     try:
         path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(path, overrides)
-        device = start_processes()
         if "resume" in flags and TASKS[config.task] is not train:
-            raise InputError(f"--resume: task '{config.task}' has nothing to resume, expected --overwrite")
-        TASKS[config.task](config, device, "overwrite" in flags, "resume" in flags)
+            raise InputError(f"--resume: task '{config.task}' has nothing to resume")
+        TASKS[config.task](config, "overwrite" in flags, "resume" in flags)
         dist.destroy_process_group()
-    except INPUT_ERRORS as error:
+    except InputError as error:
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        if rank:  # mostly the same error on all ranks: the first one says it, and torchrun ends the others meanwhile
+        if rank:  # mostly the same error on all ranks: the first says it, and torchrun ends the others meanwhile
             time.sleep(2)
         print(f"act.py: error: {error}" + (f" (local rank {rank})" if rank else ""), file=sys.stderr, flush=True)
         return 2
@@ -1870,7 +1781,7 @@ def main(arguments=None):
             print("\nact.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
         return 130
     finally:
-        if dist.is_initialized() and dist.get_world_size() == 1:  # with more it could wait for ranks that wait for this one
+        if dist.is_initialized() and dist.get_world_size() == 1:  # with more it could wait for ranks that wait for it
             dist.destroy_process_group()
     return 0
 
@@ -1879,7 +1790,7 @@ def run_as_program():
     """main(), and the end of the process with what it returns as exit status."""
     try:
         status = main()
-    except Exception:  # nobody foresaw it: here is its traceback, and Python's own way out could wait for ranks that wait for this one
+    except Exception:  # nobody foresaw it: here is its traceback; Python's own way out could wait for other ranks
         traceback.print_exc()
         status = 1
     for thread in threading.enumerate():  # calls in flight are paid for: they end, and their answers are kept
@@ -1887,8 +1798,8 @@ def run_as_program():
             thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, destroy_process_group or not, and that aborts a
-    # process which has finished (seen with torch 2.13 and a replicated mesh, in up to one run of three).
+    # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, destroy_process_group or not, and
+    # that aborts a process which has finished (seen with torch 2.13 and a replicated mesh, in up to one run of three).
     os._exit(status)
 
 

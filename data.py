@@ -1,17 +1,20 @@
 """Conversations, preference pairs and metrics.
 
-What is here, in reading order:
-    JSON in and out      lines with an address in every error, files renamed into place
-    Vertex JSONL         `read_vertex_jsonl`: what a conversation and a turn are
-    Text format "plain"  `format_prompt`, `split_dialogue` and their like: conversation <-> text
-    Preference pairs     `ACTDataset`: every user turn becomes a record (Algorithm 1 of the paper, arXiv 2406.00222)
-    Preference files     `read_preferences`, `write_vertex_preferences`
-    Metrics              DROP F1, CoQA F1, exact match, and how often the right action was taken
-    Converters           published datasets -> Vertex JSONL
+The method, in reading order:
+    Conversations     `read_vertex_jsonl`: what a conversation and its messages are
+    Pairs             `Pair`: one user turn and the two ways of going on that the loss compares
+    Algorithm 1       `ACTDataset`: every user turn of a conversation becomes a pair (arXiv 2406.00222)
+Rooms to enter when you change what stands in them:
+    Files of pairs    records of the published code, Vertex AI's and TRL's preference lines <-> pairs
+    Metrics           DROP F1, CoQA F1, exact match, and how often the right action was taken
+    Helper roles      what a helper model is told, how its answer is read, and the rules that do without one
+    Converters        published datasets -> Vertex JSONL
+    JSON              an address in every error, files renamed into place
 
     python data.py pacific IN.json OUT.jsonl
     python data.py abg_coqa IN.json OUT.jsonl
     python data.py vertex_preferences IN.jsonl OUT.jsonl
+    python data.py trl_preferences IN.jsonl OUT.jsonl
 """
 
 import argparse
@@ -24,284 +27,249 @@ import string
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-CLARIFY = "CLARIFY"
-ANSWER = "ANSWER"
-ACTIONS = (CLARIFY, ANSWER)
+CLARIFY, ANSWER = "CLARIFY", "ANSWER"  # the two actions of the paper: ask a clarifying question, or answer
+OTHER = {CLARIFY: ANSWER, ANSWER: CLARIFY}
 INSTRUCTION = "Answer the user's question, or ask a clarifying question if it is ambiguous."
-RECORD_KEYS = ("input_text", "output_text", "dialogue_policy", "gold_target", "gold_trajectory",
-               "chosen_policy", "rejected_policy", "chosen", "rejected")
 
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that says where, what was found and what was expected."""
 
 
-# --- JSON in and out -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversations
 
-KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object",
-         type(None): "null"}
-
-
-def expect(value, where, *types):
-    """`value` itself if it is of one of these JSON types, else an InputError that begins with its address `where`."""
-    if type(value) not in types:
-        wanted = " or ".join(dict.fromkeys(KINDS[t] for t in types))
-        raise InputError(f"{where} is {KINDS.get(type(value), type(value).__name__)}, expected {wanted}")
-    return value
-
-
-def field(owner, key, where, *types):
-    """`owner[key]`, checked. `where` is the owner's address: "train.jsonl:17: messages[3]", or "train.jsonl:17: " for the line."""
-    expect(owner, where.rstrip(": ") or "the file", dict)
-    address = where + key if where == "" or where.endswith(" ") else f"{where}.{key}"
-    if key not in owner:
-        raise InputError(f"{address} is missing")
-    return expect(owner[key], address, *types)
-
-
-def read_bytes(path):
-    try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def unique_keys(pairs):
-    keys = Counter(key for key, _ in pairs)
-    if len(keys) < len(pairs):
-        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} stands twice in one object")
-    return dict(pairs)
-
-
-def parse_json(raw, path, line=1):
-    """The value that the UTF-8 bytes `raw` hold, which begin at this line (from 1) of the file."""
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique_keys)
-        if "\\ud" in text.lower():  # an escape is the only way to half a character in valid UTF-8
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}), expected JSON in UTF-8") from None
-    except UnicodeEncodeError:
-        raise InputError(f"{path}:{line}: an escape \\ud800 to \\udfff without its other half, expected whole characters") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{line + error.lineno - 1}: invalid JSON at column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise InputError(f"{path}:{line}: invalid JSON: nested too deeply") from None
-    except ValueError as error:
-        raise InputError(f"{path}:{line}: invalid JSON: {str(error).partition(';')[0]}") from None
-
-
-def read_jsonl(path):
-    """Yields (line number from 1, object) for every line that is not blank.
-
-    Lines end at "\\n" alone: U+2028 and its like may stand inside a JSON string.
-    """
-    for number, raw in enumerate(read_bytes(path).split(b"\n"), start=1):
-        if raw.strip():
-            yield number, expect(parse_json(raw, path, number), f"{path}:{number}: the line", dict)
-
-
-def write_jsonl(path, rows):
-    """Writes one object a line, to a temporary file first: `path` is either the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path):
-    """The JSON object that a file holds. Raises InputError when it is not there, not JSON or not an object."""
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def write_json(path, value):
-    """Write beside the target and rename, so that a reader never sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-# --- Vertex JSONL ----------------------------------------------------------------------------------------------------
 
 def read_vertex_jsonl(path):
-    """Reads either of Vertex's two forms of conversation, one a line.
+    """Reads either of Vertex AI's two forms of conversation, one a line. Raises InputError.
 
-    Returns a list of {"messages": [{"role": "system" | "user" | "model", "content": str}, ...]}; system only comes first,
-    and a user message has "requires_clarification": bool where the file says so. Texts are left as they are.
+    Returns a list of {"messages": [{"role": "system" | "user" | "model", "content": str}], "where": "train.jsonl:17"}.
+    System only comes first; a user message has "requires_clarification": bool, the gold action of the reply, where the
+    file says so. Texts are left as they are.
     """
-    conversations = [parse_conversation(row, f"{path}:{number}: ") for number, row in read_jsonl(path)]
+    conversations = [parse_conversation(row, f"{path}:{number}") for number, row in read_jsonl(path)]
     if not conversations:
         raise InputError(f"{path}: holds no conversation, expected at least one line of JSON")
     return conversations
 
 
 def parse_conversation(row, where):
-    """One line of either form -> {"messages": [...]}. `where` begins every error, e.g. "train.jsonl:17: "."""
+    """One line of either form. `where` is its address, "train.jsonl:17", with which every error begins."""
     forms = [key for key in ("messages", "contents") if key in row]
     if len(forms) != 1:
-        hint = " (a preference file? then set training_config.is_preference)" if "completions" in row or "input_text" in row else ""
-        raise InputError(f"{where}has {' and '.join(forms) or 'neither messages nor contents'}, expected either messages or contents{hint}")
-    form = forms[0]
-    system = [key for key in ("systemInstruction", "system_instruction") if key in row]
-    if len(system) > 1:
-        raise InputError(f"{where}has systemInstruction and system_instruction, expected one of them")
-    messages = [{"role": "system", "content": parts_text(row[key], where + key)} for key in system]
-    for i, turn in enumerate(field(row, form, where, list)):
-        messages.append(parse_turn(turn, f"{where}{form}[{i}]", form, system_allowed=form == "messages" and i == 0 and not system))
+        found = " and ".join(forms) or "neither messages nor contents"
+        is_pair = any(key in row for key in ("completions", "input_text", "chosen"))
+        hint = " (a file of pairs? then set training_config.is_preference)" if is_pair else ""
+        raise InputError(f"{where}: has {found}, expected either messages or contents{hint}")
+    [form] = forms
+    systems = [key for key in ("systemInstruction", "system_instruction") if key in row]
+    if len(systems) > 1:
+        raise InputError(f"{where}: has {' and '.join(systems)}, expected one of them")
+    messages = [{"role": "system", "content": parts_text(row[key], f"{where}: {key}")} for key in systems]
+    for i, turn in enumerate(require(row, form, f"{where}: ", list)):
+        system_allowed = form == "messages" and i == 0 and not systems
+        messages.append(parse_turn(turn, f"{where}: {form}[{i}]", form, system_allowed))
     if all(message["role"] != "user" for message in messages):
-        raise InputError(f"{where}{form} has no user turn, expected at least one")
-    return {"messages": messages}
+        raise InputError(f"{where}: {form} has no user turn, expected at least one")
+    return {"messages": messages, "where": where}
 
 
-def parse_turn(turn, where, form, system_allowed):
-    role = field(turn, "role", where, str)
+def parse_turn(turn, where, form, system_allowed=False):
+    """One message of either form -> {"role", "content"} and perhaps "requires_clarification"."""
+    role = require(turn, "role", where, str)
     role = "model" if role == "assistant" else role
     if role not in ("user", "model") and not (role == "system" and system_allowed):
-        found = f"{where} has role {role!r}"
-        raise InputError(f"{found}, expected 'user' or 'model'{' (system only comes first)' if role == 'system' else ''}")
-    text = field(turn, "content", where, str) if form == "messages" else parts_text(turn, where)
+        only_first = " (system only comes first)" if role == "system" else ""
+        raise InputError(f"{where} has role {role!r}, expected 'user' or 'model'{only_first}")
+    text = require(turn, "content", where, str) if form == "messages" else parts_text(turn, where)
     if role == "user" and not text.strip():
         raise InputError(f"{where} is a user turn without text")
     message = {"role": role, "content": text}
     if "requires_clarification" in turn:
         if role != "user":
             raise InputError(f"{where} has requires_clarification and role {role!r}, expected it on user turns only")
-        message["requires_clarification"] = field(turn, "requires_clarification", where, bool)
+        message["requires_clarification"] = require(turn, "requires_clarification", where, bool)
     return message
 
 
 def parts_text(content, where):
     """The text of {"parts": [{"text": ...}, ...]}, joined without a separator, as Vertex does."""
     texts = []
-    for i, part in enumerate(field(content, "parts", where, list)):
+    for i, part in enumerate(require(content, "parts", where, list)):
         other = sorted(set(expect(part, f"{where}.parts[{i}]", dict)) - {"text"})
         if other:
             raise InputError(f"{where}.parts[{i}] has {other[0]!r}, expected 'text' alone (only text is supported)")
-        texts.append(field(part, "text", f"{where}.parts[{i}]", str))
+        texts.append(require(part, "text", f"{where}.parts[{i}]", str))
     return "".join(texts)
 
 
-# --- Text format "plain" ---------------------------------------------------------------------------------------------
-
-SPEAKERS = {"user": "User", "model": "Assistant"}
-ROLES = {name: role for role, name in SPEAKERS.items()}
-SPEAKER_LINE = re.compile(r"(User|Assistant):(?: |$)(.*)", re.DOTALL)
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs
 
 
-def fold(text):
-    """The text on one line: line breaks become one space, so that it can be told from the "User: " lines around it."""
-    return " ".join(filter(None, (part.strip() for part in re.split("[\r\n]", text))))
+@dataclass
+class Pair:
+    """One user turn and two ways of going on. A message is (role, text), role "user" or "model".
 
-
-def format_reply(messages):
-    """[(role, text), ...] with role "user" or "model" -> "Assistant: text\\nUser: text\\n...", each message on one line."""
-    return "".join(f"{SPEAKERS[role]}: {fold(text)}\n" for role, text in messages)
-
-
-def format_prompt(context, messages):
-    """The whole input_text: instruction, context (which keeps its lines) and conversation."""
-    return f"{INSTRUCTION}\n[context]\n{context}\n[conversation]\n{format_reply(messages)}"
-
-
-def split_reply(text):
-    """The inverse of `format_reply`. Text before any prefix is the model's; a line without prefix continues the message."""
-    messages = []
-    for line in text.split("\n"):
-        start = SPEAKER_LINE.match(line)
-        if start:
-            messages.append((ROLES[start[1]], start[2].strip()))
-        elif line.strip():
-            role, before = messages.pop() if messages else ("model", "")
-            messages.append((role, f"{before} {line.strip()}".strip()))
-    return messages
-
-
-def split_dialogue(text):
-    """The inverse of `format_prompt`: (instruction, context, [(role, text), ...]).
-
-    The context lies between the first line "[context]" and the last line "[conversation]", whatever else it holds; the
-    instruction is all that comes before, so the published research code's texts (with "[data]" too) can be split as well.
+    Texts are what the file says, line breaks included, from here to the tokens and to every file.
     """
-    lines = text.split("\n")
-    if "[conversation]" not in lines:
-        raise InputError("input_text has no line '[conversation]'")
-    conversation = len(lines) - 1 - lines[::-1].index("[conversation]")
-    context = lines.index("[context]") if "[context]" in lines[:conversation] else conversation
-    rest = "\n".join(lines[conversation + 1:])
-    if rest.strip() and not SPEAKER_LINE.match(rest.lstrip()):
-        raise InputError("input_text goes on after '[conversation]' with neither 'User: ' nor 'Assistant: '")
-    return "\n".join(lines[:context]), "\n".join(lines[context + 1:conversation]), split_reply(rest)
+
+    context: str  # what the system message says: paragraphs, tables
+    history: list  # messages up to and including the user turn; with the context, the paper's prompt p
+    action: str  # a: the gold action
+    chosen: list  # y_w: messages of the winning trajectory
+    rejected: list  # y_l: messages of the losing one
+    gold: list  # messages of the gold trajectory
+    target: str  # g: the gold final answer
+    instruction: str = INSTRUCTION  # stands before the context in prompt format "plain"
+    where: str = ""  # the line it comes from
+    cut: bool = False  # `rejected` breaks off where the policy ran out of tokens
 
 
-def first_reply(text):
-    """The first thing that the assistant says in a reply's text; "" where it says nothing."""
-    return next((message for role, message in split_reply(text) if role == "model"), "")
+def dialogues(pairs):
+    """Index lists of consecutive pairs of one dialogue: each history goes on where the one before it stopped."""
+    groups = []
+    for i, pair in enumerate(pairs):
+        before = pairs[i - 1] if i else None
+        if before and pair.context == before.context and pair.history[: len(before.history)] == before.history:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
-# --- Preference pairs (Algorithm 1) ----------------------------------------------------------------------------------
-
-FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
-ASKING = "Assistant (asks a clarifying question):"
-QUESTION_END = re.compile("[?？؟][\\s\"'”’»)\\]}*_」』]*\\Z")
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
 
 
-def is_question(text):
-    """The rule for a reply's action: does its last sentence end in a question mark (quotes and brackets may follow)?"""
-    return QUESTION_END.search(text.rstrip()[-40:]) is not None
+class ACTDataset:
+    """The paper's Algorithm 1: a Pair for every user turn, from the conversations of `read_vertex_jsonl`.
 
+    dataset            conversations; with is_preference the finished pairs of `read_preferences`, only balanced here
+    target_label       CLARIFY: the action that the preference model shows where answering is right
+    icl_examples       how many examples of such questions the preference model sees (at least one)
+    preference_model   [(Pair, examples: [Pair])] -> [question]; None: the data's own questions (`rule_questions`)
+    class_balance      None, or e.g. {"CLARIFY": 2, "ANSWER": 1}: multiples to draw of each action's pairs
+    action_model       [reply] -> [action], for turns without requires_clarification; None: `rule_actions`
 
-def rule_actions(replies):
-    return [CLARIFY if is_question(reply) else ANSWER for reply in replies]
-
-
-def rule_preferences(requests):
-    """A clarifying question for each request without any model: that of its first shot."""
-    return [first_reply(r["shots"][0]["chosen"]) if r["shots"] else FALLBACK_QUESTION for r in requests]
-
-
-def label_actions(conversations, classify_actions):
-    """Gives every user turn that has a reply and no label the action of that reply; returns how many.
-
-    classify_actions: a list of reply texts -> a list of "CLARIFY" or "ANSWER", called once. Changes `conversations`.
+    After `prepare_datasets`: `skipped`, the addresses of turns without an answer in the data; `labelled`, how many
+    turns got their action from action_model. Raises InputError for options out of range.
     """
-    turns, replies = [], []
-    for conversation in conversations:
-        messages = conversation["messages"]
-        for turn, reply in zip(messages, messages[1:], strict=False):
-            if turn["role"] == "user" and reply["role"] == "model" and "requires_clarification" not in turn:
-                turns.append(turn)
-                replies.append(reply["content"])
-    actions = classify_actions(replies) if replies else []
-    assert len(actions) == len(turns) and set(actions) <= set(ACTIONS), f"{len(actions)} actions for {len(turns)} replies: {set(actions)}"
-    for turn, action in zip(turns, actions, strict=True):
-        turn["requires_clarification"] = action == CLARIFY
-    return len(turns)
+
+    def __init__(self, dataset, target_label, icl_examples, preference_model=None, class_balance=None,
+                 is_preference=False, action_model=None, seed=0):  # fmt: skip
+        if target_label != CLARIFY:
+            raise InputError(f"target_label is {target_label!r}, expected {CLARIFY!r}")
+        if type(icl_examples) is not int or icl_examples < 0:
+            raise InputError(f"icl_examples is {icl_examples!r}, expected a whole number from 0")
+        for action, multiple in expect(class_balance or {}, "class_balance", dict).items():
+            if action not in OTHER:
+                raise InputError(f"class_balance names {action!r}, expected {CLARIFY!r} or {ANSWER!r}")
+            if type(multiple) not in (int, float) or not math.isfinite(multiple) or multiple < 0:
+                raise InputError(f"class_balance[{action!r}] is {multiple!r}, expected a number from 0")
+        self.dataset, self.is_preference, self.seed = dataset, is_preference, seed
+        self.icl_examples, self.class_balance = max(1, icl_examples), class_balance or {}
+        self.preference_model = preference_model or rule_questions
+        self.action_model = action_model or rule_actions
+        self.skipped, self.labelled = [], 0
+
+    def prepare_datasets(self):
+        """The pairs, in the order of the data; the turns of a dialogue stay together."""
+        if self.is_preference:
+            return self.balance(self.dataset)
+        pairs, owners = [], []
+        self.skipped = []
+        for owner, messages in enumerate(self.labelled_messages()):
+            new = turn_pairs(messages, self.dataset[owner].get("where", f"conversation {owner + 1}"), self.skipped)
+            pairs += new
+            owners += [owner] * len(new)
+        self.reject_questions(pairs, owners)
+        return self.balance(pairs)
+
+    def labelled_messages(self):
+        """The messages of each conversation, every user turn that has a reply labelled with that reply's action."""
+        conversations = [[dict(message) for message in row["messages"]] for row in self.dataset]
+        turns, replies = [], []
+        for messages in conversations:
+            for turn, reply in zip(messages, messages[1:], strict=False):
+                if turn["role"] == "user" and reply["role"] == "model" and "requires_clarification" not in turn:
+                    turns.append(turn)
+                    replies.append(reply["content"])
+        actions = self.action_model(replies) if replies else []
+        assert len(actions) == len(turns) and set(actions) <= set(OTHER), f"{len(turns)} replies, actions {actions}"
+        for turn, action in zip(turns, actions, strict=True):
+            turn["requires_clarification"] = action == CLARIFY
+        self.labelled = len(turns)
+        return conversations
+
+    def reject_questions(self, pairs, owners):
+        """Where answering is right, a clarifying question becomes `rejected`. owners[i]: pairs[i]'s conversation."""
+        pool = [i for i, pair in enumerate(pairs) if pair.action == CLARIFY]
+        pool_owners = [owners[i] for i in pool]  # ascending: a conversation's examples are one range of the pool
+        requests = []
+        for i, pair in enumerate(pairs):
+            if pair.action == ANSWER:
+                own = bisect_left(pool_owners, owners[i]), bisect_right(pool_owners, owners[i])
+                drawn = self.draw_examples(len(pool), *own, random.Random(f"{self.seed}/{i}"))
+                requests.append((pair, [pairs[pool[k]] for k in drawn]))
+        questions = self.preference_model(requests) if requests else []
+        assert len(questions) == len(requests), f"{len(questions)} questions for {len(requests)} requests"
+        for (pair, _), question, rule in zip(requests, questions, rule_questions(requests), strict=True):
+            options = (first_reply(question or ""), rule, FALLBACK_QUESTION)  # two equal sides would teach nothing
+            asked = next(text for text in options if text.strip() and text != pair.chosen[0][1])
+            pair.rejected = [("model", asked)]
+
+    def draw_examples(self, size, start, stop, rng):
+        """Positions in a pool of `size`, without replacement; those from start to stop only where others run out."""
+        own = stop - start
+        count = min(self.icl_examples, size - own)
+        drawn = [k if k < start else k + own for k in rng.sample(range(size - own), count)]
+        return drawn + rng.sample(range(start, stop), min(self.icl_examples - count, own))
+
+    def balance(self, pairs):
+        """Draws round(multiple * count) pairs of each action in class_balance, with replacement; the order stays."""
+        if not self.class_balance:
+            return list(pairs)
+        kept = [i for i, pair in enumerate(pairs) if pair.action not in self.class_balance]
+        for action, multiple in self.class_balance.items():
+            indices = [i for i, pair in enumerate(pairs) if pair.action == action]
+            rng = random.Random(f"{self.seed}/class_balance/{action}")
+            kept += rng.choices(indices, k=round(multiple * len(indices))) if indices else []
+        return [pairs[i] for i in sorted(kept)]
+
+
+def turn_pairs(messages, where, skipped):
+    """A Pair for every user turn that the data answer in the end; of the others the address is added to `skipped`.
+
+    The `rejected` of an ANSWER turn is left empty: a preference model writes it.
+    """
+    context = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    messages = [message for message in messages if message["role"] != "system"]
+    said = [(message["role"], message["content"]) for message in messages]
+    pairs = []
+    for i, message in enumerate(messages):
+        if message["role"] != "user":
+            continue
+        end = answer_index(messages, i)
+        if end is None:
+            skipped.append(f"{where}: message {i + 1}")
+            continue
+        action = CLARIFY if message["requires_clarification"] else ANSWER
+        gold = said[i + 1 : end + 1]  # a question, the user's reply, perhaps more of both, the answer; or the answer
+        rejected = gold[-1:] if action == CLARIFY else []  # answering at once
+        pairs.append(Pair(context, said[: i + 1], action, gold, rejected, gold, gold[-1][1], where=where))
+    return pairs
 
 
 def answer_index(messages, i):
-    """Where the gold trajectory of the user turn `i` ends: its first reply that answers. None where the data stop before."""
+    """Where the gold trajectory of the user turn `i` ends: its first reply that answers. None where the data stop."""
     while i + 1 < len(messages) and messages[i]["role"] == "user" and messages[i + 1]["role"] == "model":
         if not messages[i + 1]["content"].strip():
             return None
@@ -311,251 +279,226 @@ def answer_index(messages, i):
     return None
 
 
-def make_record(prompt, actions, chosen, rejected, target):
-    """A preference record. actions: (chosen, rejected); target: the text that a good trajectory ends in."""
-    return {"input_text": prompt, "output_text": chosen, "dialogue_policy": actions[0], "gold_target": target,
-            "gold_trajectory": prompt + chosen, "chosen_policy": actions[0], "rejected_policy": actions[1],
-            "chosen": chosen, "rejected": rejected}
+def random_actions(pairs, seed):
+    """A coin's action for each turn: where it is not the gold one, the two sides change places (an ablation)."""
+    coins = [random.Random(f"{seed}/random_actions/{i}").random() < 0.5 for i in range(len(pairs))]
+    return [
+        replace(pair, action=OTHER[pair.action], chosen=pair.rejected, rejected=pair.chosen) if coin else pair
+        for pair, coin in zip(pairs, coins, strict=True)
+    ]
 
 
-def turn_records(conversation):
-    """(records, skipped) of one labelled conversation: a record for every user turn that the data answer in the end.
+def get_datasets_from_config(config, preference_model=None, action_model=None, report=print):
+    """(training pairs, validation pairs); [] for a path that is not set. report: called with each line worth saying.
 
-    The `rejected` of an ANSWER turn is left empty: a preference model writes it.
+    Only the training pairs are balanced (`class_balance`) and take their actions from elsewhere (`action_labels`).
+    A losing question is asked for only where it is used: in training on pairs, and in files of pairs.
     """
-    messages, context = conversation["messages"], ""
-    if messages[0]["role"] == "system":
-        context, messages = messages[0]["content"], messages[1:]
-    said = [(message["role"], message["content"]) for message in messages]
-    records, skipped = [], 0
-    for i, message in enumerate(messages):
-        if message["role"] != "user":
-            continue
-        end = answer_index(messages, i)
-        if end is None:
-            skipped += 1
-            continue
-        prompt = format_prompt(context, said[:i + 1])
-        trajectory, answer = format_reply(said[i + 1:end + 1]), format_reply(said[end:end + 1])
-        if message["requires_clarification"]:
-            records.append(make_record(prompt, (CLARIFY, ANSWER), trajectory, answer, answer))
-        else:
-            records.append(make_record(prompt, (ANSWER, CLARIFY), trajectory, "", answer))
-    return records, skipped
+    training, files = config.training_config, config.data_config
+    written = config.task == "generate_preference"
 
-
-class ACTDataset:
-    """Preference records, one for every user turn, from the conversations of `read_vertex_jsonl` (Algorithm 1).
-
-    dataset            conversations; with is_preference the finished records, which are only checked and balanced
-    target_label       "CLARIFY": the action that the preference model shows where answering is right
-    icl_examples       how many examples of such questions the preference model sees (at least one)
-    preference_model   list of requests -> list of questions; a request is {"record", "shots": [records], "prompt": str}.
-                       None: the data's own questions (`rule_preferences`)
-    class_balance      None, or {"CLARIFY": 2, "ANSWER": 1}: multiples to draw of each action's records
-    action_model       list of replies -> list of actions, for turns without requires_clarification. None: `rule_actions`
-
-    After `prepare_datasets`: `skipped` turns had no answer in the data, `labelled` turns got their action from action_model.
-    """
-
-    def __init__(self, dataset, target_label, icl_examples, preference_model=None, class_balance=None,
-                 is_preference=False, action_model=None, seed=0):
-        if target_label != CLARIFY:
-            raise InputError(f"target_label is {target_label!r}, expected {CLARIFY!r}")
-        if type(icl_examples) is not int or icl_examples < 0:
-            raise InputError(f"icl_examples is {icl_examples!r}, expected a whole number from 0")
-        for action, multiple in expect(class_balance or {}, "class_balance", dict).items():
-            if action not in ACTIONS:
-                raise InputError(f"class_balance names {action!r}, expected {CLARIFY!r} or {ANSWER!r}")
-            if type(multiple) not in (int, float) or not math.isfinite(multiple) or multiple < 0:
-                raise InputError(f"class_balance[{action!r}] is {multiple!r}, expected a number from 0")
-        self.dataset, self.is_preference, self.seed = dataset, is_preference, seed
-        self.target_label, self.icl_examples, self.class_balance = target_label, max(1, icl_examples), class_balance or {}
-        self.preference_model, self.action_model = preference_model or rule_preferences, action_model or rule_actions
-        self.skipped = self.labelled = 0
-
-    def prepare_datasets(self):
-        """The records, in the order of the data; the turns of a dialogue stay together."""
-        if self.is_preference:
-            return self.balance([check_record(record, f"record {i}: ") for i, record in enumerate(self.dataset)])
-        conversations = [{"messages": [dict(message) for message in row["messages"]]} for row in self.dataset]
-        self.labelled = label_actions(conversations, self.action_model)
-        self.skipped = 0
-        records, owners = [], []
-        for owner, conversation in enumerate(conversations):
-            made, skipped = turn_records(conversation)
-            records += made
-            owners += [owner] * len(made)
-            self.skipped += skipped
-        self.reject_questions(records, owners)
-        return self.balance(records)
-
-    def reject_questions(self, records, owners):
-        """Where answering is right, a clarifying question becomes `rejected`. owners[i]: the conversation of records[i]."""
-        pool = [i for i, record in enumerate(records) if record["dialogue_policy"] == self.target_label]
-        pool_owners = [owners[i] for i in pool]  # ascending, so a conversation's examples are one range of the pool
-        requests = []
-        for i, record in enumerate(records):
-            if record["dialogue_policy"] != self.target_label:
-                own = bisect_left(pool_owners, owners[i]), bisect_right(pool_owners, owners[i])
-                shots = [records[pool[k]] for k in self.draw_shots(len(pool), *own, random.Random(f"{self.seed}/{i}"))]
-                shown = [f"{shot['input_text']}{ASKING} {first_reply(shot['chosen'])}\n\n" for shot in shots]
-                requests.append({"record": record, "shots": shots, "prompt": "".join(shown) + record["input_text"] + ASKING})
-        questions = self.preference_model(requests) if requests else []
-        assert len(questions) == len(requests), f"the preference model wrote {len(questions)} texts for {len(requests)} requests"
-        for request, question, rule in zip(requests, questions, rule_preferences(requests), strict=True):
-            chosen = first_reply(request["record"]["chosen"])  # a pair of equal texts would teach nothing
-            asked = next(text for text in (first_reply(question), rule, FALLBACK_QUESTION) if text and text != chosen)
-            request["record"]["rejected"] = format_reply([("model", asked)])
-
-    def draw_shots(self, size, start, stop, rng):
-        """Positions in a pool of `size`, drawn without replacement; those from start to stop only where the others run out."""
-        own = stop - start
-        count = min(self.icl_examples, size - own)
-        shots = [k if k < start else k + own for k in rng.sample(range(size - own), count)]
-        return shots + rng.sample(range(start, stop), min(self.icl_examples - count, own))
-
-    def balance(self, records):
-        """Draws round(multiple * count) records of each action named in class_balance, with replacement; the order stays."""
-        if not self.class_balance:
-            return records
-        kept = [i for i, record in enumerate(records) if record["dialogue_policy"] not in self.class_balance]
-        for action, multiple in self.class_balance.items():
-            indices = [i for i, record in enumerate(records) if record["dialogue_policy"] == action]
-            rng = random.Random(f"{self.seed}/class_balance/{action}")
-            kept += rng.choices(indices, k=round(multiple * len(indices))) if indices else []
-        return [dict(records[i]) for i in sorted(kept)]
-
-
-ACTION_LABELS = ("gold", "classifier", "random")
-
-
-def random_actions(records, seed):
-    """The records with a coin's action for each turn: where it is not the gold one, the two sides change places (the paper's ablation)."""
-    swap = {"dialogue_policy": "rejected_policy", "chosen_policy": "rejected_policy", "rejected_policy": "chosen_policy",
-            "chosen": "rejected", "rejected": "chosen"}
-    coins = [random.Random(f"{seed}/random_actions/{i}").random() < 0.5 for i in range(len(records))]
-    return [{**record, **{key: record[other] for key, other in swap.items()}} if coin else record
-            for record, coin in zip(records, coins, strict=True)]
-
-
-def get_datasets_from_config(config, preference_model=None, action_model=None):
-    """(training records, validation records); [] for a path that is not set.
-
-    Only the training records are balanced (`class_balance`) and take their actions from elsewhere (`action_labels`).
-    """
-    training = config.training_config
-
-    def load(path, class_balance, action_labels):
+    def load(path, preference_model, class_balance=None, action_labels="gold"):
         if not path:
             return []
-        rows = read_preferences(path) if training.is_preference else read_vertex_jsonl(path)
+        rows = read_preferences(path, report) if training.is_preference else read_vertex_jsonl(path)
         if action_labels == "classifier":
             for message in (message for row in rows for message in row["messages"]):
                 message.pop("requires_clarification", None)
-        dataset = ACTDataset(rows, training.target_label, training.icl_examples, preference_model, class_balance,
-                             training.is_preference, action_model, training.seed)
-        records = dataset.prepare_datasets()
-        if dataset.skipped and os.environ.get("RANK", "0") == "0":  # said once, not by every process
-            print(f"{path}: {dataset.skipped} user turns without an answer in the data were skipped", flush=True)
-        return random_actions(records, training.seed) if action_labels == "random" else records
+        dataset = ACTDataset(rows, CLARIFY, training.icl_examples, preference_model, class_balance,
+                             training.is_preference, action_model, training.seed)  # fmt: skip
+        pairs = dataset.prepare_datasets()
+        if dataset.labelled:
+            report(f"{path}: the action classifier labelled {dataset.labelled} turns")
+        if dataset.skipped:
+            report(f"{path}: {len(dataset.skipped)} user turns have no answer in the data and were skipped: "
+                   f"{', '.join(dataset.skipped[:3])}{', ...' if len(dataset.skipped) > 3 else ''}")  # fmt: skip
+        return random_actions(pairs, training.seed) if action_labels == "random" else pairs
 
-    train = load(config.data_config.train_path, training.class_balance, training.action_labels)
-    return train, load(config.data_config.validation_path, None, "gold")
-
-
-def dialogues(records):
-    """Index lists of consecutive records of one dialogue: each input_text goes on where the one before it stopped."""
-    groups = []
-    for i, record in enumerate(records):
-        if groups and record["input_text"].startswith(records[i - 1]["input_text"]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
+    asks = preference_model if written or config.task in ("act", "dpo") else None
+    path = "" if config.task == "evaluate" else files.train_path
+    train = load(path, asks, training.class_balance, training.action_labels)
+    return train, load(files.validation_path, preference_model if written else None)
 
 
-# --- Preference files ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of pairs
+# Texts and JSON lines that hold a pair: made when a file is written, taken apart when one is read, nowhere else.
 
-def check_record(record, where):
-    """The record itself, if it has every key with a text, known actions, and an input_text that can be split."""
-    expect(record, where.rstrip(": "), dict)
-    for key in RECORD_KEYS:
-        field(record, key, where, str)
-        if key.endswith("_policy") and record[key] not in ACTIONS:
-            raise InputError(f"{where}{key} is {record[key]!r}, expected {CLARIFY!r} or {ANSWER!r}")
-    try:
-        split_dialogue(record["input_text"])
-    except InputError as error:
-        raise InputError(f"{where}{error}") from None
-    return record
+RECORD_KEYS = ("input_text", "output_text", "dialogue_policy", "gold_target", "gold_trajectory",
+               "chosen_policy", "rejected_policy", "chosen", "rejected")  # fmt: skip
+SPEAKERS = {"user": "User", "model": "Assistant"}
+SPEAKER_LINE = re.compile(r"^(User|Assistant): ", re.MULTILINE)
+MARKED = r"\\*(?:(?:User|Assistant): |\[conversation\]$)"  # what a line inside a message must not begin with, or be
+TO_ESCAPE, ESCAPED = (re.compile(pattern, re.MULTILINE) for pattern in (rf"^(?={MARKED})", rf"^\\(?={MARKED})"))
+UNANSWERED = "This question was not answered by the Assistant."  # the published code's stand-in for a missing answer
 
 
-NO_ANSWER_TEXT = "This question was not answered by the Assistant."  # what the published code writes for a gold answer that is missing
+def format_messages(messages):
+    """Messages -> "Assistant: text\\nUser: text\\n...". A line of a text that looks like a mark gets a backslash."""
+    return "".join(f"{SPEAKERS[role]}: {TO_ESCAPE.sub(lambda _: chr(92), text)}\n" for role, text in messages)
 
 
-def read_preferences(path):
-    """Records from a JSONL of records, or of Vertex's preference-tuning form (a line with "completions").
+def split_messages(text):
+    """The inverse of `format_messages`: a message goes on until the next line that begins with a speaker.
 
-    Records of the published research code for turns that nobody answered teach nothing; they are skipped, and that is said.
+    What stands before the first such line is the model's.
     """
-    records, skipped = [], 0
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}: "
-        record = parse_completions(row, where) if "completions" in row else check_record(row, where)
-        if record["chosen"].strip() and NO_ANSWER_TEXT not in record["gold_target"]:
-            records.append(record)
-        else:
-            skipped += 1
-    if skipped and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: {skipped} records without an answer were skipped", flush=True)
-    if not records:
-        raise InputError(f"{path}: holds no preference record, expected at least one line of JSON")
-    return records
+    before, *rest = SPEAKER_LINE.split(text)
+    messages = [("model", before)] if before.strip() else []
+    roles = {name: role for role, name in SPEAKERS.items()}
+    messages += [(roles[name], said) for name, said in zip(rest[::2], rest[1::2], strict=True)]
+    return [(role, ESCAPED.sub("", said.removesuffix("\n"))) for role, said in messages]
 
 
-def parse_completions(row, where):
-    """One line of Vertex's preference-tuning form -> a record. Actions by `is_question`, since the form has none."""
-    messages = parse_conversation({key: row[key] for key in row if key != "completions"}, where)["messages"]
-    context = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-    if messages[-1]["role"] != "user":
-        raise InputError(f"{where}the conversation ends with role {messages[-1]['role']!r}, expected 'user'")
-    replies = {}
-    for i, row_completion in enumerate(field(row, "completions", where, list)):
-        at = f"{where}completions[{i}]"
-        score = field(row_completion, "score", at, int, float)
-        turn = parse_turn(field(row_completion, "completion", at, dict), f"{at}.completion", "contents", system_allowed=False)
-        if turn["role"] != "model" or not turn["content"].strip():
-            raise InputError(f"{at}.completion has role {turn['role']!r} and text {turn['content']!r}, expected a text by 'model'")
-        if score not in (0, 1) or score in replies:
-            raise InputError(f"{at}.score is {score}, expected 1 for one completion and 0 for the other")
-        replies[score] = turn["content"]
-    if len(replies) != 2:
-        raise InputError(f"{where}completions has {len(replies)} entries, expected 2")
-    context = f"{context}\n".removeprefix(f"{INSTRUCTION}\n").removesuffix("\n")  # `vertex_preference` puts it there
-    prompt = format_prompt(context, [(message["role"], message["content"]) for message in messages])
-    chosen, rejected = format_reply([("model", replies[1])]), format_reply([("model", replies[0])])
-    actions = tuple(rule_actions([replies[1], replies[0]]))
-    target = rejected if actions == (CLARIFY, ANSWER) else chosen  # Algorithm 1 rejects answering at once
-    return make_record(prompt, actions, chosen, rejected, target)
+def first_reply(text):
+    """The first thing that the assistant says in a text of messages, without the white space around it; or ""."""
+    return next((said.strip() for role, said in split_messages(text) if role == "model"), "")
 
 
-def vertex_preference(record):
-    """A record in Vertex's preference-tuning form. Of a trajectory only its first reply remains: a tuned model writes one turn."""
-    instruction, context, messages = split_dialogue(record["input_text"])
-    scored = [(1, first_reply(record["chosen"])), (0, first_reply(record["rejected"]))]
+def make_record(pair):
+    """A record of the published research code: what it calls a preference example, all of it text."""
+    prompt = f"{pair.instruction}\n[context]\n{pair.context}\n[conversation]\n{format_messages(pair.history)}"
+    gold = format_messages(pair.gold)
+    return {"input_text": prompt, "output_text": gold, "dialogue_policy": pair.action,
+            "gold_target": format_messages([("model", pair.target)]), "gold_trajectory": prompt + gold,
+            "chosen_policy": pair.action, "rejected_policy": OTHER[pair.action],
+            "chosen": format_messages(pair.chosen), "rejected": format_messages(pair.rejected)}  # fmt: skip
+
+
+def parse_record(row, where):
+    """The inverse of `make_record`, for files of the published code too. Raises InputError.
+
+    Their input_text may hold "[data]" lines, which are the context's. Of clarifying turns it also holds the gold
+    answer, as the published code wrote it: such a file trains a model that has seen what it is asked for.
+    """
+    for key in RECORD_KEYS:
+        if key.endswith("_policy") and require(row, key, f"{where}: ", str) not in OTHER:
+            raise InputError(f"{where}: {key} is {row[key]!r}, expected {CLARIFY!r} or {ANSWER!r}")
+        require(row, key, f"{where}: ", str)
+    lines = row["input_text"].split("\n")
+    if "[conversation]" not in lines:
+        raise InputError(f"{where}: input_text has no line '[conversation]'")
+    last = len(lines) - 1 - lines[::-1].index("[conversation]")  # a context may hold such a line, a message does not
+    first = lines.index("[context]") if "[context]" in lines[:last] else last
+    said = "\n".join(lines[last + 1 :]).lstrip("\n")
+    if not SPEAKER_LINE.match(said) or split_messages(said)[-1][0] != "user":
+        raise InputError(f"{where}: input_text does not end with a line 'User: ' after '[conversation]'")
+    sides = [split_messages(row[key]) for key in ("chosen", "rejected", "output_text")]
+    for key, messages in zip(("chosen", "rejected", "output_text"), sides, strict=True):
+        if not messages or messages[0][0] != "model":
+            raise InputError(f"{where}: {key} does not begin with the assistant's text")
+    target = next((said for role, said in split_messages(row["gold_target"]) if role == "model"), "")
+    instruction, context = "\n".join(lines[:first]), "\n".join(lines[first + 1 : last])
+    return Pair(context, split_messages(said), row["dialogue_policy"], *sides, target, instruction, where)
+
+
+def pair_of_sides(messages, chosen, rejected, where):
+    """A Pair from a form that has no actions: `rule_actions` of the first replies. Its gold trajectory is `chosen`."""
+    context = messages.pop(0)[1] if messages[0][0] == "system" else ""
+    if messages[-1][0] != "user":
+        raise InputError(f"{where}: the conversation ends with role {messages[-1][0]!r}, expected 'user'")
+    context = "" if context == INSTRUCTION else context.removeprefix(f"{INSTRUCTION}\n")  # where we wrote the file
+    actions = rule_actions([chosen[0][1], rejected[0][1]])
+    trajectory = chosen
+    if actions == [CLARIFY, ANSWER] and len(chosen) == 1:  # Vertex's form has room for one reply
+        trajectory = rejected  # Algorithm 1 rejects answering at once: that answer is the target
+    return Pair(context, messages, actions[0], chosen, rejected, chosen, trajectory[-1][1], where=where)
+
+
+def vertex_preference(pair):
+    """Vertex AI's preference-tuning form. Of a trajectory only its first reply fits: a tuned model writes one turn."""
+
+    def turn(role, text):
+        return {"role": role, "parts": [{"text": text}]}
+
+    system = f"{pair.instruction}\n{pair.context}" if pair.context else pair.instruction
+    scored = [(1, pair.chosen[0][1]), (0, pair.rejected[0][1])]
     return {
-        "systemInstruction": {"parts": [{"text": f"{instruction}\n{context}" if context else instruction}]},
-        "contents": [{"role": role, "parts": [{"text": text}]} for role, text in messages],
-        "completions": [{"score": score, "completion": {"role": "model", "parts": [{"text": text}]}} for score, text in scored],
+        "systemInstruction": {"parts": [{"text": system}]},
+        "contents": [turn(role, text) for role, text in pair.history],
+        "completions": [{"score": score, "completion": turn("model", text)} for score, text in scored],
     }
 
 
-def write_vertex_preferences(path, records):
-    write_jsonl(path, map(vertex_preference, records))
+def parse_vertex_preference(row, where):
+    """The inverse of `vertex_preference`, as far as that goes."""
+    conversation = parse_conversation({key: row[key] for key in row if key != "completions"}, where)
+    sides = {}
+    for i, entry in enumerate(require(row, "completions", f"{where}: ", list)):
+        at = f"{where}: completions[{i}]"
+        score = require(entry, "score", at, int, float)
+        turn = parse_turn(require(entry, "completion", at, dict), f"{at}.completion", "contents")
+        if turn["role"] != "model" or not turn["content"].strip():
+            found = f"role {turn['role']!r} and text {turn['content']!r}"
+            raise InputError(f"{at}.completion has {found}, expected a text by 'model'")
+        if score not in (0, 1) or score in sides:
+            raise InputError(f"{at}.score is {score}, expected 1 for one completion and 0 for the other")
+        sides[score] = [("model", turn["content"])]
+    if len(sides) != 2:
+        raise InputError(f"{where}: completions has {len(sides)} entries, expected 2")
+    return pair_of_sides(messages_of(conversation["messages"]), sides[1], sides[0], where)
 
 
-# --- Metrics ---------------------------------------------------------------------------------------------------------
+def trl_preference(pair):
+    """TRL's conversational preference form; the context is the system message."""
+
+    def turns(messages):
+        return [{"role": "assistant" if role == "model" else role, "content": text} for role, text in messages]
+
+    system = [("system", pair.context)] if pair.context else []
+    return {"prompt": turns(system + pair.history), "chosen": turns(pair.chosen), "rejected": turns(pair.rejected)}
+
+
+def parse_trl_preference(row, where):
+    """The inverse of `trl_preference`. Raises InputError."""
+    sides = {}
+    for key in ("prompt", "chosen", "rejected"):
+        turns = enumerate(require(row, key, f"{where}: ", list))
+        parsed = [parse_turn(turn, f"{where}: {key}[{i}]", "messages", key == "prompt" and i == 0) for i, turn in turns]
+        sides[key] = messages_of(parsed)
+        if not parsed or (key != "prompt" and (sides[key][0][0] != "model" or not sides[key][0][1].strip())):
+            raise InputError(f"{where}: {key} does not begin with a text by 'assistant'")
+    return pair_of_sides(sides["prompt"], sides["chosen"], sides["rejected"], where)
+
+
+def messages_of(turns):
+    return [(turn["role"], turn["content"]) for turn in turns]
+
+
+def read_preferences(path, report=print):
+    """Pairs from a JSONL of records, of Vertex's preference-tuning lines or of TRL's conversational ones.
+
+    Records of the published research code for turns that nobody answered teach nothing; they are skipped and counted.
+    """
+    pairs, skipped = [], 0
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        if "completions" in row:
+            pairs.append(parse_vertex_preference(row, where))
+        elif "prompt" in row and "input_text" not in row:
+            pairs.append(parse_trl_preference(row, where))
+        elif row.get("chosen") == "" or UNANSWERED in str(row.get("gold_target")):
+            skipped += 1
+        else:
+            pairs.append(parse_record(row, where))
+    if skipped:
+        report(f"{path}: {skipped} records without an answer were skipped")
+    if not pairs:
+        raise InputError(f"{path}: holds no preference pair, expected at least one line of JSON")
+    return pairs
+
+
+PREFERENCE_FORMS = {"records": make_record, "vertex": vertex_preference, "trl": trl_preference}
+
+
+def write_preferences(path, pairs, form):
+    """Writes pairs, one a line, in a form of PREFERENCE_FORMS."""
+    write_jsonl(path, map(PREFERENCE_FORMS[form], pairs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+# How an answer is scored and how actions are compared; a new heuristic goes into HEURISTICS.
 
 NOT_IN_NUMBERS = str.maketrans("", "", "'\"\\$€£¥%(),[]")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -590,92 +533,36 @@ def number_text(token):
 
 
 def drop_words(text):
-    """The text as DROP compares it: lower case, numbers in one spelling, no punctuation, articles or double spaces."""
+    """The words that DROP compares: lower case, numbers in one spelling, no punctuation or articles."""
     words = []
     for token in text.lower().split(" "):
-        if number_text(token) is None:
-            token = token.translate(PUNCTUATION)
-        words += ARTICLES.sub(" ", number_text(token) or token).split()
-    return " ".join(words)
-
-
-def bag_f1(predicted, gold):
-    """F1 of two sets of words; an empty set is precise, or complete, by definition."""
-    common = len(predicted & gold)
-    precision = common / len(predicted) if predicted else 1.0
-    recall = common / len(gold) if gold else 1.0
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def assign(scores):
-    """The column for each row of a matrix that is not taller than wide, such that the sum of the scores is greatest.
-
-    Shortest augmenting paths (Jonker and Volgenant; Crouse 2016), each row added in turn. Ties go to a free column.
-    """
-    rows, columns = len(scores), len(scores[0]) if len(scores) else 0
-    row_price, column_price, row_of = [0.0] * rows, [0.0] * columns, [None] * columns
-    for first in range(rows):
-        distance, parent, done, left = [math.inf] * columns, [first] * columns, [], list(range(columns))[::-1]
-        row, reached = first, 0.0
-        while row is not None:
-            for j in left:
-                through = reached - scores[row][j] - row_price[row] - column_price[j]
-                if through < distance[j]:
-                    distance[j], parent[j] = through, row
-            reached = min(distance[j] for j in left)
-            nearest = [k for k, j in enumerate(left) if distance[j] == reached]
-            k = next((k for k in reversed(nearest) if row_of[left[k]] is None), nearest[0])
-            column, left[k] = left[k], left[-1]
-            left.pop()
-            done.append(column)
-            row = row_of[column]
-        row_price[first] += reached
-        for j in done:
-            if row_of[j] is not None:
-                row_price[row_of[j]] += reached - distance[j]
-            column_price[j] -= reached - distance[j]
-        back = {row_of[j]: j for j in done}
-        while column is not None:  # turn the path round: its end, the free column, is taken by the row it was reached from
-            row_of[column] = parent[column]
-            column = back[parent[column]] if parent[column] != first else None
-    return {row: j for j, row in enumerate(row_of) if row is not None}
+        number = number_text(token)
+        token = token.translate(PUNCTUATION) if number is None else number
+        words += ARTICLES.sub(" ", token).split()
+    return words
 
 
 def drop_f1(predicted, gold):
-    """(exact match, F1) of answers, each a text or a list of texts, as PACIFIC's and TAT-QA's scorer counts them.
+    """(exact match, F1) of two texts, as PACIFIC's and TAT-QA's scorer counts them: sets of words, two decimals.
 
-    Texts are aligned one to one so that the sum of their F1 is greatest; the mean is over the longer list and rounded to two
-    decimals, as there. Two empty lists agree: (1.0, 1.0). Rules: github dengyang17/PACIFIC, tatqa_metric.py, get_metrics.
+    Rules: github dengyang17/PACIFIC, tatqa_metric.py, get_metrics.
     """
-    predicted, gold = [[drop_words(text) for text in ([side] if isinstance(side, str) else side)] for side in (predicted, gold)]
-    if not predicted and not gold:
-        return 1.0, 1.0
-    exact = float(set(predicted) == set(gold) and len(predicted) == len(gold))
-    scores = np.array([[bag_f1(set(p.split()), set(g.split())) for p in predicted] for g in gold]).reshape(len(gold), len(predicted))
-    best = np.zeros(max(len(gold), len(predicted)))
-    if len(gold) <= len(predicted):
-        pairs = assign(scores.tolist()).items()
-    else:
-        pairs = [(g, p) for p, g in assign(scores.T.tolist()).items()]
-    for g, p in pairs:
-        best[g] = scores[g, p]
-    return exact, float(np.round(best.mean(), 2))
+    said, wanted = drop_words(predicted), drop_words(gold)
+    common = len(set(said) & set(wanted))
+    precision = common / len(set(said)) if said else 1.0  # an empty side is precise, or complete, by definition
+    recall = common / len(set(wanted)) if wanted else 1.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return float(said == wanted), float(np.round(f1, 2))
 
 
 def coqa_f1(predicted, gold):
-    """(exact match, F1) of a text as CoQA counts them: repeated words count; gold may be a list, of which the best counts."""
-    def words(text):
-        return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
-
-    def score(said, wanted):
-        common = sum((Counter(said) & Counter(wanted)).values())
-        if not said or not wanted or not common:
-            return float(said == wanted)
-        precision, recall = common / len(said), common / len(wanted)
-        return 2 * precision * recall / (precision + recall)
-
-    said, golds = words(predicted), [words(text) for text in ([gold] if isinstance(gold, str) else gold)]
-    return max((float(said == g) for g in golds), default=0.0), max((score(said, g) for g in golds), default=0.0)
+    """(exact match, F1) of two texts as CoQA counts them: repeated words count."""
+    said, wanted = (ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split() for text in (predicted, gold))
+    common = sum((Counter(said) & Counter(wanted)).values())
+    if not common:
+        return float(said == wanted), float(said == wanted)
+    precision, recall = common / len(said), common / len(wanted)
+    return float(said == wanted), 2 * precision * recall / (precision + recall)
 
 
 def exact_match(predicted, gold):
@@ -717,121 +604,372 @@ def mean_or_none(values):
     return sum(values) / len(values) if values else None
 
 
-# --- Converters ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Helper roles
+# What each of ACT's four helpers does, as text: the rule that plays it without a model; what a model is told
+# (configs/prompts/, or the file that `prompt_path` names) and how its answer is read. Back ends are in act.py.
 
-def items_of(owner, key, where, *types):
-    """(address, entry) for every entry of the list owner[key], each of one of these types."""
-    rows = field(owner, key, where, list)
-    prefix = f"{where}.{key}" if where else key
-    return [(f"{prefix}[{i}]", expect(row, f"{prefix}[{i}]", *types)) for i, row in enumerate(rows)]
+FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
+NOTHING_TO_ADD = "I have nothing to add."
+QUESTION_END = re.compile("[?？؟][\\s\"'”’»)\\]}*_」』]*\\Z")
+COMMON_WORDS = set("""a amount an and any are ask asking about be by can could did do does exactly for from how i in
+    interested is it kind know like looking mean me more of on one or please precisely referring s say sort specific
+    specifically talking that the there they thing this to type value want was were what which who whose would you
+    your""".split())  # fmt: skip
+SLOTS = {  # words that ask for the same kind of thing
+    **dict.fromkeys("date day fiscal month period quarter time when year".split(), "time"),
+    **dict.fromkeys("area country place region where".split(), "place"),
+}
 
 
-def text_of(owner, key, where):
-    """The text owner[key] without the spaces around it; an empty one is an error."""
-    text = field(owner, key, where, str).strip()
-    if not text:
-        raise InputError(f"{where}.{key} is empty, expected a text")
-    return text
+def is_question(text):
+    """Does the last sentence of a reply end in a question mark (quotes and brackets may follow)?"""
+    return QUESTION_END.search(text.rstrip()[-40:]) is not None
+
+
+def rule_actions(replies):
+    return [CLARIFY if is_question(reply) else ANSWER for reply in replies]
+
+
+def content_words(text):
+    """What a text is about: its words in the singular, without common ones, and "time" for year, month and so on."""
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    words = {word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] != "s" else word for word in words}
+    return {SLOTS.get(word, word) for word in words - COMMON_WORDS}
+
+
+def same_question(asked, gold, topic):
+    """How much a question asks for what the gold question asks, from 0 to 1; topic: the user turn that both are about.
+
+    For a time or a place, the other words do not matter. Else the share of the words that both have, where those that
+    the question only repeats from the user do not count against it.
+    """
+    asked, wanted, slots = content_words(asked), content_words(gold), set(SLOTS.values())
+    if slots & (asked | wanted):
+        return float(bool(slots & asked & wanted))
+    if not wanted:
+        return float(not asked)
+    return len(wanted & asked) / len(wanted | (asked - content_words(topic)))
+
+
+def rule_users(requests):
+    """The user's gold reply to the gold question that is asked, if at least half of it is; else nothing new.
+
+    requests: [(Pair, trajectory that ends in a question, intent)]; the rule knows the gold trajectory, not the intent.
+    """
+    answers = []
+    for pair, trajectory, _ in requests:
+        best, answer = 0.0, NOTHING_TO_ADD
+        for (_, question), (role, reply) in zip(pair.gold, pair.gold[1:], strict=False):
+            match = same_question(trajectory[-1][1], question, pair.history[-1][1]) if role == "user" else 0.0
+            if match >= 0.5 and match > best:
+                best, answer = match, reply
+        answers.append(answer)
+    return answers
+
+
+def rule_intents(pairs):
+    """The gold trajectory itself, without its final answer, as the summary of what the user wants."""
+    return [indented(pair.gold[:-1]).strip() for pair in pairs]
+
+
+def rule_questions(requests):
+    """For each (Pair, examples) the question of its first example."""
+    return [examples[0].chosen[0][1] if examples else FALLBACK_QUESTION for _, examples in requests]
+
+
+def indented(messages):
+    """Messages for a helper's prompt; later lines of a text are indented, so that none looks like a new message."""
+    return "".join(f"{SPEAKERS[role]}: {text}\n".replace("\n", "\n  ")[:-2] for role, text in messages)
+
+
+def action_fields(reply):
+    return {"response": reply.strip().replace("\n", "\n  ")}
+
+
+def intent_fields(pair):
+    """Without the final answer: what the summary does not know, the simulated user cannot give away."""
+    return {"conversation": indented(pair.history + pair.gold[:-1])}
+
+
+def user_fields(request):
+    pair, trajectory, intent = request
+    return {"intent": intent.replace("\n", "\n  "), "conversation": indented(pair.history + trajectory)}
+
+
+def question_fields(request):
+    asking = "Assistant (asks a clarifying question):"
+    pair, examples = request
+    shown = [(example, f"{asking} {example.chosen[0][1]}".replace("\n", "\n  ") + "\n\n") for example in examples]
+    return {"examples": "".join(
+        f"{each.instruction}\n[context]\n{each.context}\n[conversation]\n{indented(each.history)}{end}"
+        for each, end in [*shown, (pair, asking)]
+    )}  # fmt: skip
+
+
+def judge_fields(request):
+    pair, answer = request
+    gold, answer = (text.strip().replace("\n", "\n  ") for text in (pair.target, answer))
+    return {"conversation": indented(pair.history + pair.gold[:-1]), "gold": gold, "answer": answer}
+
+
+def parse_verdict(answer):
+    """1.0 for RIGHT, 0.0 for WRONG, None where neither or both are written."""
+    found = set(re.findall("RIGHT|WRONG", answer.upper()))
+    return float(found == {"RIGHT"}) if len(found) == 1 else None
+
+
+def parse_action(answer):
+    """The first of the two words, in capitals if there is one, else in any case; None where neither is written."""
+    answer = unlabelled(answer, "Answer")
+    found = re.search("CLARIFY|ANSWER", answer) or re.search(r"(?i)clarify|\banswer", answer)
+    return found and found[0].upper()
+
+
+def parse_intent(answer):
+    """The first paragraph that is no announcement ("Here is the summary:"), up to what looks like a next example."""
+    answer = re.split(r"\n\s*(?:Intent|Conversation|User|Assistant):", unlabelled(answer, "Intent"))[0]
+    paragraphs = [fold(paragraph) for paragraph in re.split(r"\n\s*\n", answer)]
+    return next((text for text in paragraphs if text and not text.endswith(":")), None)
+
+
+def parse_user(answer):
+    """The first line, up to what the model writes for the assistant."""
+    line = unlabelled(answer, "User").partition("\n")[0]
+    return line.partition("Assistant:")[0].strip() or None
+
+
+def parse_question(answer):
+    """The first line that is a question, before anybody else speaks; None where none was written."""
+    lines = re.split(r"\n\s*User:", unlabelled(answer, "Assistant"))[0].split("\n")
+    return next((line for line in (unlabelled(line, "Assistant") for line in lines) if is_question(line)), None)
+
+
+def unlabelled(answer, name):
+    """Without a "User: ", "**Assistant:** " or "Assistant (asks): " in front."""
+    return re.sub(rf"\A[\s*]*{name}(?: \([^)\n]*\))?[\s*]*:[\s*]*", "", answer.strip()).strip()
+
+
+def fold(text):
+    """The text on one line: line breaks, and the spaces around them, become one space."""
+    return " ".join(filter(None, (part.strip() for part in re.split("[\r\n]", text))))
+
+
+class Role(NamedTuple):
+    """How a helper's part is played; a request is what its rule takes a list of."""
+
+    rule: Callable  # [request] -> [result]
+    names: tuple  # what its prompt must have in {}
+    fields: Callable  # request -> {name: text} for them
+    parse: Callable  # a model's answer -> result, or None where it cannot be used
+    stop: tuple  # texts at which an answer may be cut short
+    prompt: str  # the file of its prompt in configs/prompts/
+
+
+ROLES = {
+    "action_model_config": Role(
+        rule_actions, ("response",), action_fields, parse_action, ("\nMessage:",), "action.txt"),
+    "intent_model_config": Role(
+        rule_intents, ("conversation",), intent_fields, parse_intent, ("\nConversation:",), "intent.txt"),
+    "user_simulator_config": Role(
+        rule_users, ("intent", "conversation"), user_fields, parse_user, ("\nAssistant:",), "user.txt"),
+    "preference_model_config": Role(
+        rule_questions, ("examples",), question_fields, parse_question, ("\nUser:",), "question.txt"),
+    "judge_model_config": Role(  # no rule: a heuristic is one
+        None, ("conversation", "gold", "answer"), judge_fields, parse_verdict, ("\nConversation:",), "judge.txt"),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Converters
+# Published datasets -> conversations. A new one is a function that takes an item, and a row of CONVERTERS.
 
 
 def exchange(question, answer, clarify=False):
     """A user turn with the gold action of its reply, and that reply."""
-    return [{"role": "user", "content": question, "requires_clarification": clarify}, {"role": "model", "content": answer}]
+    return [{"role": "user", "content": question.strip(), "requires_clarification": clarify},
+            {"role": "model", "content": answer.strip()}]  # fmt: skip
 
 
-def convert_pacific(items):
-    """PACIFIC's released JSON (a list of {"table", "paragraphs", "questions"}) -> conversations in the messages form."""
-    conversations = []
-    for i, item in enumerate(expect(items, "the file", list)):
-        messages = [{"role": "system", "content": pacific_context(item, f"[{i}]")}]
-        for where, question in items_of(item, "questions", f"[{i}]", dict):
-            clarify = field(question, "req_clari", where, bool)
-            messages += exchange(text_of(question, "question", where), pacific_answer(question, where), clarify)
-        conversations.append({"messages": messages})
-    return conversations
+def convert_pacific(item):
+    """An item of PACIFIC's JSON, {"table", "paragraphs", "questions"} -> a conversation in the messages form.
 
-
-def pacific_context(item, where):
-    """The paragraphs, one a line, then the rows of the table as "row name : cell | cell"."""
-    lines = [fold(field(paragraph, "text", at, str)) for at, paragraph in items_of(item, "paragraphs", where, dict)]
-    for at, row in items_of(field(item, "table", where, dict), "table", f"{where}.table", list):
-        cells = [fold(expect(cell, f"{at}[{k}]", str)) for k, cell in enumerate(row)]
-        lines.append(f"{cells[0]} : {' | '.join(cells[1:])}" if cells else "")
-    return "\n".join(lines)
-
-
-def pacific_answer(question, where):
-    """The gold reply: several spans joined by commas; of an arithmetic answer the derivation too, "2+6 = 8"."""
-    answer = field(question, "answer", where, str, int, float, list)
-    if isinstance(answer, list):
-        return ", ".join(str(span).strip() for _, span in items_of(question, "answer", where, str, int, float))
-    derivation = field(question, "derivation", where, str).strip()
-    if field(question, "answer_type", where, str) == "arithmetic" and derivation:
-        return f"{derivation} = {answer}"
-    return str(answer).strip()
-
-
-def convert_abg_coqa(data):
-    """Abg-CoQA's released JSON ({"data": [...]}) -> conversations in the messages form.
-
-    Of an ambiguous turn the first question, with its first reading and that reading's first answer, is the gold trajectory.
+    Its context: the paragraphs, one a line, then the rows of the table as "row name : cell | cell".
     """
+    lines = [fold(paragraph["text"]) for paragraph in item["paragraphs"]]
+    for row in item["table"]["table"]:
+        name, *cells = map(fold, row)
+        lines.append(f"{name} : {' | '.join(cells)}")
+    messages = [{"role": "system", "content": "\n".join(lines)}]
+    for question in item["questions"]:
+        messages += exchange(question["question"], pacific_answer(question), question["req_clari"])
+    return {"messages": messages}
+
+
+def pacific_answer(question):
+    """The gold reply: several spans joined by commas; of an arithmetic answer the derivation too, "2+6 = 8"."""
+    answer, derivation = question["answer"], question["derivation"].strip()
+    if isinstance(answer, list):
+        return ", ".join(str(span).strip() for span in answer)
+    return f"{derivation} = {answer}" if question["answer_type"] == "arithmetic" and derivation else str(answer)
+
+
+def convert_abg_coqa(item):
+    """An item of Abg-CoQA's JSON -> a conversation in the messages form.
+
+    Of an ambiguous turn the first question, with its first reading and that reading's first answer, is gold.
+    """
+    messages = [{"role": "system", "content": item["story"].strip()}]
+    for turn in item["history_turns"]:
+        messages += exchange(turn["question"], turn["answer"])
+    target = item["target_turn"]
+    if item["ambiguity"] == "non_ambiguous":
+        return {"messages": messages + exchange(target["question"], target["answer"])}
+    asked = item["clarification_turn"]
+    reading = asked["answers"][0]
+    messages += exchange(target["question"], asked["question"], clarify=True)
+    return {"messages": messages + exchange(reading["clr_ans"], reading["org_ans"])}
+
+
+CONVERTERS = {  # name -> (the list of items in the file's JSON, an item -> a conversation)
+    "pacific": (lambda file: file, convert_pacific),
+    "abg_coqa": (lambda file: file["data"], convert_abg_coqa),
+}
+
+
+def convert_file(name, source, target):
+    """Writes the conversations of a published file. Raises InputError naming the file and the item that is unlike."""
+    items_of, convert = CONVERTERS[name]
+    content, at = parse_json(read_bytes(source), source), "the file"
     conversations = []
-    for where, item in items_of(data, "data", "", dict):
-        messages = [{"role": "system", "content": field(item, "story", where, str).strip()}]
-        for at, turn in items_of(item, "history_turns", where, dict):
-            messages += exchange(text_of(turn, "question", at), text_of(turn, "answer", at))
-        conversations.append({"messages": messages + abg_coqa_target(item, where)})
-    return conversations
-
-
-def abg_coqa_target(item, where):
-    """The last exchange of an item, or where it is ambiguous the last two: question, first reading, its answer."""
-    target, at = field(item, "target_turn", where, dict), f"{where}.target_turn"
-    question, ambiguity = text_of(target, "question", at), field(item, "ambiguity", where, str)
-    if ambiguity == "non_ambiguous":
-        return exchange(question, text_of(target, "answer", at))
-    if ambiguity != "ambiguous":
-        raise InputError(f"{where}.ambiguity is {ambiguity!r}, expected 'ambiguous' or 'non_ambiguous'")
-    turn, at = field(item, "clarification_turn", where, dict), f"{where}.clarification_turn"
-    readings = items_of(turn, "answers", at, dict)
-    if not readings:
-        raise InputError(f"{at}.answers is empty, expected at least one")
-    first_at, first = readings[0]
-    asked = exchange(question, text_of(turn, "question", at), clarify=True)
-    return asked + exchange(text_of(first, "clr_ans", first_at), text_of(first, "org_ans", first_at))
-
-
-def convert_file(convert, source, target):
-    data = parse_json(read_bytes(source), source)
     try:
-        conversations = convert(data)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
-    write_jsonl(target, conversations)
+        for i, item in enumerate(items_of(content)):
+            at = f"item {i}"
+            conversations.append(parse_conversation(convert(item), f"{source}: {at}"))
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source}: {at} is not as {name} is published ({type(error).__name__}: {error})") from None
+    write_jsonl(target, [{"messages": row["messages"]} for row in conversations])
     turns = [m["requires_clarification"] for row in conversations for m in row["messages"] if m["role"] == "user"]
-    return f"{target}: {len(conversations)} conversations, {len(turns)} user turns, {sum(turns)} {CLARIFY} turns"
+    return f"{len(conversations)} conversations, {len(turns)} user turns, {sum(turns)} {CLARIFY} turns"
 
 
-def convert_preferences(source, target):
-    records = read_preferences(source)
-    write_vertex_preferences(target, records)
-    return f"{target}: {len(dialogues(records))} conversations, {len(records)} user turns, " \
-           f"{sum(record['dialogue_policy'] == CLARIFY for record in records)} {CLARIFY} turns"
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON
+# Reading with an address in every error, writing so that a reader never sees half a file.
+
+KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object",
+         type(None): "null"}  # fmt: skip
 
 
-CONVERTERS = {"pacific": partial(convert_file, convert_pacific), "abg_coqa": partial(convert_file, convert_abg_coqa),
-              "vertex_preferences": convert_preferences}
+def expect(value, where, *types):
+    """`value` itself if it is of one of these JSON types, else an InputError that begins with its address `where`."""
+    if type(value) not in types:
+        wanted = " or ".join(dict.fromkeys(KINDS[t] for t in types))
+        raise InputError(f"{where} is {KINDS.get(type(value), type(value).__name__)}, expected {wanted}")
+    return value
+
+
+def require(owner, key, where, *types):
+    """`owner[key]`, checked. `where` is the owner's address: "train.jsonl:17: messages[3]", or "train.jsonl:17: "."""
+    expect(owner, where.rstrip(": "), dict)
+    address = where + key if where.endswith(" ") else f"{where}.{key}"
+    if key not in owner:
+        raise InputError(f"{address} is missing")
+    return expect(owner[key], address, *types)
+
+
+def read_bytes(path):
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def unique_keys(pairs):
+    keys = Counter(key for key, _ in pairs)
+    if len(keys) < len(pairs):
+        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} stands twice in one object")
+    return dict(pairs)
+
+
+def parse_json(raw, path, line=1):
+    """The value that the UTF-8 bytes `raw` hold, which begin at this line (from 1) of the file. Raises InputError."""
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique_keys)
+        if "\\ud" in text.lower():  # an escape is the only way to half a character in valid UTF-8
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        problem = f"not UTF-8 (byte 0x{raw[error.start]:02x}), expected JSON in UTF-8"
+    except UnicodeEncodeError:
+        problem = "an escape \\ud800 to \\udfff without its other half, expected whole characters"
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        problem = f"invalid JSON at column {error.colno}: {error.msg}"
+    except RecursionError:
+        problem = "invalid JSON: nested too deeply"
+    except ValueError as error:
+        problem = f"invalid JSON: {str(error).partition(';')[0]}"
+    raise InputError(f"{path}:{line}: {problem}")
+
+
+def read_json(path):
+    """The JSON object in a file. Raises InputError."""
+    return expect(parse_json(read_bytes(path), path), f"{path}: the file", dict)
+
+
+def read_jsonl(path):
+    """Yields (line number from 1, object) for every line that is not blank. Raises InputError.
+
+    Lines end at "\\n" alone: U+2028 and its like may stand inside a JSON string.
+    """
+    for number, raw in enumerate(read_bytes(path).split(b"\n"), start=1):
+        if raw.strip():
+            yield number, expect(parse_json(raw, path, number), f"{path}:{number}: the line", dict)
+
+
+def write_text(path, parts):
+    """Writes a file beside its target and renames it: `path` is either the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(parts)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"])
+
+
+def write_jsonl(path, rows):
+    """One object a line."""
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Converts published datasets to Vertex JSONL.")
-    parser.add_argument("converter", choices=CONVERTERS)
+    parser = argparse.ArgumentParser(prog="data.py", description="Converts published datasets, and files of pairs.")
+    parser.add_argument("converter", choices=[*CONVERTERS, "vertex_preferences", "trl_preferences"])
     parser.add_argument("source", help="the file to read")
     parser.add_argument("target", help="the JSONL file to write")
     given = parser.parse_args(arguments)
     try:
-        print(CONVERTERS[given.converter](given.source, given.target))
+        if given.converter in CONVERTERS:
+            print(f"{given.target}: {convert_file(given.converter, given.source, given.target)}")
+        else:
+            pairs = read_preferences(given.source)
+            write_preferences(given.target, pairs, given.converter.removesuffix("_preferences"))
+            print(f"{given.target}: {len(pairs)} pairs of {len(dialogues(pairs))} conversations")
     except (InputError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
 """How fast, how much memory, how near to the machine's limit; and beside TRL and transformers, if a Python that has them is at hand.
 
-    python tests/bench.py --size 48m                                        all items, on a GPU if there is one
-    python tests/bench.py --size 48m --peer --peer-python PEER/bin/python   in turns with the peer: ours, peer, ours, peer, ...
-    python tests/bench.py --size 48m --only a,f --dialogues FILE.jsonl      f over the dialogues of a Vertex JSONL file
+    python tests/proofs/bench.py --size 48m                                        all items, on a GPU if there is one
+    python tests/proofs/bench.py --size 48m --peer --peer-python PEER/bin/python   in turns with the peer: ours, peer, ours, peer, ...
+    python tests/proofs/bench.py --size 48m --only a,f --dialogues FILE.jsonl      f over the dialogues of a Vertex JSONL file
 
   a  a DPO step: reference forward, policy forward and backward, clipping, optimiser; against TRL's DPOTrainer
   b  a rollout of ragged prompts, sampled at temperature 1, none of which stops early; against transformers' generate, as a left-padded
@@ -43,7 +43,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 # hidden, intermediate, layers, heads, key/value heads, head_dim, vocabulary, window; then the workload: pairs of a batch, tokens of
@@ -546,7 +546,7 @@ def main():
             lines.append(row(f"**{title}**", results[ours], limit))
             lines += [row(f"against {name}", results[name], limit, results[ours]) for name in names[1:]]
     words = [word for word in sys.argv[1:] if word not in ("--peer-python", args.peer_python)]
-    print(f"`python tests/bench.py {' '.join(words)}`: {machine['device']}, {machine['threads']} threads, torch {machine['torch']};")
+    print(f"`python tests/proofs/bench.py {' '.join(words)}`: {machine['device']}, {machine['threads']} threads, torch {machine['torch']};")
     print(f"matrix product {limit['flops'] / 1e9:.0f} GFLOP/s, memory read {limit['bandwidth'] / 1e9:.1f} GB/s\n")
     print("| figure | median (least) | peak memory | times as fast | our share of its memory | near the limit | notes |")
     print("|---|---|---|---|---|---|---|")

@@ -1,7 +1,7 @@
 """In and out of the ecosystem: transformers, TRL and the published research code's files. For a person: it needs transformers and TRL.
 
     pip install transformers trl protobuf sentencepiece
-    python tests/ecosystem.py --python PATH/TO/THIS/PROJECTS/PYTHON [--conversations pacific.jsonl]
+    python tests/proofs/ecosystem.py --python PATH/TO/THIS/PROJECTS/PYTHON [--conversations pacific.jsonl]
 
 act.py runs in --python, everything else here; two minutes. The preference files come from --conversations (labelled Vertex JSONL).
 One line a point; ends with status 1 when one of them fails. The research code is google-research/learning_to_clarify; what stands here
@@ -28,7 +28,7 @@ import torch
 import transformers
 import trl
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import act  # noqa: E402

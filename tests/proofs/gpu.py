@@ -1,6 +1,6 @@
 """The GPU's path against the CPU's: flex attention forward and backward, the compiled and recorded decoding step. For a person with a GPU.
 
-    python tests/gpu.py
+    python tests/proofs/gpu.py
 
 A random model of four layers, heads of 64 and a window of 48; forests of one and several rows, with and without checkpointing; replies of
 two turns, in which rows end at different times and the cache is kept. One line a point; ends with status 1 when one is over its limit.
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402

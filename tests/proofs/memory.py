@@ -1,8 +1,8 @@
 """How much memory a real size takes: loading, one sharded optimiser step, saving; and how much a GPU needs for training.
 
-    python tests/memory.py --size tiny                 a check of this script, a minute
-    python tests/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 20 GB of memory that nothing else wants, 11 GB of disk, some minutes
-    python tests/memory.py --plan                      the computed table alone
+    python tests/proofs/memory.py --size tiny                 a check of this script, a minute
+    python tests/proofs/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 20 GB of memory that nothing else wants, 11 GB of disk, minutes
+    python tests/proofs/memory.py --plan                      the computed table alone
 
 A random bfloat16 checkpoint is written shard by shard into a temporary folder of --dir. Each measurement is a process of its own (one
 a rank, over gloo), in bfloat16 throughout so that 2B fits a desktop. A thread of it reads RssAnon of /proc/self/status every 10 ms:
@@ -30,7 +30,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402

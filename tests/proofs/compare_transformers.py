@@ -1,6 +1,6 @@
 """Compare gemma.py with Hugging Face transformers on random models: for a person, not for pytest, since it needs transformers.
 
-    pip install transformers && python tests/compare_transformers.py [MODEL_DIR]
+    pip install transformers && python tests/proofs/compare_transformers.py [MODEL_DIR]
 
 For several shapes and seeds of Gemma 2 and of Gemma 3 it prints one line each: max |logit difference|, the largest difference of a gradient relative to
 the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal, and
@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from golden import make_gemma2, make_gemma3
-from golden.make_gemma2 import PROMPT_LENGTHS, greedy, next_token_loss, random_tokens
 from transformers import AutoModelForCausalLM
 
-sys.path[:0] = [str(Path(__file__).resolve().parent / "golden")]  # make_gemma3 imports make_gemma2
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 
+import make_gemma2  # noqa: E402
+import make_gemma3  # noqa: E402
+from make_gemma2 import PROMPT_LENGTHS, greedy, next_token_loss, random_tokens  # noqa: E402
 from gemma import GLOBAL, LOCAL, Gemma, Tokenizer, generate  # noqa: E402
 
 LOGIT_LIMIT = 2e-4

@@ -1,9 +1,9 @@
 """The paper's claims, checked on a laptop: every method, several seeds, one table and one figure. Nothing here trains: `act.py` does.
 
-    python tests/claim.py --seeds 5             # the table, on configs/tiny/test.jsonl: about 12 minutes on two cores
-    python tests/claim.py --seeds 5 --curve     # and 25, 50 and 200 training conversations, and the figure: about 12 minutes more
-    python tests/claim.py --search              # how the hyperparameters were chosen, on validation.jsonl with seeds 100 to 102
-    python tests/claim.py --study rpo_alpha     # one choice of the recipe in many values, on validation.jsonl with seeds 100 to 102
+    python tests/proofs/claim.py --seeds 5             # the table, on configs/tiny/test.jsonl: about 12 minutes on two cores
+    python tests/proofs/claim.py --seeds 5 --curve     # and 25, 50 and 200 training conversations, and the figure: about 12 minutes more
+    python tests/proofs/claim.py --search              # how the hyperparameters were chosen, on validation.jsonl with seeds 100 to 102
+    python tests/proofs/claim.py --study rpo_alpha     # one choice of the recipe in many values, on validation.jsonl with seeds 100 to 102
 
 A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a seed start
 from the same SFT model. Runs are kept in --out; a finished one is not run again, so an interrupted table goes on where it was. After a
@@ -23,7 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from make_tiny import conversations  # noqa: E402
@@ -36,7 +36,7 @@ METHODS = {  # method -> its config; SFT starts from the base model, the others 
     "SFT": "tiny_sft.json",
     "SFT continued": "tiny_sft_continued.json",
     "offline DPO": "tiny_dpo.json",
-    "ACT, action check only": "tiny_act_action_only.json",
+    "ACT, no simulation": "tiny_act_no_simulation.json",
     "ACT, random actions": "tiny_act_random_actions.json",
     "ACT, no labels": "tiny_act_no_labels.json",
     "ACT": "tiny.json",
@@ -56,7 +56,7 @@ GRID = {"learning_rate": (5e-4, 1e-3), "rpo_alpha": (0.0, 0.3, 1.0)}  # six sett
 SEARCH = {
     "SFT continued": {"learning_rate": (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)},
     "offline DPO": GRID,
-    "ACT, action check only": GRID,
+    "ACT, no simulation": GRID,
     "ACT, random actions": GRID,
     "ACT": GRID,
 }
