@@ -434,8 +434,8 @@ def test_clarify_turn_is_paired_with_answering_at_once():
     said = [(message["role"], message["content"]) for message in SALES["messages"]]
     gold = said[2:7]
     assert len(pairs) == 4 and pairs[0] == Pair(
-        "Sales and costs.\nTable follows.", [("user", "What were sales?")], CLARIFY, gold, [("model", "12")], gold, "12",
-        data.INSTRUCTION, "train.jsonl:17", False,
+        "Sales and costs.\nTable follows.", said[1:2], CLARIFY, gold, [("model", "12")], gold, "12", data.INSTRUCTION,
+        "train.jsonl:17", False,
     )  # fmt: skip
 
 
