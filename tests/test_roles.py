@@ -98,7 +98,8 @@ def test_no_message_breaks_out_of_its_place_in_a_prompt(name):
         cases.append([texts[i % len(texts)] for i in range(8)])
     cases += [["".join(rng.choices(BREAKS, k=rng.randrange(6))) for _ in range(8)] for _ in range(2000)]
     for texts in cases:
-        firsts = [text.strip().split("\n")[0] if name == "action_model_config" else text.split("\n")[0] for text in texts]
+        texts = [text.strip() for text in texts] if name == "action_model_config" else texts
+        firsts = [text.split("\n")[0] for text in texts]
         long, short = (prompt_of(name, REQUESTS[name](each)).split("\n") for each in (texts, firsts))
         long, short = ([line.rstrip() for line in each if line[:2] != "  "] for each in (long, short))
         assert long == short

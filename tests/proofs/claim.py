@@ -29,8 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from make_tiny import conversations  # noqa: E402
 
 from act import load_config  # noqa: E402
-from data import write_jsonl  # noqa: E402
-from gemma import write_json  # noqa: E402
+from data import write_json, write_jsonl  # noqa: E402
 
 METHODS = {  # method -> its config; SFT starts from the base model, the others from what SFT gives
     "SFT": "tiny_sft.json",

@@ -1,10 +1,10 @@
-"""Compare gemma.py with Hugging Face transformers on random models: for a person, not for pytest, since it needs transformers.
+"""Compare gemma.py with Hugging Face transformers on random models: for a person, since it needs transformers.
 
     pip install transformers && python tests/proofs/compare_transformers.py
 
-For several shapes and seeds it prints one line each: max |logit difference|, the largest difference of a gradient relative to
-the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal, and
-whether transformers loads what our `save_pretrained` wrote, in one file and in shards, back to its own logits.
+For several shapes and seeds it prints one line each: max |logit difference|, the largest difference of a gradient relative
+to the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal,
+and whether transformers loads what our `save_pretrained` wrote, in one file and in shards, back to its own logits.
 Ends with status 1 when any of these is over its limit. tests/golden/make_gemma2.py holds the random models.
 """
 
@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from golden.make_gemma2 import PROMPT_LENGTHS, SHAPE, greedy, next_token_loss, random_model, random_tokens  # noqa: E402
 
-from gemma import Gemma2, generate  # noqa: E402
+from gemma import Gemma, generate  # noqa: E402
 
 LOGIT_LIMIT = 2e-4
 GRADIENT_LIMIT = 1e-4
@@ -80,7 +80,7 @@ def compare(shape, seed):
     tokens = random_tokens(seed + 1, (3, 40), SHAPE["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = Gemma2.from_pretrained(folder)
+        ours = Gemma.from_pretrained(folder)
     logits, expected = ours(tokens), theirs(tokens).logits
     difference = (logits - expected).abs().max().item()
     slope, name = gradient_difference(gradients(ours, logits, tokens), gradients(theirs, expected, tokens))

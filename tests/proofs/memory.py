@@ -10,7 +10,7 @@ memory that the process holds itself, without the pages of files that it has map
 resident size, has them too). "More" is the peak over what the process held just before, imports and all. Ranks run with a malloc
 that gives memory back when it is freed.
 
-  load   Gemma2.from_pretrained, peak RssAnon (all of it) over the checkpoint's size: at most 1.15
+  load   Gemma.from_pretrained, peak RssAnon (all of it) over the checkpoint's size: at most 1.15
   step   act.build_model, a forward and backward pass of one short sequence with checkpointing, act.clip_and_step with RMSprop:
          bytes of parameters, gradients and optimiser state that a rank holds; each of two at most 0.55 of what one alone holds
   save   a frozen sharded model in small shards: a rank that does not write may hold one tensor whole, the writer a shard and a tensor
@@ -38,7 +38,8 @@ import torch.distributed as dist  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import act  # noqa: E402
-from gemma import Gemma2, Gemma2Config, write_json  # noqa: E402
+from data import write_json  # noqa: E402
+from gemma import Gemma, GemmaConfig  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 # layers, hidden, intermediate, heads, key/value heads, head_dim, query_pre_attn_scalar, vocabulary: the published ones, and a small one
@@ -55,13 +56,13 @@ TOKENS = 16  # of the sequence that `step` trains on
 
 def config_of(size):
     layers, hidden, intermediate, heads, kv_heads, head_dim, scalar, vocabulary = SIZES[size]
-    return Gemma2Config(vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, scalar, 4096, 50.0, 30.0)
+    return GemmaConfig(vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, scalar, 4096, 50.0, 30.0)
 
 
 def on_meta(config):
     """A model without memory, for its names and shapes."""
     with torch.device("meta"):
-        return Gemma2(config)
+        return Gemma(config)
 
 
 # ---------------------------------------------------------------------------------------------------------- a checkpoint
@@ -89,7 +90,7 @@ def write_checkpoint(directory, config, max_shard_bytes):
 
 
 def random_weight(shape):
-    """As a fresh Gemma2 has it: normal with a deviation of fan_in^-0.5; the scales of norms are 1 + 0."""
+    """As a fresh Gemma has it: normal with a deviation of fan_in^-0.5; the scales of norms are 1 + 0."""
     if len(shape) == 1:
         return torch.zeros(shape, dtype=torch.bfloat16)
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[1] ** -0.5)
@@ -135,7 +136,7 @@ def held(tensors):
 def load(directory):
     on_meta(config_of("tiny"))  # torch imports some 20 MB more when it first makes a model on the meta device
     with watched() as seen:
-        model = Gemma2.from_pretrained(directory, dtype=torch.bfloat16)
+        model = Gemma.from_pretrained(directory, dtype=torch.bfloat16)
     assert held(model.parameters()) > 0
     return seen
 
