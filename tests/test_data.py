@@ -80,9 +80,7 @@ def test_both_vertex_forms_give_the_same_conversation(tmp_path):
     contents = [first, {"role": "model", **parts("4")}]
     want = conversation(user("How many?", True), model("4"), system="ctx")
     assistant = conversation(user("How many?", True), {"role": "assistant", "content": "4"}, system="ctx")
-    systems = [
-        {key: parts("c", "tx"), "contents": contents} for key in ("systemInstruction", "system_instruction")
-    ]
+    systems = [{key: parts("c", "tx"), "contents": contents} for key in ("systemInstruction", "system_instruction")]
     path = write(tmp_path, want, "", assistant, *systems)
     assert read_vertex_jsonl(path) == [want | {"where": f"{path}:{number}"} for number in (1, 3, 4, 5)]
 
@@ -837,10 +835,24 @@ def test_action_metrics_without_a_class_or_without_turns():
 
 
 def pacific(**changes):
-    question = {"question": " What is the change? ", "original_question": "What is the change in cost?", "answer": -3.5,
-                "derivation": "1.5-5 ", "answer_type": "arithmetic", "req_clari": False, "scale": "million"}
-    asked = {"question": "And which cost?", "original_question": "x", "answer": ["Which year?"], "derivation": "",
-             "answer_type": "question", "req_clari": True, "scale": ""}
+    question = {
+        "question": " What is the change? ",
+        "original_question": "What is the change in cost?",
+        "answer": -3.5,
+        "derivation": "1.5-5 ",
+        "answer_type": "arithmetic",
+        "req_clari": False,
+        "scale": "million",
+    }
+    asked = {
+        "question": "And which cost?",
+        "original_question": "x",
+        "answer": ["Which year?"],
+        "derivation": "",
+        "answer_type": "question",
+        "req_clari": True,
+        "scale": "",
+    }
     spans = {"question": "2019", "answer": ["rent", "wages"], "answer_type": "multi-span", "req_clari": False}
     count = {"question": "How many?", "answer": "2", "derivation": "rent##wages", "answer_type": "count"}
     return {"paragraphs": [{"text": "Costs fell.\nThen rose."}, {"text": "See table."}],

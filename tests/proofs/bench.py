@@ -13,18 +13,20 @@
   f  DPO over dialogues, all turns of a dialogue in one batch; against one row per pair, and against TRL
   The machine's own limits are measured first: a matrix product, and a sum over memory.
 
-The weights are random and made in a temporary directory; words become tokens by a hash. Every measurement is a process of
-its own: it warms up once, measures a few times, and prints a line of JSON with its times and its peak memory (the
-process's largest resident size, imports included; on CUDA the most that was allocated). The table shows medians over all
-rounds and, in brackets, the smallest; ratios are of medians. float32 on CPU. On CUDA training computes in bfloat16 over
-float32 weights, the peer's too, and generation runs in bfloat16. The peers load the same weights and get the same tokens:
-`logps`, the mean log-probability of a chosen reply before the first update, must be the same on both sides.
+The weights are random and made in a temporary directory; words become tokens by a hash. Every measurement is a
+process of its own: it warms up once, measures a few times, and prints a line of JSON with its times and its peak
+memory (the process's largest resident size, imports included; on CUDA the most that was allocated). The table shows
+medians over all rounds and, in brackets, the smallest; ratios are of medians. float32 on CPU. On CUDA training
+computes in bfloat16 over float32 weights, the peer's too, and generation runs in bfloat16. The peers load the same
+weights and get the same tokens: `logps`, the mean log-probability of a chosen reply before the first update, must be
+the same on both sides.
 
-Operations are counted from the shapes. A forward pass: 2 per weight of the linear layers and token computed (in the last
-MLP, only tokens that something is predicted from), 4 * heads * head_dim per token and key that it sees in each layer,
-2 * hidden_size * vocab_size per scored token. A training step is 1 forward pass of the reference and 3 of the policy (4
-with checkpointing; the output head's is always recomputed). A decoding step reads every weight once, and the keys and
-values that each row sees. Prefill is measured by generating one token, and taken off to get the decoding time.
+Operations are counted from the shapes. A forward pass: 2 per weight of the linear layers and token computed (in the
+last MLP, only tokens that something is predicted from), 4 * heads * head_dim per token and key that it sees in each
+layer, 2 * hidden_size * vocab_size per scored token. A training step is 1 forward pass of the reference and 3 of the
+policy (4 with checkpointing; the output head's is always recomputed). A decoding step reads every weight once, and
+the keys and values that each row sees. Prefill is measured by generating one token, and taken off to get the decoding
+time.
 """
 
 import argparse
@@ -48,8 +50,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-# hidden, intermediate, layers, heads, key/value heads, head_dim, vocabulary, window; then the workload: pairs of a batch,
-# tokens of their prompts and replies, rows of a rollout (its prompts have a quarter to three quarters of those tokens)
+# hidden, intermediate, layers, heads, key/value heads, head_dim, vocabulary, window; then the workload: pairs of a
+# batch, tokens of their prompts and replies, rows of a rollout (prompts of a quarter to three quarters of those tokens)
 SIZES = {
     "tiny": (64, 128, 2, 4, 2, 16, 512, 16, 2, 64, 16, 4),
     "48m": (512, 2048, 8, 8, 4, 64, 32000, 128, 4, 512, 64, 8),
@@ -230,7 +232,7 @@ class Work:
         return flops, scored.used, scored.forest.tokens.numel() - scored.used
 
     def decode_bytes(self, lengths, steps):
-        """Read by `steps` decoding steps of rows with these many tokens: weights, and the keys and values that are seen."""
+        """Read by `steps` decoding steps of rows with so many tokens: weights, and the keys and values seen."""
         c, size = self.config, torch.finfo(DTYPE).bits // 8
         with torch.device("meta"):
             total = steps * sum(parameter.numel() for parameter in self.gemma.Gemma(c).parameters())
@@ -353,7 +355,11 @@ def act_step(work):
 
     times = timed(step)
     rolled, trained, flops = (statistics.median(column) for column in zip(*spent[1:], strict=True))
-    return {"seconds": times, "train_rate": flops / trained, "note": f"rollout {rolled:.2f} s, training {trained:.2f} s"}
+    return {
+        "seconds": times,
+        "train_rate": flops / trained,
+        "note": f"rollout {rolled:.2f} s, training {trained:.2f} s",
+    }
 
 
 def evaluation(work):
@@ -369,7 +375,9 @@ def dialogues(work, micro=None):
     """Seconds per pair, the batches being dialogues; micro 1: a row for each pair, gradients accumulated."""
     groups = work.dialogues()
     count = sum(map(len, groups))
-    batches = [group[i : i + (micro or len(group))] for group in groups for i in range(0, len(group), micro or len(group))]
+    batches = [
+        group[i : i + (micro or len(group))] for group in groups for i in range(0, len(group), micro or len(group))
+    ]
     flops, tokens, padding = (sum(column) for column in zip(*map(work.step_flops, batches), strict=True))
     times, logps = dpo_steps(work, groups, micro)
     note = f"{count} pairs of {len(groups)} dialogues, {tokens} tokens computed, {padding} slots of padding"
@@ -550,7 +558,9 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="48m")
     parser.add_argument("--only", default="a,b,c,d,e,f", help="items, e.g. a,b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if CUDA else "cpu")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations in training, on both sides")
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="keep all activations in training, on both sides"
+    )
     parser.add_argument("--dialogues", help="Vertex JSONL for item f (default: three made-up dialogues of 7 exchanges)")
     parser.add_argument("--peer", action="store_true", help="measure TRL and transformers too")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that can import them")
@@ -577,7 +587,9 @@ def main():
     print(f"`python tests/proofs/bench.py {' '.join(words)}`:")
     print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']};", end=" ")
     print(f"matrix product {limit['flops'] / 1e9:.0f} GFLOP/s, memory read {limit['bandwidth'] / 1e9:.1f} GB/s\n")
-    print("| figure | median (least) | peak memory | times as fast | our share of its memory | near the limit | notes |")
+    print(
+        "| figure | median (least) | peak memory | times as fast | our share of its memory | near the limit | notes |"
+    )
     print("|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 

@@ -2,10 +2,11 @@
 
     pip install transformers && python tests/proofs/compare_transformers.py
 
-For several shapes and seeds it prints one line each: max |logit difference|, the largest difference of a gradient relative
-to the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal,
-and whether transformers loads what our `save_pretrained` wrote, in one file and in shards, back to its own logits.
-Ends with status 1 when any of these is over its limit. tests/golden/make_gemma2.py holds the random models.
+For several shapes and seeds it prints one line each: max |logit difference|, the largest difference of a gradient
+relative to the largest entry of that gradient (over every weight), whether greedy continuations of four ragged
+prompts are equal, and whether transformers loads what our `save_pretrained` wrote, in one file and in shards, back to
+its own logits. Ends with status 1 when any of these is over its limit. tests/golden/make_gemma2.py holds the random
+models.
 """
 
 import os
@@ -49,12 +50,16 @@ def gradients(model, logits, tokens):
 def gradient_difference(ours, theirs):
     """The largest |difference| of any gradient relative to the largest entry of that gradient, and whose it is."""
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-    return max(((ours[name] - theirs[name]).abs().max().item() / theirs[name].abs().max().item(), name) for name in theirs)
+    return max(
+        ((ours[name] - theirs[name]).abs().max().item() / theirs[name].abs().max().item(), name) for name in theirs
+    )
 
 
 def greedy_is_equal(ours, theirs, seed):
-    """Equal continuations of four ragged prompts, ours in one batch; a prompt whose text passes a near tie is left out."""
-    prompts = [random_tokens(100 * seed + i, (length,), theirs.config.vocab_size) for i, length in enumerate(PROMPT_LENGTHS)]
+    """Equal continuations of four ragged prompts, ours in one batch; one whose text passes a near tie is left out."""
+    prompts = [
+        random_tokens(100 * seed + i, (length,), theirs.config.vocab_size) for i, length in enumerate(PROMPT_LENGTHS)
+    ]
     expected = [greedy(theirs, prompt) for prompt in prompts]
     got = generate(ours, [prompt.tolist() for prompt in prompts], len(expected[0][0]), temperature=0)
     clear = [(text.tolist(), new) for (text, margin), new in zip(expected, got, strict=True) if margin > TIE]
@@ -86,7 +91,8 @@ def compare(shape, seed):
     slope, name = gradient_difference(gradients(ours, logits, tokens), gradients(theirs, expected, tokens))
     same_text, clear = greedy_is_equal(ours, theirs, seed)
     loads = [loads_in_transformers(ours, theirs, tokens, expected, limit) for limit in (5_000_000_000, 60_000)]
-    line = f"logits {difference:.1e}  gradients {slope:.1e} ({name})  greedy {'equal' if same_text else 'DIFFERENT'} ({clear} of 4 clear)"
+    line = f"logits {difference:.1e}  gradients {slope:.1e} ({name})"
+    line += f"  greedy {'equal' if same_text else 'DIFFERENT'} ({clear} of 4 clear)"
     line += f"  loads back: single {loads[0]}, sharded {loads[1]}"
     return line, difference <= LOGIT_LIMIT and slope <= GRADIENT_LIMIT and same_text and all(loads)
 
