@@ -402,7 +402,7 @@ def test_published_records_without_an_answer_are_skipped_and_said(tmp_path):
     ({"input_text": "i\n[context]\nUser: Hi [conversation]\n"}, "input_text has no line '[conversation]'"),
     *[({"input_text": f"i\n[context]\n\n[conversation]\n{text}"},
        "input_text does not end with a line 'User: ' after '[conversation]'")
-      for text in ("", "Hi\n", "Hi\nUser: x\n", "User: Hi\nAssistant: yes\n", "User:\n", "\\User: x\n")],
+      for text in ("", "Hi\n", " User: x\n", "Hi\nUser: x\n", "User: Hi\nAssistant: yes\n", "User:\n", "\\User: x\n")],
     ({"chosen": "\n"}, "chosen does not begin with the assistant's text"),
     ({"rejected": "User: x\n"}, "rejected does not begin with the assistant's text"),
     ({"output_text": ""}, "output_text does not begin with the assistant's text"),
