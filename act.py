@@ -1563,6 +1563,8 @@ class HelperClient:
             body += chunk
             if len(body) > limit or time.monotonic() > deadline:
                 raise CallFailed("its reply is too long or takes too long")
+        if getattr(response, "length", None):  # what Content-Length promised and did not come
+            raise CallFailed("its reply breaks off")
         return body
 
     def one_line(self, message):
