@@ -144,6 +144,20 @@ def run_config(world, folder, task="act", evaluated=True, is_preference=False, *
     return str(folder / "run.json")
 
 
+SMALLEST = {"policy_model_config": {"model_path": "m"}, "data_config": {"train_path": "t"}}
+
+
+def config_file(folder, **sections):
+    """A config file with the keys that every run needs and these sections'."""
+    merged = dict(SMALLEST)
+    for name, values in sections.items():
+        both = isinstance(values, dict) and name in SMALLEST
+        merged[name] = {**SMALLEST[name], **values} if both else values
+    path = folder / "run.json"
+    path.write_text(json.dumps(merged))
+    return path
+
+
 def run(*words):
     """act.py in this process: its exit status."""
     return act.main([str(word) for word in words])
