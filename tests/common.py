@@ -57,9 +57,9 @@ def write_lines(path, rows):
     return path
 
 
-def pairs_of(path):
+def pairs_of(path, icl_examples=2, seed=0):
     """All turns of a file of conversations."""
-    return data.ACTDataset(data.read_vertex_jsonl(path), CLARIFY, 2).prepare_datasets()
+    return data.ACTDataset(data.read_vertex_jsonl(path), CLARIFY, icl_examples, seed=seed).prepare_datasets()
 
 
 def pairs_from(*conversations):
@@ -186,25 +186,31 @@ SERVER = multiprocessing.get_context("forkserver")  # has imported torch and act
 SERVER.set_forkserver_preload(["common"])
 
 
-def run_on_ranks(count, *words, patch=None):
-    """act.py on `count` ranks, as torchrun describes them to it: their exit statuses. patch: called on each before."""
+def run_on_ranks(count, folder, *words, patch=None):
+    """act.py on `count` ranks, as torchrun describes them to it: (their exit statuses, all that they said).
+
+    patch: called on each before; what they say is collected in folder/log.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [str(word) for word in words]
-    ranks = [SERVER.Process(target=one_rank, args=(rank, count, port, words, patch)) for rank in range(count)]
+    words, log = [str(word) for word in words], folder / "log"
+    ranks = [SERVER.Process(target=one_rank, args=(rank, count, port, log, words, patch)) for rank in range(count)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(120)
         if process.is_alive():
             process.kill()
-    return [process.exitcode for process in ranks]
+    return [process.exitcode for process in ranks], log.read_text()
 
 
-def one_rank(rank, count, port, words, patch):
+def one_rank(rank, count, port, log, words, patch):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     torch.set_num_threads(1)
     if patch:
         patch()

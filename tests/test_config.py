@@ -162,11 +162,11 @@ def test_ipo_needs_a_beta(tmp_path):
 def test_a_config_that_is_no_json_object_is_refused(tmp_path):
     assert refusal(tmp_path / "none.json").startswith(f"{tmp_path / 'none.json'}: cannot be read")
     (tmp_path / "x.json").write_text("{")
-    assert "x.json: not readable as JSON" in refusal(tmp_path / "x.json")
+    assert "x.json:1: invalid JSON at column 2" in refusal(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("[]")
-    assert "x.json: holds a list" in refusal(tmp_path / "x.json")
+    assert "x.json: the file is a list, expected an object" in refusal(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"task": "sft", "task": "dpo"}')
-    assert "task" in refusal(tmp_path / "x.json")
+    assert "the key 'task' stands twice" in refusal(tmp_path / "x.json")
 
 
 def test_configs_of_the_published_research_code_load(tmp_path, capsys):
