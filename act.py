@@ -46,7 +46,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -455,7 +455,7 @@ class Template:
             before, after = [self.tokenizer.bos_id], []
             head = self.encode("user\n") if pair.context else []
             context = self.encode(f"user\n{pair.context}\n\n") if pair.context else []
-        room = max_length - len(before) - len(after) - len(self.opening)
+        room = max_length - len(before) - len(after) - len(self.opening) + len(head)  # the first turn has it too
         users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
         kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
         while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
@@ -1015,17 +1015,19 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointin
     model.requires_grad_(trainable)
     model.set_checkpointing(checkpointing)
     model.compute_dtype = torch.bfloat16 if bf16 else dtype
-    if mesh.size() > 1:
-        reduce = torch.float32 if bf16 else dtype
-        policy = MixedPrecisionPolicy(model.compute_dtype, reduce, cast_forward_inputs=False)
-        sharding = {"mesh": mesh if mesh.size(0) > 1 else mesh["shard"], "mp_policy": policy}
-        for layer in model.layers:
-            fully_shard(layer, **sharding)
-        fully_shard(model, **sharding)
-        register_fsdp_forward_method(model, "logps")
+    if mesh.size() > 1:  # one process has nothing to gather
+        shard(model, mesh)
     model.to_empty(device=mesh.device_type)
     gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
     return model
+
+
+def shard(model, mesh):
+    """Each layer's parameters, and those outside of layers, are gathered when they are needed; sums are in float32."""
+    precision = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh["shard"], mp_policy=precision)
+    register_fsdp_forward_method(model, "logps")
 
 
 @torch.no_grad()
@@ -1751,11 +1753,12 @@ def help_text():
     lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:"]
     lines += ["  --resume             go on from the newest checkpoint of output_dir"]
     lines += ["  --overwrite          start again in an output_dir that holds a run"]
-    for section in fields(Config)[1:]:
-        cls = get_type_hints(Config)[section.name]
-        same = section.name in ROLES and section.name != next(iter(ROLES))  # the four helpers have the same keys
-        body = [] if same else [line.removeprefix("  ") for line in inspect.getsource(cls).splitlines()[2:]]
-        lines += ["", f"--{section.name}:", *body]
+    sections = {}  # the helpers have the same keys
+    for name, kind in get_type_hints(Config).items():
+        sections.setdefault(kind, []).append(name)
+    for kind, names in list(sections.items())[1:]:
+        body = [line.removeprefix("  ") for line in inspect.getsource(kind).splitlines()[2:]]
+        lines += ["", f"--{', '.join(names)}:", *body]
     return "\n".join(lines)
 
 

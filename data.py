@@ -769,10 +769,10 @@ class Role(NamedTuple):
 ROLES = {
     "action_model_config": Role(
         rule_actions, ("response",), action_fields, parse_action, ("\nMessage:",), "action.txt"),
-    "intent_model_config": Role(
-        rule_intents, ("conversation",), intent_fields, parse_intent, ("\nConversation:",), "intent.txt"),
     "user_simulator_config": Role(
         rule_users, ("intent", "conversation"), user_fields, parse_user, ("\nAssistant:",), "user.txt"),
+    "intent_model_config": Role(
+        rule_intents, ("conversation",), intent_fields, parse_intent, ("\nConversation:",), "intent.txt"),
     "preference_model_config": Role(
         rule_questions, ("examples",), question_fields, parse_question, ("\nUser:",), "question.txt"),
     "judge_model_config": Role(  # no rule: a heuristic is one

@@ -16,15 +16,11 @@ from data import ANSWER, CLARIFY
 from gemma import generate
 
 
-def play_out(conversation, respond, classify, simulate):
+def play_out(conversation, **answers):
     """One conversation by callables of one request; None where any of them gives None."""
-    found = act.in_lockstep(
-        [conversation],
-        lambda rows, said: [respond(said[0])],
-        lambda rows, texts: [classify(texts[0])],
-        lambda rows, said: [simulate(said[0])],
-    )
-    return found[0]
+    one = {what: lambda rows, requests, answer=answer: [answer(requests[0])] for what, answer in answers.items()}
+    [found] = act.in_lockstep([conversation], one)
+    return found
 
 
 def play(pair, replies, users=(), score=0.0, max_turns=3, tolerance=0.5, simulate_user=True):
@@ -43,13 +39,13 @@ def play(pair, replies, users=(), score=0.0, max_turns=3, tolerance=0.5, simulat
         assert trajectory[-1] == ("model", said[-1])
         return users.pop(0)
 
-    def judge(text, target):
-        assert (text, target) == (said[-1], pair.target)
-        return score
+    def judge(trajectory):
+        assert trajectory[-1] == ("model", said[-1])
+        return 0.0, score
 
-    conversation = act.act_pair(pair, judge, tolerance, max_turns, simulate_user)
-    result = play_out(conversation, respond, lambda text: data.rule_actions([text])[0], simulate)
-    return *result, len(said)
+    conversation = act.act_pair(pair, tolerance, max_turns, simulate_user)
+    actions = {"classify": lambda text: data.rule_actions([text])[0], "simulate": simulate}
+    return *play_out(conversation, respond=respond, score=judge, **actions), len(said)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,8 +231,12 @@ def lockstep(conversations, script):
 
         return many
 
-    calls = (("respond", script.policy), ("classify", script.classifier), ("simulate", script.user))
-    return act.in_lockstep(conversations, *(batched(*call) for call in calls)), batches
+    def score(rows, requests):
+        return [(0.0, script.heuristic(said[-1][1], f"gold {row}")) for row, said in zip(rows, requests, strict=True)]
+
+    calls = {"respond": script.policy, "classify": script.classifier, "simulate": script.user}
+    answers = {what: batched(what, one) for what, one in calls.items()}
+    return act.in_lockstep(conversations, {**answers, "score": score}), batches
 
 
 def assert_batches_hold_the_waiting(batches, asked, count):
@@ -258,7 +258,7 @@ def test_lockstep_equals_the_oracle_in_every_outcome(max_turns, simulated):
     expected = [
         oracle_of_training(i, pair, oracle_script, 0.5, max_turns, simulated) for i, pair in enumerate(pairs)
     ]
-    conversations = [act.act_pair(pair, script.heuristic, 0.5, max_turns, simulated) for pair in pairs]
+    conversations = [act.act_pair(pair, 0.5, max_turns, simulated) for pair in pairs]
     results, batches = lockstep(conversations, script)
     found = [result or (pair, HELPER_FAILED) for result, pair in zip(results, pairs, strict=True)]
     for (new, outcome), wanted, old in zip(found, expected, pairs, strict=True):
@@ -272,14 +272,17 @@ def test_lockstep_equals_the_oracle_in_every_outcome(max_turns, simulated):
 
 
 def oracle_of_evaluation(i, script, max_turns, said=(), actions=()):
-    """The rest of an evaluated conversation, by recursion: (trajectory, actions, answer), or None for a failure."""
+    """The rest of an evaluated conversation, by recursion: what is kept of it, or None for a failure."""
     response = script.policy(i, list(said))
     action = script.classifier(i, response[0]) if response else None
     if action is None:
         return None
     said, actions = [*said, ("model", response[0])], [*actions, action]
     if action == ANSWER or not response[1] or len(actions) == max_turns:
-        return said, actions, response[0] if response[1] and action == ANSWER else None
+        answer = response[0] if response[1] and action == ANSWER else None
+        score = 0.0 if answer is None else script.heuristic(answer, f"gold {i}")
+        return {"trajectory": said, "inferred_action": actions[0], "questions": actions.count(CLARIFY),
+                "final_answer": answer, "exact_match": 0.0, "f1": score}  # fmt: skip
     reply = script.user(i, said)
     return None if reply is None else oracle_of_evaluation(i, script, max_turns, [*said, ("user", reply)], actions)
 
@@ -292,8 +295,8 @@ def test_evaluated_conversations_equal_the_oracle(max_turns):
     assert results == expected
     assert script.asked == oracle_script.asked
     assert_batches_hold_the_waiting(batches, script.asked, len(pairs))
-    assert {len(result[1]) for result in results if result} == set(range(1, max_turns + 1))
-    assert None in results and {result[2] is None for result in results if result} == {True, False}
+    assert {len(result["trajectory"]) // 2 + 1 for result in results if result} == set(range(1, max_turns + 1))
+    assert None in results and {result["final_answer"] is None for result in results if result} == {True, False}
 
 
 def test_an_evaluated_conversation_goes_on_after_a_needless_question():
@@ -307,20 +310,20 @@ def test_an_evaluated_conversation_goes_on_after_a_needless_question():
     def classify(rows, texts):
         return data.rule_actions(texts)
 
-    conversations = [act.play_turn(pair, 3) for pair in pairs]
-    found = act.in_lockstep(conversations, respond, classify, lambda rows, _: [f"u{row}" for row in rows])
+    answers = {"respond": respond, "classify": classify, "simulate": lambda rows, _: [f"u{row}" for row in rows]}
+    answers["score"] = lambda rows, _: [(1.0, 0.5)] * len(rows)
+    found = act.in_lockstep([act.play_turn(pair, 3) for pair in pairs], answers)
     assert seen == [[0, 1, 2], [0, 2], [0, 2]]
-    assert [text for _, text in found[0][0]] == ["a?", "u0", "b?", "u0", "c"]
-    assert [(actions, answer) for _, actions, answer in found] == [
-        ([CLARIFY, CLARIFY, ANSWER], "c"), ([ANSWER], "d"), ([CLARIFY] * 3, None)
-    ]  # fmt: skip
+    assert [text for _, text in found[0]["trajectory"]] == ["a?", "u0", "b?", "u0", "c"]
+    kept = [(turn["inferred_action"], turn["questions"], turn["final_answer"], turn["f1"]) for turn in found]
+    assert kept == [(CLARIFY, 2, "c", 0.5), (ANSWER, 0, "d", 0.5), (CLARIFY, 3, None, 0.0)]
 
 
 def test_an_answer_list_of_another_length_is_an_error():
     """A helper that drops an answer must not shift those of the others."""
-    conversations = [act.act_pair(a_pair(), None, 0.5, 3) for _ in range(3)]
+    conversations = [act.act_pair(a_pair(), 0.5, 3) for _ in range(3)]
     with pytest.raises(ValueError, match="shorter"):
-        act.in_lockstep(conversations, lambda rows, _: [("x", True)] * 2, None, None)
+        act.in_lockstep(conversations, {"respond": lambda rows, _: [("x", True)] * 2})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,8 +356,9 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
     def user(rows, trajectories):
         return [f"For {row} {said[-1][1][:3]}." for row, said in zip(rows, trajectories, strict=True)]
 
-    conversations = [act.play_turn(pair, training.max_turns) for pair in batch]
-    found = act.in_lockstep(conversations, respond, classify, user)
+    answers = {"respond": respond, "classify": classify, "simulate": user}
+    answers["score"] = lambda rows, _: [(0.0, 0.0)] * len(rows)
+    found = act.in_lockstep([act.play_turn(pair, training.max_turns) for pair in batch], answers)
     assert called == [9, 6, 4, 2]
 
     sampling = {"temperature": 0.0} if greedy else {"temperature": 1.3, "top_k": 60, "top_p": 0.95}
@@ -367,8 +371,9 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
             [tokens] = generate(model, [prompt], training.max_new_tokens, **options)
             said.append(("model", template.text(tokens)))
             ended.append(len(tokens) < training.max_new_tokens)
-        assert found[row][0] == said and flags[row] == ended
-    assert len({text for said, *_ in found for role, text in said if role == "model"}) > 3, "they should differ"
+        assert found[row]["trajectory"] == said and flags[row] == ended
+    spoken = {text for turn in found for role, text in turn["trajectory"] if role == "model"}
+    assert len(spoken) > 3, "they should differ"
 
 
 def test_noise_is_keyed_by_seed_step_and_position():

@@ -112,7 +112,7 @@ def test_keys_of_earlier_versions_are_refused_with_what_to_write_instead(tmp_pat
     ("training_config", 3, "expected an object"),
     ("training_config.top_p", 0, "top_p is 0.0, expected"),
     ("training_config.top_p", 1.5, "top_p is 1.5, expected"),
-    ("training_config.label_smoothing", 0.5, "below 0.5"),
+    ("training_config.label_smoothing", 0.5, "less than 0.5"),
     ("training_config.max_prompt_length", 1024, "max_prompt_length 1024 leaves no room"),
     ("policy_model_config.model_path", "", "policy_model_config.model_path is missing"),
     ("data_config.train_path", "", "data_config.train_path is missing"),
@@ -133,8 +133,8 @@ LITERALS += [(key, get_args(kind)) for key, _, kind in KEYS if str(kind).startsw
 @pytest.mark.parametrize(("key", "choices"), LITERALS, ids=[key for key, _ in LITERALS])
 def test_every_choice_is_accepted_and_no_other(tmp_path, key, choices):
     assert len(choices) > 1
-    both = {"data_config": {"validation_path": "v"}, "action_model_config": {"model_id": "m"}}
-    path = config_file(tmp_path, **both)
+    needed = {"data_config": {"validation_path": "v"}, "action_model_config": {"model_id": "m"}}
+    path = config_file(tmp_path, **needed, judge_model_config={"model_id": "m"})
     for choice in choices:
         config = load_config(path, {key: choice})
         assert act.flat(asdict(config))[key] == choice

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import act
 import gemma
 from act import Scored, Template
-from gemma import Forest, Gemma, TokenLogps
+from gemma import Forest, Gemma
 
 
 def weighted_gradients(model, logps):
@@ -152,41 +152,42 @@ def test_an_empty_sequence_is_refused():
         Forest([[1], []])
 
 
-def small_chunks(monkeypatch, rows):
-    """Let TokenLogps take `rows` tokens at a time."""
-    whole = TokenLogps.chunks
-    monkeypatch.setattr(TokenLogps, "chunks", staticmethod(lambda h, e: whole(h, e, entries=rows * len(e))))
+def small_parts(monkeypatch, entries):
+    """Let the head hold no more logits than this at a time."""
+    monkeypatch.setattr(gemma, "LOGITS_HELD", {"cpu": entries})
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_chunks_of_the_vocabulary_change_nothing(monkeypatch, model, rows):
+@pytest.mark.parametrize("width", [1, 100])
+def test_parts_of_the_vocabulary_change_nothing(monkeypatch, model, width):
     sequences = ODD_BATCHES["nothing shared"]
     once = Scored(sequences, "cpu").logps(model)
     expected = weighted_gradients(model, once)
-    small_chunks(monkeypatch, rows)
-    assert len(TokenLogps.chunks(torch.zeros(7, 1), torch.zeros(VOCABULARY, 1))) == math.ceil(7 / rows)
-    chunked = Scored(sequences, "cpu").logps(model)
-    torch.testing.assert_close(chunked, once, rtol=1e-6, atol=1e-6)
-    assert_same_gradients(weighted_gradients(model, chunked), expected)
+    small_parts(monkeypatch, width * sum(sum(mask) for *_, mask in sequences))
+    parted = Scored(sequences, "cpu").logps(model)
+    torch.testing.assert_close(parted, once, rtol=1e-6, atol=1e-5)
+    assert_same_gradients(weighted_gradients(model, parted), expected)
 
 
-class WidestLogits(TorchDispatchMode):
-    """The most rows of a tensor that is as wide as the vocabulary."""
+class MostLogits(TorchDispatchMode):
+    """The most columns of a matrix with a row for each scored token."""
 
-    rows = 0
+    def __init__(self, scored):
+        super().__init__()
+        self.scored, self.columns = scored, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, list | tuple) else [result]:
-            wide = isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] == VOCABULARY
-            if wide and x.shape[0] != 32:  # 32: the transposed embedding
-                self.rows = max(self.rows, x.numel() // VOCABULARY)
+            if isinstance(x, torch.Tensor) and x.ndim == 2 and x.shape[0] == self.scored:
+                self.columns = max(self.columns, x.shape[1])
         return result
 
 
 def test_a_training_step_never_holds_the_logits_of_all_tokens(monkeypatch, model, plain, pairs):
     monkeypatch.setattr(Gemma, "logits", lambda *_: pytest.fail("the logits of every token"))
-    small_chunks(monkeypatch, 4)
-    with WidestLogits() as widest:
-        act.preference_step(run_of(copy.deepcopy(model), model, plain, training_of()), pairs[:6], 1.0)
-    assert widest.rows == 4
+    run = run_of(copy.deepcopy(model), model, plain, training_of())
+    scored = sum(sum(mask) for *_, mask in both_sides(pairs[:6], plain, training_of()))
+    small_parts(monkeypatch, 100 * scored)
+    with MostLogits(scored) as most:
+        act.preference_step(run, pairs[:6], 1.0)
+    assert most.columns == 100 < VOCABULARY

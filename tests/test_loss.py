@@ -133,21 +133,37 @@ def test_an_sft_step_is_the_mean_likelihood_of_the_first_gold_reply(model, token
 # Sharded models, optimiser, schedule
 
 
+SHARDED = pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])  # as of several ranks, or of one
+
+
+def built(world, mesh, sharded, **options):
+    model = act.build_model(world / "model", mesh, torch.float32, **options)
+    assert not any(isinstance(parameter, act.DTensor) for parameter in model.parameters()), "one rank has all of it"
+    if sharded:
+        act.shard(model, mesh)
+    return model
+
+
+def whole_of(tensor):
+    return tensor.full_tensor() if isinstance(tensor, act.DTensor) else tensor
+
+
 def test_fully_sharded_gradients_equal_plain_ones(world, mesh, one_process, plain, pairs):
     policy, reference = Gemma.from_pretrained(world / "model"), random_model(3)
-    sharded = act.build_model(world / "model", mesh, torch.float32)
+    sharded = built(world, mesh, True)
     for some in (policy, sharded):
         some_run = run_of(some, reference, plain, training_of(beta=0.5), one_process)
         act.preference_step(some_run, pairs[:4], 0.25)
-    found = {name: parameter.grad.full_tensor() for name, parameter in sharded.named_parameters()}
+    found = {name: whole_of(parameter.grad) for name, parameter in sharded.named_parameters()}
     assert_same_gradients(found, gradients_of(policy), 1e-6)
 
 
+@SHARDED
 @pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
-def test_optimizer_steps_equal_torch_on_an_unsharded_model(world, mesh, plain, pairs, kind, max_grad_norm):
+def test_optimizer_steps_equal_torch_on_a_whole_model(world, mesh, plain, pairs, kind, max_grad_norm, sharded):
     training = training_of(optim=kind, weight_decay=0.1, learning_rate=9.0, max_grad_norm=max_grad_norm)
-    sharded, whole = act.build_model(world / "model", mesh, torch.float32), Gemma.from_pretrained(world / "model")
+    sharded, whole = built(world, mesh, sharded), Gemma.from_pretrained(world / "model")
     optimizer = act.make_optimizer(sharded, training)
     cls = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[kind]
     oracle = cls(whole.parameters(), lr=1.0, weight_decay=0.1)
@@ -167,16 +183,17 @@ def test_optimizer_steps_equal_torch_on_an_unsharded_model(world, mesh, plain, p
         sharded.named_parameters(), whole.parameters(), start.parameters(), strict=True
     ):
         assert (wanted - old).norm() > 1e-4, name
-        torch.testing.assert_close(found.full_tensor(), wanted, rtol=1e-4, atol=2e-6, msg=name)
+        torch.testing.assert_close(whole_of(found), wanted, rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_bfloat16_is_close_and_checkpointing_changes_nothing(world, mesh, plain, pairs):
+@SHARDED
+def test_bfloat16_is_close_and_checkpointing_changes_nothing(world, mesh, plain, pairs, sharded):
     def step(**options):
         torch.manual_seed(0)
-        policy = act.build_model(world / "model", mesh, torch.float32, **options)
+        policy = built(world, mesh, sharded, **options)
         reference = act.build_model(world / "model", mesh, torch.float32, trainable=False)
         sums = act.preference_step(run_of(policy, reference, plain, training_of(rpo_alpha=1.0)), pairs[:4], 0.25)
-        return sums, {name: parameter.grad.full_tensor() for name, parameter in policy.named_parameters()}
+        return sums, {name: whole_of(parameter.grad) for name, parameter in policy.named_parameters()}
 
     (sums, grads), (again, same_grads), (rough, near_grads) = step(), step(checkpointing=True), step(bf16=True)
     assert again == sums
@@ -198,8 +215,9 @@ def test_checkpointing_recomputes_every_layer(world, mesh, plain, pairs, monkeyp
         assert len(calls) == (9 if checkpointing else 3)
 
 
-def test_the_unsharded_copy_is_the_model(world, mesh):
-    model = act.build_model(world / "model", mesh, torch.float32)
+@SHARDED
+def test_the_unsharded_copy_is_the_model(world, mesh, sharded):
+    model = built(world, mesh, sharded)
     whole, tokens = act.unsharded(model), torch.tensor([words(0, 20)])
     assert not any(isinstance(parameter, act.DTensor) for parameter in whole.parameters())
     assert torch.equal(whole(tokens), Gemma.from_pretrained(world / "model")(tokens))
