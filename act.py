@@ -46,7 +46,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -78,16 +78,17 @@ HELPER_FAILED = "helper_failed"  # a helper model gave no usable answer: the ori
 OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, CUT_OFF, SAME_TEXT, HELPER_FAILED)
 
 
-def act_pair(pair, score, tolerance, max_turns, simulate_user=True):
+def act_pair(pair, tolerance, max_turns, simulate_user=True):
     """The paper's Algorithm 2 for one example: returns the on-policy pair and its outcome.
 
     A generator that yields what it asks for, so that `in_lockstep` can run a batch side by side:
         ("respond", trajectory)   is sent (y, ended): a response, and whether it came to its end
         ("classify", y)           is sent A(y), the action of a response
         ("simulate", trajectory)  is sent U(p, trajectory), the simulated user's reply
+        ("score", trajectory)     is sent (exact, score), score being H(y, g) of its final answer
 
     In the paper's symbols: p is pair.context and pair.history, a pair.action, y_w pair.chosen,
-    y_l pair.rejected, g pair.target, H `score`, epsilon `tolerance`, pi the policy. Without
+    y_l pair.rejected, g pair.target, H the heuristic, epsilon `tolerance`, pi the policy. Without
     simulate_user (an ablation) a question where one is called for wins as it is.
     """
     trajectory = []
@@ -102,9 +103,12 @@ def act_pair(pair, score, tolerance, max_turns, simulate_user=True):
         y, action, ended = yield from respond(trajectory)  #     trajectory += y ~ pi
     if not ended:
         return contrast(pair, trajectory, CUT_OFF)
-    if action == CLARIFY or score(y, pair.target) > tolerance:  # if H(y, g) > epsilon:
-        return contrast(pair, trajectory, GOOD_OUTCOME)         #     y_w = trajectory
-    return contrast(pair, trajectory, BAD_OUTCOME)              # else: y_l = trajectory
+    if action == CLARIFY:
+        return contrast(pair, trajectory, GOOD_OUTCOME)
+    _, score = yield "score", trajectory                   # if H(y, g) > epsilon:
+    if score > tolerance:                                  #     y_w = trajectory
+        return contrast(pair, trajectory, GOOD_OUTCOME)    # else:
+    return contrast(pair, trajectory, BAD_OUTCOME)         #     y_l = trajectory
 
 
 def respond(trajectory):
@@ -124,20 +128,19 @@ def contrast(pair, trajectory, outcome):
     return (pair, SAME_TEXT) if words[0] == words[1] else (new, outcome)
 
 
-def in_lockstep(conversations, respond, classify, simulate):
+def in_lockstep(conversations, answers):
     """Run generators that ask as `act_pair` does side by side: one batch for what many wait for.
 
-    respond(rows, trajectories), classify(rows, texts) and simulate(rows, trajectories) return an
-    answer for each row, a position in `conversations`. Returns what each conversation returned;
-    None where a helper had no answer.
+    answers: {what is asked for: function(rows, requests) -> [answer]}, rows being positions in
+    `conversations`. Returns what each conversation returned; None where a helper had no answer.
     """
     results = [None] * len(conversations)
     waiting = {row: next(conversation) for row, conversation in enumerate(conversations)}
     while waiting:
-        for wanted, ask in (("respond", respond), ("classify", classify), ("simulate", simulate)):
+        for wanted, answer_all in answers.items():
             rows = sorted(row for row, (what, _) in waiting.items() if what == wanted)
             requests = [waiting.pop(row)[1] for row in rows]
-            for row, answer in zip(rows, ask(rows, requests) if rows else [], strict=True):
+            for row, answer in zip(rows, answer_all(rows, requests) if rows else [], strict=True):
                 if answer is None:  # a helper failed: this conversation ends here
                     continue
                 try:
@@ -149,20 +152,14 @@ def in_lockstep(conversations, respond, classify, simulate):
 
 def on_policy(run, pairs, step, positions):
     """Algorithm 2 for a batch: its new pairs, and how many had which outcome."""
-    training, files, helpers = run.config.training_config, run.config.data_config, run.helpers
-    heuristic = HEURISTICS[files.heuristic]  # -> (exact match, score)
-    rules = files.tolerance, training.max_turns, training.simulate_user
+    training, helpers = run.config.training_config, run.helpers
+    rules = run.config.data_config.tolerance, training.max_turns, training.simulate_user
     noise = noise_generators(training.seed, step, positions)
     policy = Sampler(unsharded(run.policy, training.bf16), run.template, pairs, training, noise)
-    conversations = [act_pair(pair, lambda y, g: heuristic(y, g)[1], *rules) for pair in pairs]
-
-    def play():
-        return in_lockstep(conversations, policy, helpers.classify, helpers.users_of(pairs))
-
+    answers = {"respond": policy, **helpers.answers(pairs, run.config.data_config.heuristic)}
     before = Counter(HELPER_COUNTS)
-    results = [
-        result or (pair, HELPER_FAILED) for pair, result in zip(pairs, together(play), strict=True)
-    ]
+    results = together(lambda: in_lockstep([act_pair(pair, *rules) for pair in pairs], answers))
+    results = [result or (pair, HELPER_FAILED) for pair, result in zip(pairs, results, strict=True)]
     outcomes = Counter(outcome for _, outcome in results)
     counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
     if helpers.cost:
@@ -528,20 +525,28 @@ class Sampler:
 
 
 def play_turn(pair, max_turns):
-    """Asks as `act_pair` does; goes on whatever the first action. Returns (trajectory, actions, answer or None)."""
-    trajectory = []
-    y, action, ended = yield from respond(trajectory)
-    actions = [action]
-    while ended and action == CLARIFY and len(actions) < max_turns:
-        trajectory.append(("user", (yield "simulate", trajectory)))
+    """Asks as `act_pair` does; goes on whatever the first action. Returns what is kept of the turn.
+
+    A conversation that does not end in an answer scores 0.
+    """
+    trajectory, actions, final = [], [], (0.0, 0.0)
+    while True:
         y, action, ended = yield from respond(trajectory)
         actions.append(action)
-    return trajectory, actions, y if ended and action == ANSWER else None
+        if not ended or action == ANSWER or len(actions) == max_turns:
+            break
+        trajectory.append(("user", (yield "simulate", trajectory)))
+    answered = ended and action == ANSWER
+    if answered:
+        final = yield "score", trajectory
+    texts = {"trajectory": trajectory, "final_answer": y if answered else None}
+    scores = {"exact_match": float(final[0]), "f1": float(final[1])}
+    return {**texts, "inferred_action": actions[0], "questions": actions.count(CLARIFY), **scores}
 
 
 def evaluate_pairs(model, template, pairs, helpers, config):
     """Play every turn. Returns (metrics, samples), the same on all ranks."""
-    training, score = config.training_config, HEURISTICS[config.data_config.heuristic]
+    training, heuristic = config.training_config, config.data_config.heuristic
     mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
     policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
 
@@ -549,10 +554,9 @@ def evaluate_pairs(model, template, pairs, helpers, config):
         samples = []
         for start in range(0, len(mine), training.per_device_eval_batch_size):
             batch = [pairs[i] for i in mine[start : start + training.per_device_eval_batch_size]]
-            conversations = [play_turn(pair, training.max_turns) for pair in batch]
-            sampler = Sampler(policy, template, batch, training)
-            played = in_lockstep(conversations, sampler, helpers.classify, helpers.users_of(batch))
-            samples += [scored_turn(pair, result, score) for pair, result in zip(batch, played, strict=True)]
+            answers = {"respond": Sampler(policy, template, batch, training), **helpers.answers(batch, heuristic)}
+            played = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
+            samples += [sample_of(pair, turn, heuristic) for pair, turn in zip(batch, played, strict=True)]
             progress(len(samples))
         return samples
 
@@ -560,31 +564,20 @@ def evaluate_pairs(model, template, pairs, helpers, config):
     return summarize(samples), samples
 
 
-def scored_turn(pair, played, score):
-    """What is kept of one evaluated turn. A conversation that does not end in an answer scores 0.
+FAILED_TURN = {"trajectory": [], "final_answer": None, "inferred_action": None, "questions": 0,
+               "exact_match": 0.0, "f1": 0.0}  # fmt: skip
 
-    inferred_action is None where a helper failed: the turn is then counted, but left out of all means.
+
+def sample_of(pair, turn, heuristic):
+    """A line of eval_samples.jsonl: the turn, how it was played, and its first reply beside the gold one.
+
+    inferred_action is None where a helper failed (turn is None): it is then counted, but left out of all means.
     """
-    trajectory, actions, answer = played or ([], [None], None)
-    turn = score(trajectory[0][1], pair.gold[0][1]) if played else (0.0, 0.0)
-    final = score(answer, pair.target) if answer is not None else (0.0, 0.0)
-    return {
-        "where": pair.where,
-        "context": pair.context,
-        "history": pair.history,
-        "trajectory": trajectory,
-        "gold": pair.gold,
-        "inferred_action": actions[0],
-        "target_action": pair.action,
-        "final_answer": answer,
-        "gold_target": pair.target,
-        "questions": actions.count(CLARIFY),
-        "gold_questions": len(pair.gold) // 2,
-        "turn_exact_match": float(turn[0]),
-        "turn_f1": float(turn[1]),
-        "exact_match": float(final[0]),
-        "f1": float(final[1]),
-    }
+    compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
+    exact, f1 = compare(turn["trajectory"][0][1], pair.gold[0][1]) if turn else (0.0, 0.0)
+    source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
+    source |= {"target_action": pair.action, "gold_target": pair.target, "gold_questions": len(pair.gold) // 2}
+    return {**source, **(turn or FAILED_TURN), "turn_exact_match": float(exact), "turn_f1": float(f1)}
 
 
 def summarize(samples):
@@ -699,19 +692,19 @@ class PolicyModelConfig:
 
 @dataclass(frozen=True)
 class HelperConfig:
-    backend: Literal["", "rule", "gemma", "gemini"] = ""  # "": "gemini" where model_id is set, else "rule": no model
-    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the frozen one
-    model_id: str = ""  # gemini: e.g. "gemini-2.0-flash-001"
-    base_url: str = "https://generativelanguage.googleapis.com"  # gemini: or that of a proxy
+    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini where model_id is set, else rule
+    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the policy's own
+    model_id: str = ""  # gemini, openai: e.g. "gemini-2.0-flash-001", "llama3.2"
+    base_url: str = ""  # gemini, openai: of a server that speaks as they do, e.g. "http://localhost:11434/v1"
     prompt_path: str = ""  # what a model is told; "": the role's file in configs/prompts/
     temperature: float = 0.0  # 0: greedy
     max_new_tokens: int = 128  # of one answer
     batch_size: int = 16  # gemma: prompts that are continued together
-    concurrency: int = 16  # gemini: calls in flight
-    max_retries: int = 5  # gemini: of one call, after 429, 5xx, resets, time-outs and half answers
-    max_failures: int = 20  # gemini: calls in a row, failed or blocked, after which the run saves and stops
-    timeout: float = 60.0  # gemini: seconds without a sign of life
-    cache_path: str = "helper_cache.sqlite"  # gemini: answers already paid for; "" keeps none
+    concurrency: int = 16  # servers: calls in flight
+    max_retries: int = 5  # servers: of one call, after 429, 5xx, resets, time-outs and half answers
+    max_failures: int = 20  # servers: calls in a row, failed or blocked, after which the run saves and stops
+    timeout: float = 60.0  # servers: seconds of one call
+    cache_path: str = "helper_cache.sqlite"  # servers: answers already paid for; "" keeps none
 
 
 @dataclass(frozen=True)
@@ -719,7 +712,7 @@ class DataConfig:
     train_path: str = ""  # JSONL: conversations, or pairs where is_preference is set
     validation_path: str = ""  # the same, for the evaluations; "": none
     prompt_format: Literal["plain", "gemma"] = "plain"  # "plain": User: / Assistant: lines; "gemma": its chat template
-    heuristic: Literal[tuple(HEURISTICS)] = "drop_f1"  # the task's score of a final answer
+    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # the task's score of a final answer; see judge_model_config
     tolerance: float = 0.9  # a trajectory wins if its score is above this
 
 
@@ -768,13 +761,14 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class Config:
     task: Literal["act", "sft", "dpo", "generate_preference", "evaluate"] = "act"
-    policy_model_config: PolicyModelConfig = field(default_factory=PolicyModelConfig)
-    action_model_config: HelperConfig = field(default_factory=HelperConfig)
-    user_simulator_config: HelperConfig = field(default_factory=HelperConfig)
-    intent_model_config: HelperConfig = field(default_factory=HelperConfig)
-    preference_model_config: HelperConfig = field(default_factory=HelperConfig)
-    data_config: DataConfig = field(default_factory=DataConfig)
-    training_config: TrainingConfig = field(default_factory=TrainingConfig)
+    policy_model_config: PolicyModelConfig = PolicyModelConfig()
+    action_model_config: HelperConfig = HelperConfig()
+    user_simulator_config: HelperConfig = HelperConfig()
+    intent_model_config: HelperConfig = HelperConfig()
+    preference_model_config: HelperConfig = HelperConfig()
+    judge_model_config: HelperConfig = HelperConfig()
+    data_config: DataConfig = DataConfig()
+    training_config: TrainingConfig = TrainingConfig()
 
 
 AT_LEAST_ONE = {
@@ -831,7 +825,7 @@ def load_config(path, overrides=()):
 
 def parse_value(text):
     try:
-        return text if text in ("NaN", "Infinity", "-Infinity") else json.loads(text)
+        return json.loads(text, parse_constant=str)  # NaN and Infinity stay texts
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
@@ -851,8 +845,7 @@ def build_section(cls, raw, path, prefix, where):
         if is_dataclass(types[key]):
             values[key] = build_section(types[key], value, path, f"{prefix}{key}.", where)
         else:
-            typed_on_command_line = prefix + key in where
-            values[key] = checked_value(key, value, types[key], at, typed_on_command_line)
+            values[key] = checked_value(key, value, types[key], at, typed=prefix + key in where)
     return cls(**values)
 
 
@@ -880,26 +873,25 @@ def checked_value(key, value, kind, at, typed=False):
 def check_config(config, path):
     """The rules that concern more than one key."""
     training, files, task = config.training_config, config.data_config, config.task
+    longest, shorter, preference = training.max_length, training.max_prompt_length, training.is_preference
+    balance = "class_balance" if training.class_balance else f"task {task!r}"
+    needs = f"is missing, task '{task}' needs it"
     rules = (
-        (training.max_prompt_length >= training.max_length,
-         f"max_prompt_length {training.max_prompt_length} leaves no room for a response, expected less than max_length "
-         f"{training.max_length}"),
-        (training.is_preference and training.action_labels == "classifier",
+        (shorter >= longest, f"max_prompt_length {shorter} leaves no room below max_length {longest} for a response"),
+        (preference and training.action_labels == "classifier",
          "action_labels is 'classifier', but is_preference is set, and files of pairs hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
-         f"action_labels is 'random', which changes pairs, not gold replies: not with "
-         f"{'class_balance' if training.class_balance else 'task ' + repr(task)}"),
+         f"action_labels is 'random', which changes pairs, not gold replies: not with {balance}"),
         (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
-        (training.loss_type == "ipo" and training.beta == 0,
-         "beta is 0, expected a number above 0 for loss_type 'ipo'"),
-        (not training.label_smoothing < 0.5,
-         f"label_smoothing is {training.label_smoothing}, expected a number from 0, below 0.5"),
+        (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
+        (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
         (task != "generate_preference" and not config.policy_model_config.model_path,
-         f"policy_model_config.model_path is missing, task '{task}' needs it"),
-        (task == "evaluate" and not files.validation_path,
-         "data_config.validation_path is missing, task 'evaluate' needs it"),
-        (task != "evaluate" and not files.train_path, f"data_config.train_path is missing, task '{task}' needs it"),
-        (task == "generate_preference" and training.is_preference,
+         f"policy_model_config.model_path {needs}"),
+        (task == "evaluate" and not files.validation_path, f"data_config.validation_path {needs}"),
+        (task != "evaluate" and not files.train_path, f"data_config.train_path {needs}"),
+        (files.heuristic == "judge" and backend_of(config.judge_model_config) == "rule",
+         "heuristic is 'judge', expected a judge_model_config.backend that is a model"),
+        (task == "generate_preference" and preference,
          "task 'generate_preference' makes pairs from conversations, but is_preference is set"),
     )  # fmt: skip
     for broken, message in rules:
@@ -925,13 +917,9 @@ def start_processes():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if dist.is_initialized():
-        pass
-    elif "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -945,23 +933,20 @@ def print0(text):
 
 
 class Progress:
-    """One line that says how far a stage is: updated in place on a terminal, else printed every `every` seconds."""
+    """One line that says how far a stage is: updated in place on a terminal, else printed every ten seconds."""
 
-    def __init__(self, label, total, every=10.0):
-        self.label, self.total, self.start = label, total, time.monotonic()
-        self.tty, self.every = sys.stdout.isatty(), every
-        self.next = self.start + (0 if self.tty else every)
+    def __init__(self, label, total):
+        self.label, self.total, self.start, self.tty = label, total, time.monotonic(), sys.stdout.isatty()
+        self.every = 0.1 if self.tty else 10.0
+        self.next = self.start + self.every
 
     def __call__(self, done, text=""):
         now = time.monotonic()
-        if not is_main() or (now < self.next and done < self.total):
-            return
-        self.next = now + (0.1 if self.tty else self.every)
-        line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
-        if self.tty:
-            print(f"\r\033[K{line}", end="\n" if done == self.total else "", flush=True)
-        else:
-            print(line, flush=True)
+        if is_main() and (now >= self.next or done == self.total):
+            self.next = now + self.every
+            line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
+            start, end = ("\r\033[K", "\n" if done == self.total else "") if self.tty else ("", "\n")
+            print(start + line, end=end, flush=True)
 
 
 def all_sum(values, device):
@@ -1029,14 +1014,15 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointin
         model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
     model.requires_grad_(trainable)
     model.set_checkpointing(checkpointing)
-    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if bf16:
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(model, "logps")
+    model.compute_dtype = torch.bfloat16 if bf16 else dtype
+    if mesh.size() > 1:
+        reduce = torch.float32 if bf16 else dtype
+        policy = MixedPrecisionPolicy(model.compute_dtype, reduce, cast_forward_inputs=False)
+        sharding = {"mesh": mesh if mesh.size(0) > 1 else mesh["shard"], "mp_policy": policy}
+        for layer in model.layers:
+            fully_shard(layer, **sharding)
+        fully_shard(model, **sharding)
+        register_fsdp_forward_method(model, "logps")
     model.to_empty(device=mesh.device_type)
     gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
     return model
@@ -1044,22 +1030,21 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointin
 
 @torch.no_grad()
 def unsharded(model, bf16=False):
-    """A whole copy to sample from: weights are gathered once for a rollout, in which no rank waits for another."""
+    """A whole model to sample from: weights are gathered once for a rollout, in which no rank waits for another."""
     with torch.device("meta"):
         whole = Gemma(model.config)
     dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
-    weights = {name: parameter.to(dtype).full_tensor() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
     whole.load_state_dict(weights, assign=True)
     return whole
 
 
 def make_optimizer(model, training):
     """The optimiser with its state in place from the start, so that saving and loading need no special case."""
-    kinds = {
-        "rmsprop": (torch.optim.RMSprop, ("square_avg",)),
-        "adamw": (torch.optim.AdamW, ("exp_avg", "exp_avg_sq")),
-    }
-    cls, moments = kinds[training.optim]
+    cls, moments = torch.optim.RMSprop, ("square_avg",)
+    if training.optim == "adamw":
+        cls, moments = torch.optim.AdamW, ("exp_avg", "exp_avg_sq")
     optimizer = cls(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     for parameter in model.parameters():
         state = {key: torch.zeros_like(parameter) for key in moments}
@@ -1107,7 +1092,7 @@ def prepare(config, overwrite, resume):
     dtype, reference = getattr(torch, config.policy_model_config.dtype), None
     if config.task != "sft":
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
-    helpers = build_helpers(config, reference and (lambda: (unsharded(reference), tokenizer)))
+    helpers = build_helpers(config)
     pairs, validation = load_pairs(config, helpers)
     if not pairs:
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
@@ -1123,8 +1108,7 @@ def prepare(config, overwrite, resume):
         state = read_json(checkpoint / "trainer_state.json")
         start, former = state.get("step"), state.get("examples_per_step")
         if former != local * world:
-            now = f"a step is of {local * world} examples on {world} processes"
-            raise InputError(f"--resume: {now}, expected {former} as in {checkpoint}")
+            raise InputError(f"--resume: a step is of {local * world} examples, expected {former} as in {checkpoint}")
         if start > steps:
             raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
     on_main(start_output, config, checkpoint)
@@ -1210,9 +1194,7 @@ def checkpoints(output_dir):
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
 TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints")
 WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
-    "act": TRAINING_FILES,
-    "sft": TRAINING_FILES,
-    "dpo": TRAINING_FILES,
+    **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
     "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
     "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
 }
@@ -1245,9 +1227,7 @@ def check_output(config, resume, overwrite):
         return None
     if held and not overwrite and not (resume and former.exists()):
         found = "a run" if former.exists() else held
-        raise InputError(
-            f"{output}: already holds {found}, expected --resume to continue it or --overwrite to start again"
-        )
+        raise InputError(f"{output}: already holds {found}, expected --resume to continue it or --overwrite to restart")
     return resume_from(output, config) if resume and former.exists() else None
 
 
@@ -1267,8 +1247,7 @@ def resume_from(output, config):
         return "done"
     checkpoint = next(reversed(checkpoints(output)), None)
     if (output / "model").exists() and not checkpoint:
-        problem = f"{output} holds a finished model but no checkpoint"
-        raise InputError(f"--resume: {problem}, expected --overwrite to start again")
+        raise InputError(f"--resume: {output} holds a model but no checkpoint, expected --overwrite to start again")
     return checkpoint
 
 
@@ -1298,8 +1277,8 @@ def whole_rows(path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Helper models
-# Who plays ACT's four roles (data.ROLES): a rule, a local Gemma or Gemini. A back end is a function ask(prompts) ->
-# answers, each a text or None; a new one goes into `build_helpers`.
+# Who plays ACT's four roles (data.ROLES): a rule, a local Gemma, or a model behind a server. A back end is a function
+# ask(prompts) -> answers, each a text or None; a new one goes into `build_helpers`.
 
 COUNTED = ("asked", "cached", "retried", "failed", "blocked", "unusable")  # failed: given up; blocked: or empty;
 HELPER_COUNTS = Counter()  # of these, since the start                         unusable: not understood
@@ -1311,7 +1290,7 @@ class HelperError(RuntimeError):
 
 
 def count(what, number=1):
-    with COUNTS_LOCK:
+    with COUNTS_LOCK:  # calls run in threads
         HELPER_COUNTS[what] += number
 
 
@@ -1323,10 +1302,20 @@ class Helpers:
     summarize_intents: Any  # [Pair] -> [text | None]
     simulate_users: Any  # [(Pair, trajectory, intent)] -> [text | None]
     write_questions: Any  # [(Pair, examples: [Pair])] -> [text | None]
+    judge_answers: Any = None  # [(Pair, answer)] -> [1.0 | 0.0 | None], where data_config.heuristic is "judge"
     cost: bool = False  # whether any of them is a model, whose calls are worth counting
 
-    def classify(self, rows, texts):
-        return self.classify_actions(texts)
+    def answers(self, pairs, heuristic):
+        """What `in_lockstep` may ask for besides the policy's responses, about these pairs."""
+
+        def score(rows, trajectories):
+            ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
+            if heuristic == "judge":
+                return [None if right is None else (right, right) for right in self.judge_answers(ends)]
+            return [HEURISTICS[heuristic](answer, pair.target) for pair, answer in ends]
+
+        classify = self.classify_actions
+        return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}
 
     def label_actions(self, replies):
         """Actions of gold replies, which need one in any case: the rule decides where the model fails."""
@@ -1352,32 +1341,24 @@ class Helpers:
         return simulate
 
 
-def build_helpers(config, reference=None):
-    """The four roles as the configuration casts them; a checkpoint that several share is loaded once.
-
-    reference() -> (whole model, tokenizer) of the frozen reference, called if a role wants it; None: read its file.
-    """
-    models = {}
-
-    def local_model(path):
-        if path not in models:
-            models[path] = reference() if path == "reference" and reference else load_helper(config, path)
-        return models[path]
+def build_helpers(config):
+    """The four roles as the configuration casts them; a checkpoint that several share is loaded once."""
+    load = cache(lambda path: load_helper(config, path))
 
     def cast(name):
         helper, role = getattr(config, name), ROLES[name]
         backend = backend_of(helper)
-        idle = config.task == "generate_preference" and name in ("intent_model_config", "user_simulator_config")
-        if backend == "rule" or idle:
+        labels = name in ("action_model_config", "preference_model_config")
+        if backend == "rule" or (config.task == "generate_preference" and not labels):
             return role.rule
-        needed = {"gemma": "model_path", "gemini": "model_id"}[backend]
+        needed = "model_path" if backend == "gemma" else "model_id"
         if not getattr(helper, needed):
             raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
-        if backend == "gemini":
-            ask = GeminiClient(helper, role.stop)
-        else:
-            ask = gemma_asker(*local_model(helper.model_path), helper)
-        return played(ask, role, read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role))
+        prompt = read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role)
+        if backend == "gemma":
+            return played(gemma_asker(*load(helper.model_path), helper), role, prompt)
+        client = GeminiClient if backend == "gemini" else OpenAIClient
+        return played(client(helper, role.stop), role, prompt)
 
     user_is_rule = backend_of(config.user_simulator_config) == "rule"  # it knows the gold trajectory and no intent
     return Helpers(
@@ -1385,6 +1366,7 @@ def build_helpers(config, reference=None):
         data.rule_intents if user_is_rule else cast("intent_model_config"),
         cast("user_simulator_config"),
         cast("preference_model_config"),
+        cast("judge_model_config"),
         cost=any(backend_of(getattr(config, name)) != "rule" for name in ROLES),
     )
 
@@ -1462,27 +1444,29 @@ def gemma_asker(model, tokenizer, config):
 
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most, and however often it has failed
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)  # of a strange reply
 HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
 
 
-class GeminiClient:
-    """ask(prompts) by Gemini's REST API: calls run side by side, are tried again where that may help, paid only once.
+class HelperClient:
+    """ask(prompts) over HTTP: calls run side by side, are tried again where that may help, and are paid only once.
 
     stop: texts at which an answer ends. None stands for an answer that was blocked, empty, or not to be had in
-    max_retries + 1 calls. Raises HelperError where the API refuses a request as such, and when max_failures calls in a
-    row led to None; the client is then spent.
+    max_retries + 1 calls. Raises HelperError where the server refuses a request as such, and when max_failures calls in
+    a row led to None; the client is then spent. URL, key, headers, body and answer are those of the dialects below.
     """
 
     def __init__(self, config, stop=()):
-        address = urlsplit(config.base_url)
+        self.config, self.stop = config, list(stop)
+        base = config.base_url or self.home
+        address = urlsplit(base)
         if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
             raise InputError("base_url of a helper model: expected http(s)://HOST, with neither '?' nor '@'")
-        self.key = os.environ.get("GOOGLE_API_KEY", "").strip()
-        if not re.fullmatch("[!-~]+", self.key):
+        self.key = os.environ.get(self.key_name, "").strip()
+        if not re.fullmatch("[!-~]*", self.key) or not (self.key or (config.base_url and self.key_is_optional)):
             problem = "holds a blank or a character beyond ASCII" if self.key else "is not set"
-            raise InputError(f"GOOGLE_API_KEY {problem}, expected the key for helper model {config.model_id!r}")
-        self.url = f"{config.base_url.rstrip('/')}/v1beta/models/{quote(config.model_id)}:generateContent"
-        self.config, self.stop, self.cache = config, list(stop), answer_cache(config.cache_path)
+            raise InputError(f"{self.key_name} {problem}, expected the key for helper model {config.model_id!r}")
+        self.url, self.cache = base.rstrip("/") + self.path(), answer_cache(config.cache_path)
         self.lock, self.spent = threading.Lock(), threading.Event()
         self.in_a_row, self.error = 0, "interrupted"
 
@@ -1502,19 +1486,8 @@ class GeminiClient:
             pool.shutdown(wait=False, cancel_futures=True)
         return [answers[prompt] for prompt in prompts]
 
-    def body(self, prompt):
-        greedy = self.config.temperature == 0
-        sampling = {"temperature": self.config.temperature, "topP": 1.0, "topK": 1 if greedy else 40}
-        return {
-            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
-            "generationConfig": {
-                **sampling, "maxOutputTokens": self.config.max_new_tokens, "stopSequences": self.stop
-            },
-            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
-        }  # fmt: skip
-
     def cache_key(self, prompt):
-        request = json.dumps([self.config.model_id, self.body(prompt)], sort_keys=True)
+        request = json.dumps([self.url, self.body(prompt)], sort_keys=True)
         return hashlib.sha256(request.encode()).hexdigest()
 
     def answer(self, prompt):
@@ -1524,7 +1497,7 @@ class GeminiClient:
             if self.spent.is_set():
                 raise HelperError(self.error)
             try:
-                text, why = call_gemini(self.url, self.body(prompt), self.key, self.config.timeout)
+                text, why = self.call(prompt)
                 outcome = "blocked"  # unless there is a text
                 break
             except CallFailed as failure:
@@ -1552,6 +1525,108 @@ class GeminiClient:
         self.spent.set()
         raise HelperError(message)
 
+    def call(self, prompt):
+        """One POST: (text, "") or (None, why there is none). Raises CallFailed. The key is in neither, even echoed."""
+        headers = {"Content-Type": "application/json", **self.headers()}
+        request = urllib.request.Request(self.url, json.dumps(self.body(prompt)).encode(), headers)
+        try:
+            with OPENER.open(request, timeout=self.config.timeout) as response:
+                text, why = self.text_of(json.loads(self.read(response)))
+        except urllib.error.HTTPError as error:
+            raise self.http_failure(error) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise CallFailed(self.one_line(getattr(error, "reason", error) or type(error).__name__)) from None
+        except UNREADABLE:
+            raise CallFailed("its reply is not the JSON of an answer") from None
+        if not text.strip():
+            return None, self.one_line(why)
+        text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
+        return text.replace(self.key, "[key]") if self.key else text, ""
+
+    def http_failure(self, error):
+        """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
+        message, waits = error.reason, [error.headers.get("Retry-After", "")]
+        try:
+            report = json.loads(self.read(error))["error"]
+            message = report["message"]
+            waits += [str(detail.get("retryDelay", ""))[:-1] for detail in report.get("details", [])]  # "27s"
+        except (OSError, http.client.HTTPException, CallFailed, *UNREADABLE):
+            pass  # the status says enough
+        wait = max((float(text) for text in waits if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text)), default=0.0)
+        final = error.code < 500 and error.code not in (408, 429)
+        return CallFailed(self.one_line(f"HTTP {error.code}: {message}"), wait, final)
+
+    def read(self, response, limit=4_000_000):
+        """The bytes of a reply: a bounded number of them, in a bounded time. Raises CallFailed."""
+        body, deadline = b"", time.monotonic() + self.config.timeout
+        while chunk := response.read1(65536):
+            body += chunk
+            if len(body) > limit or time.monotonic() > deadline:
+                raise CallFailed("its reply is too long or takes too long")
+        if getattr(response, "length", None):  # what Content-Length promised and did not come
+            raise CallFailed("its reply breaks off")
+        return body
+
+    def one_line(self, message):
+        message = str(message).replace(self.key, "[key]") if self.key else str(message)
+        return " ".join(message.split())[:300]
+
+
+class GeminiClient(HelperClient):
+    """Google's generateContent."""
+
+    home, key_name, key_is_optional = "https://generativelanguage.googleapis.com", "GOOGLE_API_KEY", False
+
+    def path(self):
+        return f"/v1beta/models/{quote(self.config.model_id)}:generateContent"
+
+    def headers(self):
+        return {"x-goog-api-key": self.key}
+
+    def body(self, prompt):
+        temperature, length = self.config.temperature, self.config.max_new_tokens
+        sampling = {"temperature": temperature, "topP": 1.0, "topK": 40 if temperature else 1}
+        return {
+            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
+            "generationConfig": {**sampling, "maxOutputTokens": length, "stopSequences": self.stop},
+            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
+        }
+
+    def text_of(self, reply):
+        """(text, why there is none) of a reply's JSON."""
+        blocked = (reply.get("promptFeedback") or {}).get("blockReason")
+        if blocked or not reply.get("candidates"):
+            return "", f"prompt blocked ({blocked})" if blocked else "no candidates"
+        candidate = reply["candidates"][0]
+        finish = candidate.get("finishReason", "STOP")
+        parts = (candidate.get("content") or {}).get("parts") or []
+        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        return text if finish in ("STOP", "MAX_TOKENS") else "", f"no text (finishReason {finish})"
+
+
+class OpenAIClient(HelperClient):
+    """OpenAI's chat completions, which vLLM, Ollama, llama.cpp and LM Studio speak too: these may do without a key."""
+
+    home, key_name, key_is_optional = "https://api.openai.com/v1", "OPENAI_API_KEY", True
+
+    def path(self):
+        return "/chat/completions"
+
+    def headers(self):
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def body(self, prompt):
+        sampling = {"temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens}
+        messages = [{"role": "user", "content": prompt}]
+        return {"model": self.config.model_id, "messages": messages, **sampling, "stop": self.stop}
+
+    def text_of(self, reply):
+        """(text, why there is none) of a reply's JSON."""
+        choice = reply["choices"][0] if reply.get("choices") else {}
+        finish = choice.get("finish_reason") or "stop"
+        text = (choice.get("message") or {}).get("content") or ""
+        return text if finish in ("stop", "length") else "", f"no text (finish_reason {finish})"
+
 
 class CallFailed(Exception):
     """One call brought no answer. wait: seconds for which the server asks; final: the same call can only fail again."""
@@ -1569,54 +1644,6 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 OPENER = urllib.request.build_opener(NoRedirects)
-
-
-def call_gemini(url, body, key, timeout):
-    """One POST: (text, "") or (None, why there is none). Raises CallFailed. The key is in none of them, even echoed."""
-    headers = {"Content-Type": "application/json", "x-goog-api-key": key}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    try:
-        with OPENER.open(request, timeout=timeout) as response:
-            text, why = answer_of(json.loads(response.read()))
-    except urllib.error.HTTPError as error:
-        raise http_failure(error, key) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise CallFailed(one_line(getattr(error, "reason", error) or type(error).__name__, key)) from None
-    except (ValueError, TypeError, AttributeError, LookupError):
-        raise CallFailed("its reply is not the JSON of an answer") from None
-    return text and text.replace(key, "[key]"), one_line(why, key)
-
-
-def answer_of(reply):
-    """(text, "") of Gemini's reply, or (None, why there is no text). Half of a character becomes "?"."""
-    blocked = (reply.get("promptFeedback") or {}).get("blockReason")
-    if blocked or not reply.get("candidates"):
-        return None, f"prompt blocked ({blocked})" if blocked else "no candidates"
-    candidate = reply["candidates"][0]
-    finish = candidate.get("finishReason", "STOP")
-    parts = (candidate.get("content") or {}).get("parts") or []
-    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-    if finish not in ("STOP", "MAX_TOKENS") or not text.strip():
-        return None, f"no text (finishReason {finish})"
-    return text.encode("utf-8", "replace").decode(), ""
-
-
-def http_failure(error, key):
-    """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
-    message, waits = error.reason, [error.headers.get("Retry-After", "")]
-    try:
-        report = json.loads(error.read())["error"]
-        message = report["message"]
-        waits += [detail.get("retryDelay", "")[:-1] for detail in report.get("details", [])]  # "27s"
-    except (OSError, http.client.HTTPException, ValueError, TypeError, AttributeError, LookupError):
-        pass  # the status says enough
-    wait = max((float(text) for text in waits if re.fullmatch(r"\d+(\.\d+)?", text)), default=0.0)
-    final = error.code < 500 and error.code not in (408, 429)
-    return CallFailed(one_line(f"HTTP {error.code}: {message}", key), wait, final)
-
-
-def one_line(message, key):
-    return " ".join(str(message).replace(key, "[key]").split())[:300]
 
 
 class AnswerCache:
@@ -1693,7 +1720,7 @@ USAGE = "expected --config FILE, --task NAME, --section.key VALUE, --resume or -
 
 def parse_arguments(arguments):
     """(config path, overrides, flags) of --config FILE [--task T] [--section.key VALUE ...] [--resume|--overwrite]."""
-    path, overrides, flags, rest = None, {}, set(), list(arguments)
+    overrides, flags, rest = {}, set(), list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
@@ -1707,14 +1734,10 @@ def parse_arguments(arguments):
                 raise InputError(f"{word}: --{name} takes no value")
             flags.add(name)
             continue
-        if not equals:
-            if not rest:
-                raise InputError(f"--{name}: a value is missing")
-            value = rest.pop(0)
-        if name == "config":
-            path = value
-        else:
-            overrides[name] = value
+        if not equals and not rest:
+            raise InputError(f"--{name}: a value is missing")
+        overrides[name] = value if equals else rest.pop(0)
+    path = overrides.pop("config", None)
     if path is None:
         raise InputError("--config FILE is missing")
     if len(flags) == 2:
@@ -1725,16 +1748,14 @@ def parse_arguments(arguments):
 def help_text():
     """The header's commands, the tasks, the flags, and every key as the dataclasses above give it."""
     tasks = [f"  {name:20} {task.__doc__.splitlines()[0]}" for name, task in TASKS.items()]
-    flags = ["  --resume             go on from the newest checkpoint of output_dir",
-             "  --overwrite          start again in an output_dir that holds a run"]  # fmt: skip
-    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:", *flags]
+    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:"]
+    lines += ["  --resume             go on from the newest checkpoint of output_dir"]
+    lines += ["  --overwrite          start again in an output_dir that holds a run"]
     for section in fields(Config)[1:]:
         cls = get_type_hints(Config)[section.name]
-        if cls is HelperConfig and section.name != "action_model_config":
-            continue  # the four helpers have the same keys
-        names = ", ".join(ROLES) if cls is HelperConfig else section.name
-        body = inspect.getsource(cls).splitlines()[2:]
-        lines += ["", f"--{names}:", *[line.removeprefix("  ") for line in body]]
+        same = section.name in ROLES and section.name != next(iter(ROLES))  # the four helpers have the same keys
+        body = [] if same else [line.removeprefix("  ") for line in inspect.getsource(cls).splitlines()[2:]]
+        lines += ["", f"--{section.name}:", *body]
     return "\n".join(lines)
 
 

@@ -222,9 +222,9 @@ class ACTDataset:
         questions = self.preference_model(requests) if requests else []
         assert len(questions) == len(requests), f"{len(questions)} questions for {len(requests)} requests"
         for (pair, _), question, rule in zip(requests, questions, rule_questions(requests), strict=True):
-            options = (first_reply(question or ""), rule, FALLBACK_QUESTION)  # two equal sides would teach nothing
-            asked = next(text for text in options if text.strip() and text != pair.chosen[0][1])
-            pair.rejected = [("model", asked)]
+            useless = ([], pair.chosen[0][1].split())  # two equal sides would teach nothing
+            asked = (text for text in (question or "", rule) if text.split() not in useless)
+            pair.rejected = [("model", next(asked, FALLBACK_QUESTION))]
 
     def draw_examples(self, size, start, stop, rng):
         """Positions in a pool of `size`, without replacement; those from start to stop only where others run out."""
@@ -259,7 +259,7 @@ def turn_pairs(messages, where, skipped):
             continue
         end = answer_index(messages, i)
         if end is None:
-            skipped.append(f"{where}: message {i + 1}")
+            skipped.append(f"{where}: user turn {sum(role == 'user' for role, _ in said[: i + 1])}")
             continue
         action = CLARIFY if message["requires_clarification"] else ANSWER
         gold = said[i + 1 : end + 1]  # a question, the user's reply, perhaps more of both, the answer; or the answer
@@ -350,11 +350,6 @@ def split_messages(text):
     return [(role, ESCAPED.sub("", said.removesuffix("\n"))) for role, said in messages]
 
 
-def first_reply(text):
-    """The first thing that the assistant says in a text of messages, without the white space around it; or ""."""
-    return next((said.strip() for role, said in split_messages(text) if role == "model"), "")
-
-
 def make_record(pair):
     """A record of the published research code: what it calls a preference example, all of it text."""
     prompt = f"{pair.instruction}\n[context]\n{pair.context}\n[conversation]\n{format_messages(pair.history)}"
@@ -394,10 +389,9 @@ def parse_record(row, where):
 
 def pair_of_sides(messages, chosen, rejected, where):
     """A Pair from a form that has no actions: `rule_actions` of the first replies. Its gold trajectory is `chosen`."""
-    context = messages.pop(0)[1] if messages[0][0] == "system" else ""
     if messages[-1][0] != "user":
         raise InputError(f"{where}: the conversation ends with role {messages[-1][0]!r}, expected 'user'")
-    context = "" if context == INSTRUCTION else context.removeprefix(f"{INSTRUCTION}\n")  # where we wrote the file
+    context = messages.pop(0)[1] if messages[0][0] == "system" else ""
     actions = rule_actions([chosen[0][1], rejected[0][1]])
     trajectory = chosen
     if actions == [CLARIFY, ANSWER] and len(chosen) == 1:  # Vertex's form has room for one reply
@@ -436,7 +430,9 @@ def parse_vertex_preference(row, where):
         sides[score] = [("model", turn["content"])]
     if len(sides) != 2:
         raise InputError(f"{where}: completions has {len(sides)} entries, expected 2")
-    return pair_of_sides(messages_of(conversation["messages"]), sides[1], sides[0], where)
+    pair = pair_of_sides(messages_of(conversation["messages"]), sides[1], sides[0], where)
+    context = "" if pair.context == INSTRUCTION else pair.context.removeprefix(f"{INSTRUCTION}\n")  # as we write it
+    return replace(pair, context=context)
 
 
 def trl_preference(pair):
@@ -612,9 +608,14 @@ def mean_or_none(values):
 FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
 NOTHING_TO_ADD = "I have nothing to add."
 QUESTION_END = re.compile("[?？؟][\\s\"'”’»)\\]}*_」』]*\\Z")
-COMMON_WORDS = set("""a an and any are asking about be by can could did do does exactly for from how i in interested is
-    it like looking mean me more of on or please precisely referring s say specific specifically talking that the there
-    they this to want was were what when where which who would you your""".split())  # fmt: skip
+COMMON_WORDS = set("""a amount an and any are ask asking about be by can could did do does exactly for from how i in
+    interested is it kind know like looking mean me more of on one or please precisely referring s say sort specific
+    specifically talking that the there they thing this to type value want was were what which who whose would you
+    your""".split())  # fmt: skip
+SLOTS = {  # words that ask for the same kind of thing
+    **dict.fromkeys("date day fiscal month period quarter time when year".split(), "time"),
+    **dict.fromkeys("area country place region where".split(), "place"),
+}
 
 
 def is_question(text):
@@ -627,24 +628,38 @@ def rule_actions(replies):
 
 
 def content_words(text):
+    """What a text is about: its words in the singular, without common ones, and "time" for year, month and so on."""
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return set(words) - COMMON_WORDS
+    words = {word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] != "s" else word for word in words}
+    return {SLOTS.get(word, word) for word in words - COMMON_WORDS}
+
+
+def same_question(asked, gold, topic):
+    """How much a question asks for what the gold question asks, from 0 to 1; topic: the user turn that both are about.
+
+    For a time or a place, the other words do not matter. Else the share of the words that both have, where those that
+    the question only repeats from the user do not count against it.
+    """
+    asked, wanted, slots = content_words(asked), content_words(gold), set(SLOTS.values())
+    if slots & (asked | wanted):
+        return float(bool(slots & asked & wanted))
+    if not wanted:  # "Which one?" is met by any question
+        return 1.0
+    return len(wanted & asked) / len(wanted | (asked - content_words(topic)))
 
 
 def rule_users(requests):
-    """The user's gold reply, if the question shares at least half of the content words of the gold question.
+    """The user's gold reply to the gold question that is asked, if at least half of it is; else nothing new.
 
     requests: [(Pair, trajectory that ends in a question, intent)]; the rule knows the gold trajectory, not the intent.
     """
     answers = []
     for pair, trajectory, _ in requests:
-        asked = content_words(trajectory[-1][1])
         best, answer = 0.0, NOTHING_TO_ADD
         for (_, question), (role, reply) in zip(pair.gold, pair.gold[1:], strict=False):
-            wanted = content_words(question)
-            overlap = len(wanted & asked) / len(wanted) if wanted else 1.0
-            if role == "user" and overlap >= 0.5 and overlap > best:
-                best, answer = overlap, reply
+            match = same_question(trajectory[-1][1], question, pair.history[-1][1]) if role == "user" else 0.0
+            if match >= 0.5 and match > best:
+                best, answer = match, reply
         answers.append(answer)
     return answers
 
@@ -661,11 +676,15 @@ def rule_questions(requests):
 
 def indented(messages):
     """Messages for a helper's prompt; later lines of a text are indented, so that none looks like a new message."""
-    return "".join(f"{SPEAKERS[role]}: {text}\n".replace("\n", "\n  ")[:-2] for role, text in messages)
+    return "".join(f"{SPEAKERS[role]}: {in_prompt(text)}\n" for role, text in messages)
+
+
+def in_prompt(text):
+    return text.replace("\n", "\n  ")
 
 
 def action_fields(reply):
-    return {"response": reply.strip().replace("\n", "\n  ")}
+    return {"response": in_prompt(reply.strip())}
 
 
 def intent_fields(pair):
@@ -675,17 +694,29 @@ def intent_fields(pair):
 
 def user_fields(request):
     pair, trajectory, intent = request
-    return {"intent": intent.replace("\n", "\n  "), "conversation": indented(pair.history + trajectory)}
+    return {"intent": in_prompt(intent), "conversation": indented(pair.history + trajectory)}
 
 
 def question_fields(request):
     asking = "Assistant (asks a clarifying question):"
     pair, examples = request
-    shown = [(example, f"{asking} {example.chosen[0][1]}".replace("\n", "\n  ") + "\n\n") for example in examples]
+    shown = [(example, f"{asking} {in_prompt(example.chosen[0][1])}\n\n") for example in examples]
     return {"examples": "".join(
         f"{each.instruction}\n[context]\n{each.context}\n[conversation]\n{indented(each.history)}{end}"
         for each, end in [*shown, (pair, asking)]
     )}  # fmt: skip
+
+
+def judge_fields(request):
+    pair, answer = request
+    conversation = indented(pair.history + pair.gold[:-1])
+    return {"conversation": conversation, "gold": in_prompt(pair.target), "answer": in_prompt(answer)}
+
+
+def parse_verdict(answer):
+    """1.0 for RIGHT, 0.0 for WRONG, None where neither or both are written."""
+    found = set(re.findall("RIGHT|WRONG", answer.upper()))
+    return float(found == {"RIGHT"}) if len(found) == 1 else None
 
 
 def parse_action(answer):
@@ -744,6 +775,8 @@ ROLES = {
         rule_users, ("intent", "conversation"), user_fields, parse_user, ("\nAssistant:",), "user.txt"),
     "preference_model_config": Role(
         rule_questions, ("examples",), question_fields, parse_question, ("\nUser:",), "question.txt"),
+    "judge_model_config": Role(  # no rule: a heuristic is one
+        None, ("conversation", "gold", "answer"), judge_fields, parse_verdict, ("\nConversation:",), "judge.txt"),
 }  # fmt: skip
 
 

@@ -66,20 +66,30 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN.parent / "gemma2.safetensors")
+@pytest.fixture(scope="module", params=["gemma2"])
+def folder(request):
+    """The golden model of a test: Gemma 2's, and Gemma 3's too where the test is marked with `both`."""
+    return GOLDEN.parent / request.param
+
+
+both = pytest.mark.parametrize("folder", ["gemma2", "gemma3"], indirect=True)
+gemma3 = pytest.mark.parametrize("folder", ["gemma3"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return Gemma.from_pretrained(GOLDEN)
+def golden(folder):
+    return load_file(folder.with_suffix(".safetensors"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return Gemma.from_pretrained(folder)
 
 
 @pytest.fixture
-def copied(tmp_path):
+def copied(folder, tmp_path):
     """The golden model's directory, free to be broken."""
-    return Path(shutil.copytree(GOLDEN, tmp_path / "model"))
+    return Path(shutil.copytree(folder, tmp_path / "model"))
 
 
 def edit_config(directory, drop=(), **changes):
@@ -122,6 +132,7 @@ def message_of(raised):
 # The same numbers as transformers
 
 
+@both
 @torch.no_grad()
 def test_logits_match_transformers(model, golden):
     logits = model(golden["tokens"])
@@ -129,6 +140,7 @@ def test_logits_match_transformers(model, golden):
     torch.testing.assert_close(logits, golden["logits"], atol=2e-4, rtol=0)
 
 
+@both
 def test_gradients_match_transformers(model, golden):
     tokens = golden["tokens"]
     loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -141,20 +153,23 @@ def test_gradients_match_transformers(model, golden):
         assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max(), name
 
 
+@both
 def test_greedy_matches_transformers_on_a_ragged_batch(model, golden):
     assert generate(model, prompts_of(golden), 24, temperature=0) == continuations_of(golden)
 
 
-def test_state_dict_has_the_names_of_the_checkpoint_without_model(model):
-    with safe_open(GOLDEN / "model.safetensors", "pt") as file:
+@both
+def test_state_dict_has_the_names_of_the_checkpoint_without_model(folder, model):
+    with safe_open(folder / "model.safetensors", "pt") as file:
         assert set(model.state_dict()) == {name.removeprefix("model.") for name in file.keys()}
 
 
+@both
 @torch.no_grad()
-def test_bfloat16_is_as_close_to_float32_as_in_transformers(golden):
-    with safe_open(GOLDEN.parent / "gemma2.safetensors", "pt") as file:
+def test_bfloat16_is_as_close_to_float32_as_in_transformers(folder, golden):
+    with safe_open(folder.with_suffix(".safetensors"), "pt") as file:
         theirs = float(file.metadata()["mean |bfloat16 - float32|"])
-    logits = Gemma.from_pretrained(GOLDEN, dtype=torch.bfloat16)(golden["tokens"])
+    logits = Gemma.from_pretrained(folder, dtype=torch.bfloat16)(golden["tokens"])
     assert logits.dtype == torch.float32
     assert (logits - golden["logits"]).abs().mean() < 1.5 * theirs
 
@@ -173,10 +188,11 @@ def test_embedding_scale_is_rounded_to_the_dtype(golden):
 # Sliding window
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 @pytest.mark.parametrize("layers", [1, 3])
 @torch.no_grad()
-def test_local_layers_see_window_minus_one_tokens_back_each(layers):
-    model = small_model(num_hidden_layers=layers, layer_types=["sliding_attention"] * layers)
+def test_local_layers_see_window_minus_one_tokens_back_each(layers, model_type):
+    model = small_model(num_hidden_layers=layers, layer_types=["sliding_attention"] * layers, model_type=model_type)
     reach = layers * (4 - 1)
     tokens = torch.randint(12, (1, 20), generator=seeded(1))
     last = model(tokens)[0, -1]
@@ -195,6 +211,7 @@ def test_even_layers_are_local_and_odd_ones_global():
     assert [torch.equal(default, logits) for logits in listed.values()] == [True, False, False]
 
 
+@both
 @torch.no_grad()
 def test_later_tokens_do_not_change_earlier_logits(model, golden):
     tokens = golden["tokens"].clone()
@@ -202,8 +219,109 @@ def test_later_tokens_do_not_change_earlier_logits(model, golden):
     torch.testing.assert_close(model(tokens)[:, :25], golden["logits"][:, :25], atol=2e-4, rtol=0)
 
 
+@both
+def test_sequences_in_a_forest_are_scored_as_in_rows_of_their_own(model, golden):
+    """Log-probabilities and gradients, of branches longer and shorter than the window, against log_softmax of each row's logits."""
+    a, b = golden["tokens"][0].tolist(), golden["tokens"][1].tolist()
+    sequences = [a, a[:30] + b[:9], a[:30] + b[:2] + a[:7], a[:24], b]
+    forest = gemma.Forest(sequences)
+    assert forest.tokens.numel() < sum(map(len, sequences))
+    rows = [row for sequence, (row, _) in zip(sequences, forest.paths, strict=True) for _ in sequence[1:]]
+    slots = [slot for _, path in forest.paths for slot in path[:-1].tolist()]
+    targets = [token for sequence in sequences for token in sequence[1:]]
+    found = model.logps(forest, *map(torch.tensor, (rows, slots, targets)))
+    each = [model(torch.tensor([sequence]))[0, :-1].log_softmax(-1) for sequence in sequences]
+    expected = torch.cat([logps.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0] for logps, ids in zip(each, sequences, strict=True)])
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    weight = torch.randn(len(found), generator=seeded(7))
+    gradients = [torch.autograd.grad((logps * weight).sum(), list(model.parameters())) for logps in (found, expected)]
+    for (name, _), x, y in zip(model.named_parameters(), *gradients, strict=True):
+        assert not x.is_sparse and (x - y).abs().max() < 1e-4 * y.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("held", [1, 40, 1000])
+def test_logps_over_parts_of_the_vocabulary_are_those_over_the_whole(monkeypatch, held, softcap, dtype):
+    """Values and gradients; with logits up to 200 and no cap an exponential without its maximum taken off would overflow."""
+    monkeypatch.setitem(gemma.LOGITS_HELD, "cpu", held)
+    hidden, embedding = (20 * torch.randn(5, 8, generator=seeded(1))).to(dtype), torch.randn(30, 8, generator=seeded(2)).to(dtype)
+    targets, weight = torch.tensor([0, 29, 3, 3, 17]), torch.randn(5, generator=seeded(3))
+    results = []
+    for function in (gemma.token_logps, lambda h, e, t, c: gemma.soft_capped(h @ e.T, c).log_softmax(-1).gather(-1, t[:, None])[:, 0]):
+        h, e = hidden.clone().requires_grad_(), embedding.clone().requires_grad_()
+        logps = function(h, e, targets, softcap)
+        assert logps.dtype == torch.float32 and logps.max() <= 0
+        results.append([logps.detach(), *(x.float() for x in torch.autograd.grad((logps * weight).sum(), (h, e)))])
+    assert softcap or results[0][0].min() < -100
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, atol=(1e-5 if dtype == torch.float32 else 2e-2) * float(y.abs().max()), rtol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # config.json
+
+
+# config.json of google/gemma-3-270m as published, with transformers 4
+PUBLISHED_270M = {
+    "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": None, "bos_token_id": 2, "eos_token_id": 1, "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640, "initializer_range": 0.02, "intermediate_size": 2048,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+    "num_attention_heads": 4, "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512,
+    "torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False, "use_cache": True,
+    "vocab_size": 262144,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drop", [(), ("layer_types",), ("layer_types", "_sliding_window_pattern"), ("rope_theta", "rope_local_base_freq"),
+                                  ("attn_logit_softcapping", "final_logit_softcapping")])
+def test_published_270m_config_loads_and_gives_the_published_size(tmp_path, drop):
+    """Older files leave some keys to their defaults."""
+    (tmp_path / "config.json").write_text(json.dumps({key: PUBLISHED_270M[key] for key in PUBLISHED_270M if key not in drop}))
+    config = GemmaConfig.from_json(tmp_path / "config.json")
+    assert (config.rope_theta, config.rope_local_base_freq, config.attn_logit_softcapping) == (1e6, 1e4, None)
+    assert config.layer_types == PUBLISHED_270M["layer_types"]
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Gemma(config).parameters()) == 268_098_176
+
+
+@gemma3
+@torch.no_grad()
+def test_gemma3_in_the_dialect_of_transformers_4_is_the_same_model(copied, golden):
+    for layers in ({"sliding_window_pattern": 6}, {"_sliding_window_pattern": 6}, {}):
+        shutil.copy(GOLDEN.parent / "gemma3" / "config.json", copied)
+        drop = ("rope_parameters", "layer_types", "_sliding_window_pattern")
+        edit_config(copied, drop=drop, rope_theta=500.0, rope_local_base_freq=40.0, rope_scaling=None)
+        edit_config(copied, **layers)
+        torch.testing.assert_close(Gemma.from_pretrained(copied)(golden["tokens"]), golden["logits"], atol=2e-4, rtol=0)
+
+
+@gemma3
+def test_what_a_gemma3_saves_says_everything_in_both_dialects(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    assert (config["rope_theta"], config["rope_local_base_freq"], config["sliding_window_pattern"]) == (500.0, 40.0, 6)
+    assert {kind: rope["rope_theta"] for kind, rope in config["rope_parameters"].items()} == {gemma.GLOBAL: 500.0, gemma.LOCAL: 40.0}
+    assert config["attn_logit_softcapping"] is None and config["final_logit_softcapping"] is None
+
+
+@gemma3
+@pytest.mark.parametrize(("change", "said"), [
+    ({"model_type": "gemma3"}, "gemma3_text"), ({"model_type": "gemma3n_text"}, "gemma3_text"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}, "rope_parameters"),
+    ({"rope_parameters": {"sliding_attention": 5}}, "rope_parameters"), ({"rope_parameters": 5}, "rope_parameters"),
+    ({"rope_parameters": None, "rope_theta": "1e6"}, "rope_theta"), ({"rope_local_base_freq": 0, "rope_parameters": None}, "rope_local_base_freq"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention"), ({"layer_types": None, "_sliding_window_pattern": "six"}, "pattern"),
+])
+def test_what_a_gemma3_cannot_be_is_said_with_the_file(copied, change, said):
+    edit_config(copied, **change)
+    with pytest.raises(InputError) as raised:
+        Gemma.from_pretrained(copied)
+    assert said in message_of(raised) and str(copied / "config.json") in message_of(raised)
 
 
 def test_published_2b_config_loads_and_gives_the_published_size(tmp_path):
@@ -237,8 +355,9 @@ def test_eos_token_id_may_be_a_list(copied, tmp_path):
         assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [1, 107], name
 
 
-def test_unknown_config_keys_are_ignored(copied):
-    expected = GemmaConfig.from_json(GOLDEN / "config.json")
+@both
+def test_unknown_config_keys_are_ignored(folder, copied):
+    expected = GemmaConfig.from_json(folder / "config.json")
     edit_config(copied, brand_new_key={"a": 1})
     assert GemmaConfig.from_json(copied / "config.json") == expected
 
@@ -280,8 +399,9 @@ def test_unreadable_config_names_the_file(copied, content):
 # Reading and writing weights
 
 
-def test_every_parameter_holds_what_the_file_says(model):
-    stored = load_file(GOLDEN / "model.safetensors")
+@both
+def test_every_parameter_holds_what_the_file_says(folder, model):
+    stored = load_file(folder / "model.safetensors")
     state = model.state_dict()
     assert all(torch.equal(state[name.removeprefix("model.")], tensor) for name, tensor in stored.items())
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
@@ -328,6 +448,7 @@ def test_directory_without_weights_or_config_is_named(copied, tmp_path):
     assert str(tmp_path / "nowhere") in message_of(raised)
 
 
+@both
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [5_000_000_000, 60_000])
 def test_saved_model_loads_bit_equal(model, golden, tmp_path, limit):
@@ -340,16 +461,17 @@ def test_saved_model_loads_bit_equal(model, golden, tmp_path, limit):
     assert not [name for name in os.listdir(tmp_path) if not name.endswith((".json", ".safetensors"))], "temporary files left"
 
 
-def test_saved_layout_is_that_of_transformers(model, tmp_path):
+@both
+def test_saved_layout_is_that_of_transformers(folder, model, tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
-    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / "model.safetensors")
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
     assert ours.keys() == theirs.keys()
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"  # transformers refuses a file without it
     config = json.loads((tmp_path / "config.json").read_text())
-    recorded = json.loads((GOLDEN / "config.json").read_text())
-    assert config["architectures"] == ["Gemma2ForCausalLM"]
+    recorded = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == recorded["architectures"]
     assert {key: recorded[key] for key in config if key in recorded and "dtype" not in key} == {
         key: config[key] for key in config if key in recorded and "dtype" not in key}
     generation = json.loads((tmp_path / "generation_config.json").read_text())
@@ -451,6 +573,7 @@ def test_failed_save_leaves_the_earlier_model_whole(model, tmp_path, monkeypatch
 # Generation
 
 
+@both
 @torch.no_grad()
 def test_cached_decode_matches_the_full_forward(model, golden):
     prompts = prompts_of(golden)
@@ -461,6 +584,7 @@ def test_cached_decode_matches_the_full_forward(model, golden):
         assert best.indices[:, 0].tolist() == new
 
 
+@both
 def test_greedy_rows_do_not_depend_on_other_rows(model, golden):
     prompts = prompts_of(golden)
     together = generate(model, prompts, 12, temperature=0)
@@ -498,6 +622,15 @@ def test_rows_end_before_their_stop_token_and_others_go_on(model, golden):
     assert got == [row[:length] for row, length in zip(expected, cut, strict=True)]
 
 
+def test_a_row_is_as_long_as_asked_for_exactly_if_it_was_cut(model, golden):
+    """Also where its next token would have been a stop token, which nobody has drawn."""
+    prompt, expected = prompts_of(golden)[0], continuations_of(golden)[0]
+    at = next(i for i in range(3, 24) if expected[i] not in expected[:i])
+    for asked in (at, at + 1, at + 2):
+        [row] = generate(model, [prompt], asked, temperature=0, stop_ids=[expected[at]])
+        assert row == expected[:at] and (len(row) == asked) == (asked == at)
+
+
 class RecordedOnCPU:
     """Stands for CUDA graphs: what was called while one recorded, its replay calls again with the same tensors, into the same result."""
 
@@ -533,6 +666,7 @@ class RecordedOnCPU:
 @pytest.fixture
 def gpu_steps(monkeypatch):
     """Decoding steps take the GPU's path."""
+    torch._dynamo.reset()  # what it has seen of other models makes it compile twice
     recorded = RecordedOnCPU()
     monkeypatch.setattr(gemma, "compiled", lambda function, **_: {gemma.extend: recorded}[function])
     monkeypatch.setattr(gemma.KVCache, "_captures", lambda cache: True)
@@ -552,8 +686,9 @@ def two_turns(model, first, second, stops, cache):
     return replies, talk([first[row] + replies[row] + second[row] for row in later], later)
 
 
+@both
 @pytest.mark.parametrize("path", ["CPU", "GPU"])
-def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, model, golden, request):
+def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, folder, model, golden, request):
     """Second turns of different lengths, longer and shorter than the window, after replies that ended at different times."""
     first = [(prompt + prompts_of(golden)[2])[:n] for prompt, n in zip(prompts_of(golden) * 2, (30, 3, 12, 21, 5, 9, 17), strict=False)]
     second = [prompts_of(golden)[i % 4][: 1 + 3 * i] for i in range(len(first))]
@@ -563,7 +698,7 @@ def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, model, golde
     recorded = request.getfixturevalue("gpu_steps") if path == "GPU" else None
     assert two_turns(model, first, second, stops, gemma.KVCache()) == expected
     if recorded:  # once for all numbers of rows above one, all lengths, and another copy of the weights
-        assert two_turns(Gemma.from_pretrained(GOLDEN), first[:3], second[:3], stops, gemma.KVCache())[0] == expected[0][:3]
+        assert two_turns(Gemma.from_pretrained(folder), first[:3], second[:3], stops, gemma.KVCache())[0] == expected[0][:3]
         assert len(recorded.versions) == 1
 
 
@@ -786,6 +921,8 @@ def test_flex_attention_with_block_masks_equals_attention_in_blocks(softcap):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@both
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True, specialize_float=False)
 def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
     """In the reference's pass and in generation. Beyond its limit torch would go on uncompiled, here it raises; and it is given no cap as
     a tensor, which its compiler fails on."""
@@ -793,8 +930,6 @@ def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
         assert all(x.ndim for x in inputs if isinstance(x, torch.Tensor))
         return lookup_backend("aot_eager")(graph, inputs)
 
-    for key, value in (("recompile_limit", 8), ("fail_on_recompile_limit_hit", True), ("specialize_float", False)):
-        monkeypatch.setattr(torch._dynamo.config, key, value)
     flex_attention = gemma.compiled(gemma.flex_attention, dynamic=True, backend=compile)
     monkeypatch.setattr(gemma, "flex_attention", flex_attention)
     monkeypatch.setattr(gemma, "tree_masks", gemma.tree_block_masks)

@@ -56,16 +56,19 @@ SHAPE = {
 def random_model(seed, **shape):
     """An eager float32 Gemma2ForCausalLM whose weights drive both soft-caps towards their limits and whose text varies."""
     config = Gemma2Config(**shape, pad_token_id=0, eos_token_id=1, bos_token_id=2, attn_implementation="eager")
-    model = Gemma2ForCausalLM(config).eval()
+    return randomised(Gemma2ForCausalLM(config), seed, 0.6 * config.final_logit_softcapping)
+
+
+def randomised(model, seed, deviation):
+    """The model with random weights, such that its logits have about this standard deviation; it never stops."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if name == "embed_tokens.weight":
                 weight.copy_(0.1 * noise)
-            elif name == "norm.weight":  # scales of both signs, or else the tied head would just repeat the last token;
-                size = 6.0 * config.final_logit_softcapping / config.hidden_size**0.5
-                weight.copy_(size * noise - 1)  # logits of a standard deviation of .6 times the cap
+            elif name == "norm.weight":  # scales of both signs, or else the tied head would just repeat the last token
+                weight.copy_(10 * deviation / model.config.hidden_size**0.5 * noise - 1)
             elif "post_attention" in name:  # large, so that the text depends on all that came before
                 weight.copy_(1.0 + 0.5 * noise)
             elif weight.ndim == 1:
@@ -74,7 +77,7 @@ def random_model(seed, **shape):
                 gain = 1.3 if "q_proj" in name or "k_proj" in name else 1.0
                 weight.copy_(gain * noise / weight.shape[1] ** 0.5)
     model.generation_config.eos_token_id = None  # never stop: the length of a continuation is then known
-    return model
+    return model.eval()
 
 
 def random_tokens(seed, shape, vocab_size):
