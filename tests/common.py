@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import act
@@ -194,6 +196,9 @@ def run_on_ranks(count, folder, *words, patch=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patched:  # the server's sys.path need not be ours
+        patched.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        forkserver.ensure_running()
     words, log = [str(word) for word in words], folder / "log"
     ranks = [SERVER.Process(target=one_rank, args=(rank, count, port, log, words, patch)) for rank in range(count)]
     for process in ranks:
