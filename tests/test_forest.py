@@ -1,7 +1,6 @@
 """Trie scoring: log-probabilities and gradients of a Forest, against one row per sequence; Forests written out."""
 
 import copy
-import math
 import random
 
 import pytest

@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 import make_gemma2  # noqa: E402
 import make_gemma3  # noqa: E402
 from make_gemma2 import PROMPT_LENGTHS, greedy, next_token_loss, random_tokens  # noqa: E402
+
 from gemma import GLOBAL, LOCAL, Gemma, Tokenizer, generate  # noqa: E402
 
 LOGIT_LIMIT = 2e-4
