@@ -48,7 +48,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 from urllib.parse import quote, urlsplit
@@ -147,8 +147,8 @@ def in_lockstep(conversations, respond, classify, simulate):
     return results
 
 
-def on_policy(run, pairs, step, positions):
-    """Algorithm 2 for a batch: its new pairs, and how many had which outcome."""
+def on_policy(run, pairs, step, positions, keep=lambda *_: None):
+    """Algorithm 2 for a batch: its new pairs, and how many had which outcome; `keep` sees it all."""
     training, files, helpers = run.config.training_config, run.config.data_config, run.helpers
     heuristic = HEURISTICS[files.heuristic]  # -> (exact match, score)
     rules = files.tolerance, training.max_turns, training.simulate_user
@@ -163,6 +163,7 @@ def on_policy(run, pairs, step, positions):
     results = [
         result or (pair, HELPER_FAILED) for pair, result in zip(pairs, together(play), strict=True)
     ]
+    keep(step + 1, pairs, policy.trajectories, results)
     outcomes = Counter(outcome for _, outcome in results)
     counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
     if helpers.cost:
@@ -363,7 +364,7 @@ def train(config, overwrite=False, resume=False):
             # on-policy pairs (Algorithm 2)
             n = training.sample_frequency
             if config.task == "act" and n and (step + 1) % n == 0:
-                batch, counts = on_policy(run, batch, step, positions)
+                batch, counts = on_policy(run, batch, step, positions, log.rollouts)
                 sums.update(counts)
             rolled = time.perf_counter()
 
@@ -504,12 +505,14 @@ class Sampler:
         self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
         self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
         self.cache, self.rows, self.generators = KVCache(), [], generators
+        self.trajectories = {}  # row -> the list that its conversation goes on filling
 
     def __call__(self, rows, trajectories):
         """[(the policy's next message, whether it came to its end)] in each of these rows."""
         if self.rows:
             self.cache.keep([self.rows.index(row) for row in rows])
         self.rows = rows
+        self.trajectories.update(zip(rows, trajectories, strict=True))
         prompts = [
             self.prompts[row] + (self.template.following(said) if said else [])
             for row, said in zip(rows, trajectories, strict=True)
@@ -638,10 +641,11 @@ def changed_conversations(before, after, count=2):
 
 
 class Log:
-    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), and what is said at the end."""
+    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), rollouts.jsonl, report.html."""
 
     def __init__(self, config, start):
-        self.folder, self.first, self.last = Path(config.training_config.output_dir), None, None
+        self.config, self.folder = config, Path(config.training_config.output_dir)
+        self.first, self.last = None, None
         rows = on_main(lambda: whole_rows(self.folder / "metrics.jsonl"))
         self.evaluated = {row["step"] for row in rows if "eval/Accuracy" in row}
         samples = on_main(lambda: whole_rows(self.folder / "eval_samples.jsonl")) if start else []
@@ -649,10 +653,27 @@ class Log:
         if samples:  # resumed: the evaluation before training is on disk
             self.first = summarize(samples), samples
 
-    def step(self, step, metrics):
+    def append(self, name, rows):
         if is_main():
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def step(self, step, metrics):
+        self.append("metrics.jsonl", [{"step": step, **metrics}])
+
+    def rollouts(self, step, pairs, trajectories, results):
+        """What the policy said in a step, example by example; `score` is that of a last message which answers."""
+        heuristic, simulated = HEURISTICS[self.config.data_config.heuristic], self.config.training_config.simulate_user
+        rows = []
+        for i, (pair, (new, outcome)) in enumerate(zip(pairs, results, strict=True)):
+            said, asked = trajectories[i], pair.action == CLARIFY
+            answers = {GOOD_OUTCOME: simulated or not asked, BAD_OUTCOME: True, WRONG_ACTION: asked}.get(outcome)
+            score = heuristic(said[-1][1], pair.target)[1] if answers else None
+            replaced = {id(new.chosen): "chosen", id(new.rejected): "rejected"}.get(id(said))
+            of_pair = {key: getattr(pair, key) for key in ("where", "context", "history", "action", "target")}
+            of_policy = {"trajectory": said, "outcome": outcome, "score": score, "replaced": replaced}
+            rows.append({"step": step, **of_pair, **of_policy})
+        self.append("rollouts.jsonl", all_gathered(rows))
 
     def evaluation(self, step, metrics, samples):
         self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
@@ -665,13 +686,48 @@ class Log:
         if self.last and self.first is not self.last:
             print0("\n" + comparison(self.first[0], self.last[0]))
             print0(changed_conversations(self.first[1], self.last[1]))
+        write_report(self.folder)
         print0(f"\nThe model is in {self.folder / 'model'}, its metrics in {self.folder / 'metrics.jsonl'}")
+        if REPORT.exists():
+            print0(f"To read in a browser: {self.folder / 'report.html'}")
 
 
 def write_evaluation(folder, metrics, samples):
     if is_main():
         write_json(folder / "eval_metrics.json", metrics)
         data.write_jsonl(folder / "eval_samples.jsonl", samples)
+    write_report(folder)
+
+
+REPORT = Path(__file__).with_name("configs") / "report.html"
+
+
+@cache  # once is enough
+def say_that_the_template_is_missing():
+    print0(f"{REPORT} is missing: no report.html is written")
+
+
+def write_report(folder):
+    """report.html: the template with what the folder's files hold as JSON in it; each context and history only once."""
+    if not is_main() or not REPORT.exists():
+        return None if REPORT.exists() else say_that_the_template_is_missing()
+    texts, held = {}, {}
+
+    def shared(row):
+        keys = [key for key in ("context", "history", "gold") if key in row]
+        return row | {key: texts.setdefault(json.dumps(row[key]), len(texts)) for key in keys}
+
+    read = partial(json.loads, object_hook=shared, parse_constant=lambda _: None)  # NaN is no JSON
+    for name in ("config.json", "eval_metrics.json", "metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl"):
+        path = folder / name
+        if path.exists():
+            with open(path, encoding="utf-8", newline="\n") as file:
+                lines = (line for line in file if line.endswith("\n"))  # a killed run leaves half a line
+                held[path.stem] = read(file.read()) if path.suffix == ".json" else [read(line) for line in lines]
+    held = json.dumps(held | {"texts": [json.loads(text) for text in texts]})  # in ASCII, U+2028 is \\u2028
+    held = re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", held)
+    before, at, after = REPORT.read_text("utf-8").partition('<script type="application/json" id="data">')
+    data.write_text(folder / "report.html", [before, at, held, after.removeprefix("null")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1184,10 +1240,11 @@ def checkpoints(output_dir):
 
 
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
-TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints")
+TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl", "report.html", "model",
+                  "checkpoints")  # fmt: skip
 WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
     **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
-    "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
+    "evaluate": ("eval_metrics.json", "eval_samples.jsonl", "report.html"),
     "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
 }
 MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, on how many devices; not what is learnt
@@ -1250,8 +1307,9 @@ def start_output(config, checkpoint=None):
     if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
         gemma.remove_tree(output / "model")
         step = int(checkpoint.name[5:])
-        for name in ("metrics.jsonl", "eval_samples.jsonl"):
-            data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
+        for path in (output / "metrics.jsonl", output / "eval_samples.jsonl", output / "rollouts.jsonl"):
+            if path.exists():
+                data.write_jsonl(path, [row for row in whole_rows(path) if row["step"] <= step])
     else:
         for name in WRITES[config.task]:
             gemma.remove_tree(output / name)
