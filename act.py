@@ -656,7 +656,7 @@ class Log:
     def append(self, name, rows):
         if is_main():
             with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def step(self, step, metrics):
         self.append("metrics.jsonl", [{"step": step, **metrics}])

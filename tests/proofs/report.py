@@ -29,9 +29,10 @@ import data  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOSTILE = [
-    "</script><script>window.broken = 1</script>", "<!-- <script>", "<img src=x onerror='window.broken = 1'>", "]]>", "&lt;b&gt; &amp;",
-    "line\u2028separator\u2029s", "\"quotes\" 'of' `all` ${kinds} \\n \\u003c", "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4", "\u202eright to left\u202c",
-    "שלום עולם", "nul\x00 and bell\x07", "W" * 400, "a\n\n\n  b\tc", "{{7*7}} <%= x %>", "",
+    "</script><script>window.broken = 1</script>", "<!-- <script>", "<img src=x onerror='window.broken = 1'>", "]]>",
+    "&lt;b&gt; &amp;", "line\u2028separator\u2029s", "\"quotes\" 'of' `all` ${kinds} \\n \\u003c", "{{7*7}} <%= x %>", "",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4", "\u202eright to left\u202c", "\u05e9\u05dc\u05d5\u05dd",
+    "nul\x00 and bell\x07", "W" * 400, "a\n\n\n  b\tc",
 ]  # fmt: skip
 
 
@@ -55,18 +56,21 @@ def made_report(folder, turns=5000, rollouts=5000, seed=0):
         return [["model", text(6) + "?"], ["user", text(4)], ["model", text(6)]] if asked else [["model", text(6)]]
 
     def sample(i, step, skill):
-        gold, done = rng.choice([data.CLARIFY, data.ANSWER]), rng.random()
+        gold, done = golds[i], rng.random()
         asked = (gold == data.CLARIFY) == (rng.random() < skill)
         score = rng.choice([0.0, round(rng.random(), 3), 1.0, 1.0])
         said = trajectory(asked)
+        inferred = None if done < 0.01 else data.CLARIFY if asked else data.ANSWER
         return {
-            "step": step, **all_turns[i], "trajectory": said, "gold": trajectory(gold == data.CLARIFY), "gold_target": text(4),
-            "final_answer": said[-1][1] if done < 0.95 else None, "inferred_action": None if done < 0.01 else data.CLARIFY if asked else data.ANSWER,
-            "target_action": gold, "questions": int(asked), "gold_questions": int(gold == data.CLARIFY),
+            "step": step, **all_turns[i], "trajectory": said, "gold": gold_said[i], "gold_target": gold_said[i][-1][1],
+            "final_answer": said[-1][1] if done < 0.95 else None, "inferred_action": inferred, "target_action": gold,
+            "questions": int(asked), "gold_questions": int(gold == data.CLARIFY),
             "turn_exact_match": float(score == 1), "turn_f1": score, "exact_match": float(score == 1), "f1": score,
         }  # fmt: skip
 
     all_turns = [turn(i) for i in range(turns)]
+    golds = [rng.choice([data.CLARIFY, data.ANSWER]) for _ in range(turns)]
+    gold_said = [trajectory(gold == data.CLARIFY) for gold in golds]
     evaluated = {step: [sample(i, step, skill) for i in range(turns)] for step, skill in ((0, 0.6), (500, 0.85))}
     metrics = []
     for step in range(501):
@@ -75,8 +79,9 @@ def made_report(folder, turns=5000, rollouts=5000, seed=0):
         counts = [rng.random() * (1 + (k == 1) * step / 100) for k in range(len(act.OUTCOMES))]
         outcomes = {f"act/{name}": round(32 * n / sum(counts)) for name, n in zip(act.OUTCOMES, counts, strict=True)}
         loss = 0.7 * 0.995**step + 0.1 * rng.random()
-        metrics.append({"step": step + 1, **outcomes, "loss": None if step == 7 else loss, "rewards/margins": 3 - 4 * loss + rng.random(),
-                        "rewards/chosen": 1 - loss, "rewards/rejected": 3 * loss - 2, "grad_norm": rng.random(), "tokens": 900})  # fmt: skip
+        rewards = {"margins": 3 - 4 * loss + rng.random(), "chosen": 1 - loss, "rejected": 3 * loss - 2}
+        row = {"loss": None if step == 7 else loss, **{f"rewards/{k}": v for k, v in rewards.items()}}
+        metrics.append({"step": step + 1, **outcomes, **row, "grad_norm": rng.random(), "tokens": 900})
     sampled = [
         {"step": 1 + i // 10, **all_turns[i % turns], "trajectory": trajectory(rng.random() < 0.5), "target": text(4),
          "action": rng.choice([data.CLARIFY, data.ANSWER]), "outcome": rng.choice(act.OUTCOMES),
@@ -94,6 +99,32 @@ def made_report(folder, turns=5000, rollouts=5000, seed=0):
     size = (folder / "report.html").stat().st_size
     print(f"written in {time.perf_counter() - began:.1f} s: {turns} turns before and after, {rollouts} samples, {size / 1e6:.1f} MB")
     return folder / "report.html"
+
+
+def small_reports(folder, of):
+    """Reports of runs with little in them, made from the files of another; their paths."""
+    rows = {name: [row for _, row in data.read_jsonl(of / f"{name}.jsonl")] for name in ("metrics", "eval_samples")}
+    first = [row for row in rows["eval_samples"] if row["step"] == 0][:30]
+    kinds = {
+        "nothing": {},
+        "before the first step": {"metrics": rows["metrics"][:1], "eval_samples": first},
+        "task evaluate": {"eval_samples": [{k: v for k, v in row.items() if k != "step"} for row in first]},
+        "task sft": {"metrics": [{"step": 1, "loss": 1.0, "tokens": 3}]},
+        "nulls": {"metrics": [dict.fromkeys(row) | {"step": i} for i, row in enumerate(rows["metrics"][:3])]},
+        "a helper that always fails": {"eval_samples": [{**row, "step": i // 15, "inferred_action": None,
+                                                         "where": f"line {i % 15}"} for i, row in enumerate(first)]},
+    }  # fmt: skip
+    for name, files in kinds.items():
+        path = folder / name
+        path.mkdir()
+        if files:
+            shutil.copy(of / "config.json", path)
+        if name == "task evaluate":
+            shutil.copy(of / "eval_metrics.json", path)
+        for file, lines in files.items():
+            data.write_jsonl(path / f"{file}.jsonl", lines)
+        act.write_report(path)
+        yield path / "report.html"
 
 
 class Browser:
@@ -220,16 +251,18 @@ def try_browser_of(browser, section):
     check(f"{section}: only a part is built", built <= 200, f"{built} rows at first")
     word = browser.evaluate(f"{box}.querySelectorAll('.turn .said')[5]?.textContent.trim().split(/\\s+/).slice(-2).join(' ') || ''")
     began = time.perf_counter()
-    typed = f"field.value = {json.dumps(word)}; field.dispatchEvent(new Event('input'))"
-    browser.evaluate(f"(() => {{ const field = {box}.querySelector('[type=search]'); {typed} }})()")
+    typing = f"((text) => {{ const field = {box}.querySelector('[type=search]'); field.value = text; "
+    typing += "field.dispatchEvent(new Event('input')) })"
+    browser.evaluate(f"{typing}({json.dumps(word)})")
     browser.wait(f"{listed} !== {json.dumps(whole)}")
     took = time.perf_counter() - began
-    check(f"{section}: a search finds fewer, but some", not browser.evaluate(listed).startswith("0 "), f"{word!r}: {browser.evaluate(listed)} in {took:.2f} s")
+    found = browser.evaluate(listed)
+    check(f"{section}: a search finds fewer, but some", not found.startswith("0 "), f"{word!r}: {found} in {took:.2f} s")
     first = f"{box}.querySelector('.turn')"
     browser.evaluate(f"{first}.querySelector('summary').click()")
     browser.wait(f"{first}.querySelector('.body .bubble') !== null")
     check(f"{section}: hits are marked", browser.evaluate(f"{first}.querySelectorAll('mark').length") > 0)
-    browser.evaluate(f"(() => {{ const field = {box}.querySelector('[type=search]'); field.value = ''; field.dispatchEvent(new Event('input')) }})()")
+    browser.evaluate(f"{typing}('')")
     browser.wait(f"{listed} === {json.dumps(whole)}")
 
 
@@ -244,7 +277,7 @@ def main():
         try:
             browser.window(1400)
             browser("Page.navigate", url=page.as_uri())
-            took = int(browser.wait("document.documentElement.dataset.ready"))
+            took = int(browser.wait("document.documentElement?.dataset.ready"))
             check("opens in less than 2 s", took < 2000, f"{took} ms")
             for section in ("turns", "rollouts"):
                 try_browser_of(browser, section)
@@ -261,6 +294,13 @@ def main():
                 if given.pictures:
                     Path(given.pictures).mkdir(parents=True, exist_ok=True)
                     browser.picture(Path(given.pictures) / f"{width}-{'dark' if dark else 'light'}.png")
+            for small in [] if given.report else small_reports(Path(made), page.parent):
+                browser("Page.navigate", url=small.as_uri())
+                browser.wait("document.documentElement?.dataset.ready")
+                titles = browser.evaluate("[...document.querySelectorAll('h2')].map((title) => title.textContent).join(', ')")
+                check(f"opens: {small.parent.name}", not browser.problems(), titles)
+                if given.pictures:
+                    browser.picture(Path(given.pictures) / f"{small.parent.name.replace(' ', '-')}.png")
             check("no text became markup", browser.evaluate("window.broken === undefined"))
             check("no error in the console, no request", not browser.problems(), "; ".join(browser.problems()))
         finally:
