@@ -249,6 +249,9 @@ def try_browser_of(browser, section):
 
     built = browser.evaluate(f"{box}.querySelectorAll('.turn').length")
     check(f"{section}: only a part is built", built <= 200, f"{built} rows at first")
+    browser.evaluate(f"{box}.querySelector('.more').scrollIntoView()")
+    if built < int(whole.split(" of ")[0].replace(",", "")):
+        check(f"{section}: more as one scrolls", browser.wait(f"{box}.querySelectorAll('.turn').length > {built}"))
     word = browser.evaluate(f"{box}.querySelectorAll('.turn .said')[5]?.textContent.trim().split(/\\s+/).slice(-2).join(' ') || ''")
     began = time.perf_counter()
     typing = f"((text) => {{ const field = {box}.querySelector('[type=search]'); field.value = text; "
@@ -281,6 +284,12 @@ def main():
             check("opens in less than 2 s", took < 2000, f"{took} ms")
             for section in ("turns", "rollouts"):
                 try_browser_of(browser, section)
+            bars = "[...document.querySelectorAll('.plot')].find((plot) => plot.ariaLabel.includes('Enter'))"
+            if browser.evaluate(f"Boolean({bars})"):
+                for key in ("Home", "Enter"):
+                    browser.evaluate(f"{bars}.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}'}}))")
+                found = browser.evaluate("document.querySelector('#browse-rollouts [role=status]').textContent")
+                check("a bar of outcomes lists its steps' samples", not found.startswith("0 "), found)
             keys = "document.querySelector('.plot')"
             if browser.evaluate(f"Boolean({keys})"):
                 browser.evaluate(f"{keys}.focus(); {keys}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowRight'}}))")
