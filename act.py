@@ -709,8 +709,10 @@ def say_that_the_template_is_missing():
 
 def write_report(folder):
     """report.html: the template with what the folder's files hold as JSON in it; each context and history only once."""
-    if not is_main() or not REPORT.exists():
-        return None if REPORT.exists() else say_that_the_template_is_missing()
+    if not REPORT.exists():
+        return say_that_the_template_is_missing()
+    if not is_main():
+        return None
     texts, held = {}, {}
 
     def shared(row):
@@ -724,7 +726,7 @@ def write_report(folder):
             with open(path, encoding="utf-8", newline="\n") as file:
                 lines = (line for line in file if line.endswith("\n"))  # a killed run leaves half a line
                 held[path.stem] = read(file.read()) if path.suffix == ".json" else [read(line) for line in lines]
-    held = json.dumps(held | {"texts": [json.loads(text) for text in texts]})  # in ASCII, U+2028 is \\u2028
+    held = json.dumps(held | {"texts": [json.loads(text) for text in texts]})  # in ASCII, U+2028 is \u2028
     held = re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", held)
     before, at, after = REPORT.read_text("utf-8").partition('<script type="application/json" id="data">')
     data.write_text(folder / "report.html", [before, at, held, after.removeprefix("null")])
