@@ -674,7 +674,8 @@ class Log:
         """What the policy said in a step, example by example; `score`: of an answer that was judged by a formula."""
         compare, rows = HEURISTICS.get(self.config.data_config.heuristic), []
         for pair, said, new, outcome in samples:
-            judged = compare and outcome in (GOOD_OUTCOME, BAD_OUTCOME)
+            won_by_asking = not self.config.training_config.simulate_user and pair.action == CLARIFY
+            judged = compare and (outcome == BAD_OUTCOME or outcome == GOOD_OUTCOME and not won_by_asking)
             replaced = {id(new.chosen): "chosen", id(new.rejected): "rejected"}.get(id(said))
             row = {key: getattr(pair, key) for key in ("where", "context", "history", "action", "target")}
             row |= {"trajectory": said, "outcome": outcome, "replaced": replaced}

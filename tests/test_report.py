@@ -194,8 +194,7 @@ def test_rollouts_are_what_the_outcomes_of_each_step_count(run_of_act):
         assert row["replaced"] == sides.get(row["outcome"], "rejected")
         said = row["trajectory"]
         assert [role for role, _ in said] == ["model", "user"] * (len(said) // 2) + ["model"]
-        lucky = row["outcome"] == act.WRONG_ACTION and row["action"] == data.CLARIFY
-        answers = row["outcome"] in (act.GOOD_OUTCOME, act.BAD_OUTCOME) or lucky
+        answers = row["outcome"] in (act.GOOD_OUTCOME, act.BAD_OUTCOME)
         assert row["score"] == (data.drop_f1(said[-1][1], row["target"])[1] if answers else None)
         assert row["outcome"] != act.GOOD_OUTCOME or row["score"] > 0.9
 
