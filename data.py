@@ -927,20 +927,18 @@ def script_of(folder):
     """An SQL script of the tables of Spider's database in a folder, with the first three rows of each."""
     names = f"{folder.name}.sqlite", f"{folder.name}.sql", "schema.sql"
     path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
-    stored, lines = path.suffix == ".sqlite", []
+    script, lines, count = path.suffix == ".sql", [], Counter()
     try:
-        content = "" if stored else read_bytes(path).decode()
-        address = f"{path.resolve().as_uri()}?mode=ro" if stored else ":memory:"
+        address = ":memory:" if script else f"{path.resolve().as_uri()}?mode=ro"
         with closing(sqlite3.connect(address, uri=True)) as database:
             database.text_factory = lambda raw: raw.decode("utf-8", "replace")
-            run_script(database, content, math.inf)
-            made = "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
-            for name, statement in database.execute(made).fetchall():
-                table, lines = '"' + name.replace('"', '""') + '"', [*lines, f"{statement};"]
-                for row in database.execute(f"SELECT * FROM {table} LIMIT 3").fetchall():
-                    values = (database.execute("SELECT quote(?)", (value,)).fetchone()[0] for value in row)
-                    lines.append(f"INSERT INTO {table} VALUES ({', '.join(values)});")
-    except SQL_ERRORS as error:
+            run_script(database, path.read_text("utf-8") if script else "", math.inf)
+            for statement in database.iterdump():
+                table = statement.partition(" VALUES(")[0]
+                count[table] += 1
+                if table.startswith(("CREATE TABLE", "INSERT INTO")) and "sqlite_" not in table and count[table] <= 3:
+                    lines.append(statement)
+    except (OSError, *SQL_ERRORS) as error:
         raise InputError(f"{path}: cannot be read as a database ({error or 'out of memory'})") from None
     return "\n".join(lines)
 
@@ -953,10 +951,7 @@ CONVERTERS = {  # name -> (the list of items in the file's JSON, an item -> a co
 
 
 def convert_file(name, source, target, *more):
-    """Writes the conversations of a published file. Raises InputError naming the file and the item that is unlike.
-
-    more: what the converter takes besides an item.
-    """
+    """Writes the conversations of a published file. Raises InputError naming the file and the item that is unlike."""
     items_of, convert = CONVERTERS[name]
     content, at = parse_json(read_bytes(source), source), "the file"
     conversations = []
@@ -1084,9 +1079,9 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     if (given.converter == "spider") != bool(given.databases):
         parser.error("expected DATABASES between the two files for spider, and for no other converter")
-    more = [given.databases] if given.databases else []
     try:
         if given.converter in CONVERTERS:
+            more = [given.databases] if given.databases else []
             print(f"{given.target}: {convert_file(given.converter, given.source, given.target, *more)}")
         else:
             pairs = read_preferences(given.source)
