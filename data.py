@@ -606,7 +606,7 @@ def execution_match(predicted, gold, context=""):
             failing, text = "gold query", query
             wanted = list(rows_of(database, query))
         except SQL_ERRORS as error:
-            problem = f"the {failing} {fold(text)[:80]!r} fails: {error or 'out of memory'}"
+            problem = f"the {failing} {fold(text)[:80]!r} fails: {str(error) or 'out of memory'}"
             raise InputError(f"execution_match: {problem}") from None
         bare = SQL_QUOTED.sub(" ", query)
         while bare != (bare := re.sub(r"\([^()]*\)", " ", bare)):
@@ -939,7 +939,7 @@ def script_of(folder):
                 if table.startswith(("CREATE TABLE", "INSERT INTO")) and "sqlite_" not in table and count[table] <= 3:
                     lines.append(statement)
     except (OSError, *SQL_ERRORS) as error:
-        raise InputError(f"{path}: cannot be read as a database ({error or 'out of memory'})") from None
+        raise InputError(f"{path}: cannot be read as a database ({str(error) or 'out of memory'})") from None
     return "\n".join(lines)
 
 
