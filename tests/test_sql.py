@@ -54,6 +54,9 @@ RIGHT, SAME_ROWS, WRONG = (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)
      "SELECT name FROM items ORDER BY price DESC LIMIT 1", SAME_ROWS),
     ("SELECT strftime('%Y', '2024-05-06'), substr('abc', 2), round(2.345, 1), 'a' LIKE 'A', cast('7' AS INTEGER)",
      "SELECT '2024', 'bc', 2.3, 1, 7", SAME_ROWS),
+    ("Which  items do you mean?", "Which items do you mean?", RIGHT),
+    ("SELECT name FROM items", "Which items do you mean?", WRONG),
+    ("Which items?", "SELECT name FROM items", WRONG),
     ("SELECT name FROM items WHERE name = 'O''Hara'", "SELECT name FROM items WHERE name LIKE 'O%'", SAME_ROWS),
 ])  # fmt: skip
 def test_execution_match_by_hand(predicted, gold, want):
@@ -297,7 +300,8 @@ def test_spider_converts_with_three_rows_of_each_table(spider):
     assert done.stdout == "out.jsonl: 4 conversations, 4 user turns, 0 CLARIFY turns\n"
     zoo, shop, club, again = [row["messages"] for row in data.read_vertex_jsonl(spider / "out.jsonl")]
     assert zoo == [
-        {"role": "system", "content": """CREATE TABLE "Big cats" (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT, face BLOB);
+        {"role": "system", "content": """\
+CREATE TABLE "Big cats" (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT, face BLOB);
 INSERT INTO "Big cats" VALUES(1,'O''Hara',X'00FF');
 INSERT INTO "Big cats" VALUES(2,'\ufffd\ufffdA',NULL);
 CREATE TABLE food (cat INTEGER REFERENCES "Big cats" (id), kilos REAL);
