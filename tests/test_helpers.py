@@ -1,8 +1,9 @@
-"""Helper models: Gemini's REST API played by a local server that misbehaves, a local Gemma, who plays which role."""
+"""Helper models: two servers' APIs played by a local one that misbehaves, a local Gemma, who plays which role."""
 
 import json
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -26,13 +27,15 @@ from data import ANSWER, CLARIFY, ROLES, InputError, Pair
 from gemma import Gemma, GemmaConfig, Tokenizer
 
 ROOT = Path(__file__).parent.parent
-KEY = "AIza-not-a-real-key_0123456789"
+KEY, OTHER_KEY = "AIza-not-a-real-key_0123456789", "sk-not-a-real-key_9876543210"  # Google's and OpenAI's
+CLIENTS = {"gemini": act.GeminiClient, "openai": act.OpenAIClient}
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """A key, no proxy before the local server, waits that a test can sit out, counters at zero, one thread."""
+    """Both keys, no proxy before the local server, waits that a test can sit out, counters at zero, one thread."""
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", OTHER_KEY)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(act, "FIRST_WAIT", 0.01)
     act.HELPER_COUNTS.clear()
@@ -43,12 +46,17 @@ def surroundings(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A server in Gemini's place
+# A server in Gemini's and OpenAI's place: "[KEY]" in what it says becomes the key with which it was called
 
 
-def reply_with(text, **candidate):
+def gemini_reply(text, **candidate):
     content = {"role": "model", "parts": [{"text": text}]}
     return {"candidates": [{"content": content, "finishReason": "STOP", **candidate}]}
+
+
+def openai_reply(text, finish="stop", **message):
+    message = {"role": "assistant", "content": text, "refusal": None, **message}
+    return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": finish}]}
 
 
 def failure_with(message, **error):
@@ -56,47 +64,118 @@ def failure_with(message, **error):
 
 
 RETRY_INFO = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34s"}]
-ECHO = f"API key {KEY} is not valid.\nPass a valid one."  # some servers put the key into what they say
+ECHO = "API key [KEY] is not valid.\nPass a valid one."  # some servers put the key into what they say
 THOUGHT = {"text": "hm", "thought": True}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 REPLIES = {  # name -> (status, headers, JSON)
     "429": (429, {}, failure_with("quota exceeded")),
     "429 with Retry-After": (429, {"Retry-After": "7"}, failure_with("quota exceeded")),
     "429 with RetryInfo": (429, {}, failure_with("quota exceeded", details=RETRY_INFO)),
     "429 for an hour": (429, {"Retry-After": "3600"}, failure_with("quota exceeded")),
     "429 until a date": (429, {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}, ["not an error object"]),
+    "429 for 400 digits": (429, {"Retry-After": "9" * 400}, failure_with("quota exceeded", details="soon")),
+    "429 with a list": (429, {}, failure_with("quota exceeded", details=[{"retryDelay": ["a"]}])),
     "500": (500, {}, failure_with("internal")),
     "503": (503, {}, "overloaded"),
     "400": (400, {}, failure_with(ECHO)),
     "401": (401, {}, failure_with("no credentials")),
     "403": (403, {}, failure_with(ECHO)),
     "404": (404, {}, failure_with("models/nobody is not found")),
+    "404 as Ollama says it": (404, {}, {"error": 'model "nobody" not found'}),
     "redirect": (302, {"Location": "http://127.0.0.1:9/elsewhere"}, {}),
+    "odd redirect": (302, {"Location": "http://[::1/elsewhere"}, {}),
     "list": (200, {}, []),
-    "odd candidates": (200, {}, {"candidates": {"text": "no list"}}),
-    "no candidates": (200, {}, {"candidates": []}),
-    "blocked prompt": (200, {}, {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}),
-    "SAFETY": (200, {}, reply_with("half a sent", finishReason="SAFETY")),
-    "RECITATION": (200, {}, {"candidates": [{"finishReason": "RECITATION"}]}),
-    "empty text": (200, {}, reply_with("")),
-    "blank text": (200, {}, reply_with(" \n")),
-    "all thought": (200, {}, reply_with("", finishReason="MAX_TOKENS", content={"parts": [THOUGHT]})),
-    "MAX_TOKENS": (200, {}, reply_with("cut off", finishReason="MAX_TOKENS")),
-    "parts": (200, {}, reply_with("", content={"parts": [THOUGHT, {"text": "two "}, {"text": "parts"}]})),
-    "half a character": (200, {}, reply_with("odd \ud83d end")),
-    "key in the answer": (200, {}, reply_with(f"your key is {KEY}")),
-    "key in the reason": (200, {}, {"promptFeedback": {"blockReason": KEY}}),
+    "empty object": (200, {}, {}),
+}
+REPLIES_OF = {  # dialect -> name -> JSON
+    "gemini": {
+        "odd candidates": {"candidates": {"text": "no list"}},
+        "null for a text": gemini_reply(None),
+        "no candidates": {"candidates": []},
+        "blocked prompt": {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}},
+        "SAFETY": gemini_reply("half a sent", finishReason="SAFETY"),
+        "RECITATION": {"candidates": [{"finishReason": "RECITATION"}]},
+        "empty text": gemini_reply(""),
+        "blank text": gemini_reply(" \n"),
+        "all thought": gemini_reply("", finishReason="MAX_TOKENS", content={"parts": [THOUGHT]}),
+        "MAX_TOKENS": gemini_reply("cut off", finishReason="MAX_TOKENS"),
+        "parts": gemini_reply("", content={"parts": [THOUGHT, {"text": "two "}, {"text": "parts"}]}),
+        "half a character": gemini_reply("odd \ud83d end"),
+        "key in the answer": gemini_reply("your key is [KEY]"),
+        "key in the reason": {"promptFeedback": {"blockReason": "[KEY]"}},
+    },
+    "openai": {
+        "odd choices": {"choices": {"text": "no list"}},
+        "a text in place of a message": {"choices": [{"message": "hi", "finish_reason": "stop"}]},
+        "a list of contents": openai_reply([{"type": "text", "text": "hi"}]),
+        "a number for content": openai_reply(42),
+        "no choices": {"choices": []},
+        "null for choices": {"choices": None},
+        "no message": {"choices": [{"finish_reason": "stop"}]},
+        "blocked prompt": openai_reply("half a sent", "content_filter"),
+        "refusal": openai_reply(None, refusal="I would rather not."),
+        "tool calls": openai_reply(None, "tool_calls", tool_calls=[CALL]),
+        "tool calls that claim to stop": openai_reply(None, tool_calls=[CALL]),
+        "all reasoning": openai_reply("", "length", reasoning_content="hm"),
+        "empty text": openai_reply(""),
+        "blank text": openai_reply(" \n"),
+        "length": openai_reply("cut off", "length"),
+        "null for finish_reason": openai_reply("as old servers say it", None),
+        "reasoning": openai_reply("done", reasoning_content="hm"),
+        "no finish_reason": {"choices": [{"message": {"content": "bare"}}]},
+        "half a character": openai_reply("odd \ud83d end"),
+        "key in the answer": openai_reply("your key is [KEY]"),
+        "key in the reason": openai_reply("", "[KEY]"),
+    },
+}
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+POURED = {  # name -> (status, headers, what is sent, how often)
+    "endless body": (200, {}, b" " * 65536, None),
+    "endless body of an error": (503, {}, b" " * 65536, None),
+    "10 MB with an error": (503, {"Content-Length": "10000000"}, b"[" * 100_000, 100),
+    "nested 100,000 deep": (200, {"Content-Length": "100000"}, b"[" * 100_000, 1),
+    "objects nested 100,000 deep": (200, {"Content-Length": "500000"}, b'{"a":' * 100_000, 1),
+    "nested 100,000 deep in an error": (503, {"Content-Length": "100000"}, b"[" * 100_000, 1),
+    "a number of 1,000,000 digits": (200, {"Content-Length": "1000000"}, b"9" * 1_000_000, 1),
+    "a length of 20 digits": (200, {"Content-Length": "9" * 20}, b"{}", 1),
+    "a length of 5,000 digits": (200, {"Content-Length": "9" * 5000}, b"{", 1),
+    "a length below zero": (200, {"Content-Length": "-1"}, b"{", 1),
+    "endless chunks": (None, CHUNKED, b"10000\r\n" + b"x" * 65536 + b"\r\n", None),
+    "chunks that break off": (None, CHUNKED, b"10\r\n" + b"x" * 16 + b"\r\n", 3),
+    "a chunk of odd length": (None, CHUNKED, b"-5\r\nxxxxx\r\nzz\r\n", 1),
+    "endless headers": (None, OK, b"X-Flood: " + b"x" * 1000 + b"\r\n", None),
+    "a header without end": (None, OK + b"X-Flood: ", b"x" * 65536, None),
+    "a status line without end": (None, b"HTTP/1.1 ", b"2" * 65536, None),
+}
+DRIPPED = {  # name -> (what comes first, what then comes, one byte at a time)
+    "dripping body": (OK + b"Content-Length: 100000\r\n\r\n", b" "),
+    "dripping body of an error": (b"HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\n", b" "),
+    "dripping chunks": (CHUNKED, b"1\r\nx\r\n"),
+    "dripping chunk length": (CHUNKED, b"0"),
+    "dripping headers": (OK, b"X-Drip: x\r\n"),
+    "dripping status line": (b"", b"HTTP/1.1"),
+}
+FLOODS = {  # name -> (what comes first, what then comes without end); none of it need be kept
+    "endless trailers": (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000),
+    "endless preliminaries": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
 }
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["contents"][0]["parts"][0]["text"]
         headers = {name.lower(): value for name, value in self.headers.items()}
+        dialect = "gemini" if self.path.endswith(":generateContent") else "openai"
+        self.key = headers.get("x-goog-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         with self.server.lock:
             self.server.requests.append((self.path, headers, body))
             behaviour = self.server.script.pop(0) if self.server.script else "good"
         time.sleep(self.server.delay)
+        reply_with = gemini_reply if dialect == "gemini" else openai_reply
+        if behaviour == "good":
+            text = self.server.answer(prompt_in(body))  # None: blocked
+            behaviour = behaviour if text else "blocked prompt"
         if behaviour == "hang":
             self.server.over.wait(5)
         elif behaviour == "reset":  # closed with a reset instead of an end
@@ -108,18 +187,41 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, {"Content-Length": "1000"}, json.dumps(reply_with("half")).encode())
         elif behaviour == "invalid JSON":
             self.send(200, {}, b'{"candidates": [{"content": ')
+        elif behaviour == "not UTF-8":
+            self.send(200, {}, json.dumps(reply_with("half")).encode("utf-16")[:-1])
         elif behaviour == "not HTTP":
-            self.wfile.write(f"{KEY} to you too\r\n\r\n".encode())
+            self.wfile.write(f"{self.key} to you too\r\n\r\n".encode())
+        elif behaviour in POURED:
+            status, headers, piece, times = POURED[behaviour]
+            self.send(status, headers, b"") if status else self.wfile.write(headers)
+            self.pour(piece, times)
+        elif behaviour in FLOODS:
+            self.wfile.write(FLOODS[behaviour][0])
+            self.pour(FLOODS[behaviour][1], None)
+        elif behaviour in DRIPPED:
+            self.wfile.write(DRIPPED[behaviour][0])
+            while not self.server.over.is_set():
+                for byte in DRIPPED[behaviour][1]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
+        elif behaviour == "good":
+            self.send(200, {}, json.dumps(reply_with(text)).encode())
         else:
-            status, headers, reply = REPLIES.get(behaviour) or (200, {}, reply_with(self.server.answer(prompt)))
-            self.send(status, headers, json.dumps(reply).encode())
+            found = REPLIES.get(behaviour) or (200, {}, REPLIES_OF[dialect][behaviour])
+            self.send(*found[:2], json.dumps(found[2]).replace("[KEY]", self.key).encode())
 
     def send(self, status, headers, body):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in ({"Content-Length": str(len(body))} | headers if body else headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def pour(self, piece, times):
+        while times != 0 and not self.server.over.is_set():
+            self.wfile.write(piece)
+            self.server.poured += len(piece)
+            times = times and times - 1
 
     def log_message(self, *_):
         pass
@@ -132,12 +234,16 @@ class Server(ThreadingHTTPServer):
         pass  # a client that has hung up
 
 
-@pytest.fixture
-def server():
+def prompt_in(body):
+    return body["contents"][0]["parts"][0]["text"] if "contents" in body else body["messages"][0]["content"]
+
+
+def a_server():
     server = Server(("127.0.0.1", 0), Handler)
     server.lock, server.over = threading.Lock(), threading.Event()
-    server.requests, server.script, server.delay = [], [], 0.0
+    server.requests, server.script, server.delay, server.poured = [], [], 0.0, 0
     server.answer = lambda prompt: f"answer to {prompt}"
+    server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.over.set()
@@ -145,16 +251,36 @@ def server():
     server.server_close()
 
 
+server, other_server = pytest.fixture(a_server, name="server"), pytest.fixture(a_server, name="other_server")
+
+
 @pytest.fixture
 def configured(server, tmp_path):
     """HelperConfig for that server, with changes."""
 
     def make(**changes):
-        address = f"http://127.0.0.1:{server.server_port}"
-        fields = {"model_id": "gemini-test", "base_url": address, "cache_path": str(tmp_path / "cache.sqlite")}
+        address = server.address + "/v1" * (changes.get("backend") == "openai")
+        fields = {"model_id": "a-model", "base_url": address, "cache_path": str(tmp_path / "cache.sqlite")}
         return act.HelperConfig(**{**fields, "timeout": 5.0, **changes})
 
     return make
+
+
+@pytest.fixture(params=CLIENTS)
+def dialect(request):
+    return request.param
+
+
+@pytest.fixture
+def client_of(dialect, configured):
+    """A client that speaks to the server in this dialect."""
+    return lambda **changes: CLIENTS[dialect](configured(backend=dialect, **changes), ("\nUser:",))
+
+
+def in_each(names):
+    """Parameters (dialect, behaviour) from {dialect: names of behaviours}."""
+    cases = [(dialect, name) for dialect, of_dialect in names.items() for name in of_dialect]
+    return pytest.mark.parametrize(("dialect", "behaviour"), cases, indirect=["dialect"])
 
 
 def counts(**expected):
@@ -164,7 +290,7 @@ def counts(**expected):
 
 def line_of(raised):
     text = str(raised.value)
-    assert "\n" not in text and KEY not in text
+    assert "\n" not in text and len(text) < 500 and KEY not in text and OTHER_KEY not in text
     return text
 
 
@@ -172,75 +298,88 @@ def line_of(raised):
 # What each misbehaviour leads to
 
 AGAIN = (
-    "429", "429 with RetryInfo", "429 until a date", "500", "503", "reset", "hang up", "hang", "half an answer",
-    "invalid JSON", "not HTTP", "list", "odd candidates",
+    "429", "429 with RetryInfo", "429 until a date", "429 for 400 digits", "429 with a list", "500", "503", "reset",
+    "hang up", "hang", "half an answer", "invalid JSON", "not UTF-8", "not HTTP", "list", "odd redirect",
 )  # fmt: skip
-EMPTY = (
-    "no candidates", "blocked prompt", "SAFETY", "RECITATION", "empty text", "blank text", "all thought",
-    "key in the reason",
-)  # fmt: skip
+AGAIN = {
+    "gemini": (*AGAIN, "odd candidates", "null for a text"),
+    "openai": (*AGAIN, "odd choices", "a text in place of a message", "a list of contents", "a number for content"),
+}
+EMPTY = {
+    "gemini": (
+        "no candidates", "empty object", "blocked prompt", "SAFETY", "RECITATION", "empty text", "blank text",
+        "all thought", "key in the reason",
+    ),
+    "openai": (
+        "no choices", "null for choices", "empty object", "no message", "blocked prompt", "refusal", "tool calls",
+        "tool calls that claim to stop", "all reasoning", "empty text", "blank text", "key in the reason",
+    ),
+}  # fmt: skip
 ANSWERED = {
-    "MAX_TOKENS": "cut off",
-    "parts": "two parts",
-    "half a character": "odd ? end",
-    "key in the answer": "your key is [key]",
-}
+    "gemini": {"MAX_TOKENS": "cut off", "parts": "two parts"},
+    "openai": {
+        "length": "cut off", "null for finish_reason": "as old servers say it", "reasoning": "done",
+        "no finish_reason": "bare",
+    },
+}  # fmt: skip
+for of_dialect in ANSWERED.values():
+    of_dialect.update({"half a character": "odd ? end", "key in the answer": "your key is [key]"})
 FATAL = {
-    "400": "gemini-test: HTTP 400: API key [key] is not valid. Pass a valid one.",
-    "401": "gemini-test: HTTP 401: no credentials",
-    "403": "gemini-test: HTTP 403: API key [key] is not valid. Pass a valid one.",
-    "404": "gemini-test: HTTP 404: models/nobody is not found",
-    "redirect": "gemini-test: HTTP 302: Found",
+    "400": "a-model: HTTP 400: API key [key] is not valid. Pass a valid one.",
+    "401": "a-model: HTTP 401: no credentials",
+    "403": "a-model: HTTP 403: API key [key] is not valid. Pass a valid one.",
+    "404": "a-model: HTTP 404: models/nobody is not found",
+    "redirect": "a-model: HTTP 302: Found",
 }
 
 
-@pytest.mark.parametrize("behaviour", AGAIN)
-def test_what_may_pass_is_tried_again(monkeypatch, server, configured, behaviour):
+@in_each(AGAIN)
+def test_what_may_pass_is_tried_again(monkeypatch, server, client_of, behaviour):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     server.script = [behaviour]
-    client = act.GeminiClient(configured(timeout=0.25 if behaviour == "hang" else 5.0))
+    client = client_of(timeout=0.25 if behaviour == "hang" else 5.0)
     assert client(["p"]) == ["answer to p"]
     assert len(server.requests) == 2 and counts(asked=1, retried=1)
 
 
-@pytest.mark.parametrize("behaviour", AGAIN)
-def test_what_does_not_pass_is_given_up_and_not_stored(monkeypatch, server, configured, behaviour):
+@in_each(AGAIN)
+def test_what_does_not_pass_is_given_up_and_not_stored(monkeypatch, server, client_of, behaviour):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     server.script = [behaviour] * 3
-    client = act.GeminiClient(configured(timeout=0.25 if behaviour == "hang" else 5.0, max_retries=2))
+    client = client_of(timeout=0.25 if behaviour == "hang" else 5.0, max_retries=2)
     assert client(["p"]) == [None]
     assert len(server.requests) == 3 and counts(asked=1, retried=2, failed=1)
     assert client(["p"]) == ["answer to p"], "it was not taken for an answer"
 
 
-def test_a_refused_connection_is_tried_again_and_given_up(server, configured):
+def test_a_refused_connection_is_tried_again_and_given_up(client_of):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        client = act.GeminiClient(configured(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}", max_retries=2))
+        client = client_of(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}", max_retries=2)
         assert client(["p"]) == [None]
     assert counts(asked=1, retried=2, failed=1)
 
 
-@pytest.mark.parametrize("behaviour", EMPTY)
-def test_a_blocked_or_empty_answer_is_none_at_once_and_not_stored(server, configured, behaviour):
+@in_each(EMPTY)
+def test_a_blocked_or_empty_answer_is_none_at_once_and_not_stored(server, client_of, behaviour):
     server.script = [behaviour]
-    client = act.GeminiClient(configured())
+    client = client_of()
     assert client(["p"]) == [None]
     assert len(server.requests) == 1 and counts(asked=1, blocked=1)
     assert client(["p"]) == ["answer to p"]
 
 
-@pytest.mark.parametrize("behaviour", ANSWERED)
-def test_unusual_answers_are_answers(server, configured, behaviour):
+@in_each(ANSWERED)
+def test_unusual_answers_are_answers(server, client_of, dialect, behaviour):
     server.script = [behaviour]
-    assert act.GeminiClient(configured())(["p"]) == [ANSWERED[behaviour]]
+    assert client_of()(["p"]) == [ANSWERED[dialect][behaviour]]
     assert counts(asked=1)
 
 
 @pytest.mark.parametrize("behaviour", FATAL)
-def test_a_refused_request_stops_at_once(server, configured, behaviour):
+def test_a_refused_request_stops_at_once(server, client_of, behaviour):
     server.script = [behaviour] * 3
-    client = act.GeminiClient(configured(concurrency=1))
+    client = client_of(concurrency=1)
     with pytest.raises(act.HelperError) as raised:
         client(["p", "q", "r"])
     assert line_of(raised) == FATAL[behaviour]
@@ -250,6 +389,13 @@ def test_a_refused_request_stops_at_once(server, configured, behaviour):
     assert len(server.requests) == 1
 
 
+def test_an_error_that_is_a_text_is_shown(server, client_of):
+    server.script = ["404 as Ollama says it"]
+    with pytest.raises(act.HelperError) as raised:
+        client_of()(["p"])
+    assert line_of(raised) == 'a-model: HTTP 404: model "nobody" not found'
+
+
 @pytest.mark.parametrize(
     ("behaviour", "waits"),
     [
@@ -257,127 +403,244 @@ def test_a_refused_request_stops_at_once(server, configured, behaviour):
         ("429 with Retry-After", [8, 9, 11, 15, 23, 39, 60, 60]),
         ("429 with RetryInfo", [35, 36, 38, 42, 50, 60, 60, 60]),
         ("429 for an hour", [60] * 8),
+        ("429 for 400 digits", [1, 2, 4, 8, 16, 32, 60, 60]),
     ],
 )
-def test_waits_double_and_begin_when_the_server_says_so(monkeypatch, server, configured, behaviour, waits):
+def test_waits_double_and_begin_when_the_server_says_so(monkeypatch, server, client_of, behaviour, waits):
     """The jitter is drawn from 0 up to the doubling wait; here it is always at its upper end."""
     drawn, waited = [], []
     monkeypatch.setattr(act, "FIRST_WAIT", 1.0)
     monkeypatch.setattr(random, "uniform", lambda low, high: drawn.append((low, high)) or high)
     server.script = [behaviour] * 8
-    client = act.GeminiClient(configured(max_retries=8))
+    client = client_of(max_retries=8)
     client.spent.wait = waited.append
     assert client(["p"]) == ["answer to p"]
     assert waited == waits and drawn == [(0, 2**i) for i in range(8)]
 
 
-def test_failures_in_a_row_stop_the_run_and_a_success_between_them_does_not(server, configured):
+def test_failures_in_a_row_stop_the_run_and_a_success_between_them_does_not(server, client_of):
     server.script = ["503", "blocked prompt", "good", "503", "empty text", "503", "good"]
-    client = act.GeminiClient(configured(concurrency=1, max_retries=0, max_failures=3))
+    client = client_of(concurrency=1, max_retries=0, max_failures=3)
     with pytest.raises(act.HelperError) as raised:
         client(["a", "b", "c", "d", "e", "f", "g"])
     why = "HTTP 503: Service Unavailable"
-    assert line_of(raised) == f"3 requests to gemini-test in a row failed, the last one with: {why}"
+    assert line_of(raised) == f"3 requests to a-model in a row failed, the last one with: {why}"
     assert len(server.requests) == 6 and act.HELPER_COUNTS["failed"] == 3 and act.HELPER_COUNTS["blocked"] == 2
-    assert act.GeminiClient(configured())(["c"]) == ["answer to c"]
+    assert client_of()(["c"]) == ["answer to c"]
     assert len(server.requests) == 6, "what was answered before is kept"
 
 
-def test_after_the_stop_nothing_waits_for_calls_that_would_be_tried_again(monkeypatch, server, configured):
+def test_after_the_stop_nothing_waits_for_calls_that_would_be_tried_again(monkeypatch, server, client_of):
     monkeypatch.setattr(act, "FIRST_WAIT", 30.0)
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     server.script = ["503"] * 7 + ["400"]
     began = time.monotonic()
     with pytest.raises(act.HelperError):
-        act.GeminiClient(configured(concurrency=8))([f"{i}" for i in range(8)])
+        client_of(concurrency=8)([f"{i}" for i in range(8)])
     assert time.monotonic() - began < 5
 
 
-def test_after_the_stop_nothing_waits_for_calls_in_flight(server, configured):
+def test_after_the_stop_nothing_waits_for_calls_in_flight(server, client_of):
     server.script, began = ["hang", "400"], time.monotonic()
     with pytest.raises(act.HelperError):
-        act.GeminiClient(configured(concurrency=2))(["a", "b"])
+        client_of(concurrency=2)(["a", "b"])
     assert time.monotonic() - began < 2.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The key, the request, the cache, concurrency
+# Replies without bounds
 
 
-def test_the_key_is_nowhere_but_in_its_header(monkeypatch, server, configured, tmp_path, capfd, caplog):
+def in_time(work, seconds=5.0):
+    """What work() returns or raises, and that it does so in time."""
+    result = []
+
+    def run():
+        try:
+            result.append(work())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert result, f"still at it after {seconds} s"
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+@pytest.mark.parametrize("behaviour", [*POURED, *DRIPPED, *FLOODS])
+def test_a_reply_without_bounds_is_a_failed_call(server, client_of, behaviour):
+    """One that is not for the caller to see, or the end of the run in one line; no thread is left that would keep it."""
+    server.script, before = [behaviour] * 2, set(threading.enumerate())
+    client = client_of(timeout=5.0 if behaviour in POURED else 0.2, max_retries=0, max_failures=2)
+    assert in_time(lambda: client(["p"])) == [None]
+    assert counts(asked=1, failed=1)
+    with pytest.raises(act.HelperError) as raised:
+        in_time(lambda: client(["q"]))
+    assert line_of(raised).startswith("2 requests to a-model in a row failed, the last one with: ")
+    assert len(server.requests) == 2 and client.cache.get(client.cache_key("p")) is None
+    if behaviour not in FLOODS:
+        assert server.poured < 2 * 20_000_000, "what is read is bounded, and so is what is kept of it"
+    deadline = time.monotonic() + 2
+    while any(not thread.daemon for thread in set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before), "the process could not end"
+
+
+def test_answers_up_to_the_bound_are_read_whole(server, client_of):
+    server.answer = lambda prompt: "é" * 600_000  # 3.6 MB of JSON
+    assert client_of()(["p"]) == ["é" * 600_000]
+    server.answer = lambda prompt: "é" * 700_000
+    assert client_of(max_retries=0)(["q"]) == [None] and counts(asked=2, failed=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The keys, the requests, the cache, concurrency
+
+
+def test_the_key_is_nowhere_but_in_its_header(monkeypatch, server, client_of, dialect, tmp_path, capfd, caplog):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
+    key, header = {"gemini": (KEY, ("x-goog-api-key", KEY)),
+                   "openai": (OTHER_KEY, ("authorization", f"Bearer {OTHER_KEY}"))}[dialect]  # fmt: skip
     server.script = ["key in the answer", "key in the reason", "not HTTP"]
     errors = []
     for behaviour, prompts in [("good", ["a", "b", "c"]), ("400", ["d"]), ("403", ["e"]), ("key in the reason", ["f"])]:
         server.script.append(behaviour)
-        client = act.GeminiClient(configured(concurrency=1, max_retries=1, max_failures=1 if prompts == ["f"] else 20))
+        client = client_of(concurrency=1, max_retries=1, max_failures=1 if prompts == ["f"] else 20)
         try:
-            assert KEY not in repr(client(prompts))
+            assert key not in repr(client(prompts))
         except act.HelperError as error:
             errors.append(error)
     assert len(errors) == 3
     for error in errors:
         while error:
-            assert KEY not in "".join(traceback.format_exception(error)) + repr(error.args)
+            assert key not in "".join(traceback.format_exception(error)) + repr(error.args)
             error = error.__cause__ or error.__context__
     for path, headers, body in server.requests:
-        assert KEY not in path + json.dumps(body) and headers.get("x-goog-api-key") == KEY
-    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+        assert headers.pop(header[0]) == header[1] and key not in path + json.dumps([headers, body])
+    assert all(key.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert (tmp_path / "cache.sqlite").stat().st_size > 0
     said = capfd.readouterr()
-    assert KEY not in said.out + said.err + caplog.text
+    assert key not in said.out + said.err + caplog.text
 
 
-@pytest.mark.parametrize("key", [None, "", "  ", "two words", "line\nbreak", "schlüssel"])
-def test_a_missing_or_odd_key_is_an_error_before_any_call(monkeypatch, configured, key):
-    monkeypatch.delenv("GOOGLE_API_KEY")
+COMMON_HEADERS = {"accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"}
+
+
+def test_nothing_of_one_dialect_is_in_a_request_of_the_other(server, configured):
+    for dialect, client in CLIENTS.items():
+        assert client(configured(backend=dialect), ("\nUser:",))([dialect]) == [f"answer to {dialect}"]
+    google, openai = server.requests
+    assert set(google[1]) == {*COMMON_HEADERS, "x-goog-api-key"} and OTHER_KEY not in json.dumps(google)
+    assert set(google[2]) == {"contents", "generationConfig", "safetySettings"}
+    assert set(openai[1]) == {*COMMON_HEADERS, "authorization"} and KEY not in json.dumps(openai)
+    assert set(openai[2]) == {"model", "messages", "temperature", "max_tokens", "stop"}
+    assert not re.search("(?i)goog|gemini", json.dumps([openai[0], *openai[1].items(), {**openai[2], "messages": 0}]))
+
+
+ODD_KEYS = "two words", "line\nbreak", "schlüssel"
+
+
+@pytest.mark.parametrize("key", [None, "", "  ", *ODD_KEYS])
+@pytest.mark.parametrize("local", [True, False])
+def test_a_missing_or_odd_key_is_an_error_before_any_call(monkeypatch, server, client_of, dialect, key, local):
+    """Only a server of one's own that speaks as OpenAI does is called without, and then there is no header for it."""
+    name = {"gemini": "GOOGLE_API_KEY", "openai": "OPENAI_API_KEY"}[dialect]
+    monkeypatch.delenv(name)
     if key is not None:
-        monkeypatch.setenv("GOOGLE_API_KEY", key)
-    with pytest.raises(InputError, match="^GOOGLE_API_KEY .*'gemini-test'$") as raised:
-        act.GeminiClient(configured())
+        monkeypatch.setenv(name, key)
+    changes = {} if local else {"base_url": ""}
+    if local and dialect == "openai" and key not in ODD_KEYS:
+        assert client_of(**changes)(["p"]) == ["answer to p"]
+        [(path, headers, _)] = server.requests
+        assert path == "/v1/chat/completions" and set(headers) == COMMON_HEADERS
+        return
+    with pytest.raises(InputError, match=f"^{name} .*'a-model'$") as raised:
+        client_of(**changes)
     assert not key or not key.strip() or key not in str(raised.value)
+    assert server.requests == []
 
 
-ODD_URLS = "", "example.org", "file:///etc/hosts", "https://", f"https://example.org/?key={KEY}", f"https://{KEY}@a.org"
+def test_where_no_address_is_given_the_key_goes_to_whom_it_belongs(client_of, dialect):
+    urls = {"gemini": "https://generativelanguage.googleapis.com/v1beta/models/a-model:generateContent",
+            "openai": "https://api.openai.com/v1/chat/completions"}  # fmt: skip
+    assert client_of(base_url="").url == urls[dialect]
+
+
+ODD_URLS = (
+    "example.org", "file:///etc/hosts", "https://", f"https://example.org/?key={KEY}", f"https://{KEY}@a.org",
+    f"http://[::1/{KEY}", f"https://a.org/#{KEY}",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("url", ODD_URLS)
-def test_an_odd_address_is_an_error_that_does_not_repeat_it(configured, url):
+def test_an_odd_address_is_an_error_that_does_not_repeat_it(client_of, url):
     with pytest.raises(InputError, match="^base_url of a helper model: expected http") as raised:
-        act.GeminiClient(configured(base_url=url))
+        client_of(base_url=url)
     assert KEY not in str(raised.value)
 
 
-def test_the_request_has_the_documented_form(server, configured):
+def test_googles_request_has_the_documented_form(server, configured):
     act.GeminiClient(configured(temperature=0.5, max_new_tokens=9), ("\nUser:",))(["Grüße 😀"])
     [(path, headers, body)] = server.requests
-    assert path == "/v1beta/models/gemini-test:generateContent" and headers["content-type"] == "application/json"
+    assert path == "/v1beta/models/a-model:generateContent" and headers["content-type"] == "application/json"
     assert body.pop("contents") == [{"role": "user", "parts": [{"text": "Grüße 😀"}]}]
     sampling = {"temperature": 0.5, "topP": 1.0, "topK": 40, "maxOutputTokens": 9, "stopSequences": ["\nUser:"]}
     assert body.pop("generationConfig") == sampling
     assert {row["threshold"] for row in body.pop("safetySettings")} == {"BLOCK_NONE"} and not body
 
 
-def test_an_answer_is_paid_once_in_this_process_and_the_next(server, configured):
-    config = configured()
-    assert act.GeminiClient(config)(["a", "b", "a", "a"]) == [f"answer to {each}" for each in "abaa"]
+@pytest.mark.parametrize("end", ["", "/"])
+def test_openais_request_has_the_documented_form(server, configured, end):
+    config = configured(temperature=0.5, max_new_tokens=9, model_id="org/a model:8b", base_url=f"{server.address}{end}")
+    act.OpenAIClient(config, ("\nUser:",))(["Grüße 😀"])
+    [(path, headers, body)] = server.requests
+    assert path == "/chat/completions" and headers["content-type"] == "application/json"
+    sampling = {"temperature": 0.5, "max_tokens": 9, "stop": ["\nUser:"]}
+    assert body == {"model": "org/a model:8b", "messages": [{"role": "user", "content": "Grüße 😀"}], **sampling}
+
+
+def test_an_answer_is_paid_once_in_this_process(server, client_of):
+    assert client_of()(["a", "b", "a", "a"]) == [f"answer to {each}" for each in "abaa"]
     assert len(server.requests) == 2 and counts(asked=2)
-    assert act.GeminiClient(config)(["b", "a"]) == ["answer to b", "answer to a"] and counts(asked=2, cached=2)
+    assert client_of()(["b", "a"]) == ["answer to b", "answer to a"] and counts(asked=2, cached=2)
+    assert len(server.requests) == 2
+
+
+def test_an_answer_is_paid_once_in_the_next_process_too(server, configured):
+    config = configured()
+    act.GeminiClient(config)(["a"])
     module = sys.modules[act.GeminiClient.__module__]
     code = """import sys, {} as m
-print(m.GeminiClient(m.HelperConfig(model_id='gemini-test', base_url=sys.argv[1], cache_path=sys.argv[2]))(['a']))"""
+print(m.GeminiClient(m.HelperConfig(model_id='a-model', base_url=sys.argv[1], cache_path=sys.argv[2]))(['a']))"""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(module.__file__).parent}"}
     command = [sys.executable, "-c", code.format(module.__name__), config.base_url, config.cache_path]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.stdout == "['answer to a']\n", result.stderr
-    assert len(server.requests) == 2
+    assert len(server.requests) == 1
 
 
-def test_another_model_or_another_request_is_another_answer(server, configured):
-    others = {"model_id": "gemini-other"}, {"temperature": 0.5}, {"max_new_tokens": 5}
+def test_another_model_or_another_request_is_another_answer(server, client_of):
+    others = {"model_id": "another"}, {"temperature": 0.5}, {"max_new_tokens": 5}
     for changes in ({}, *others, {"concurrency": 2, "timeout": 4.0}):
-        act.GeminiClient(configured(**changes))(["a"])
+        client_of(**changes)(["a"])
     assert len(server.requests) == 4, "how a call is made does not matter, what is asked does"
+
+
+def test_another_server_or_dialect_gives_another_answer(server, other_server, dialect, client_of, configured):
+    """Each of them may call another model by the same name."""
+    end = "/v1" * (dialect == "openai")
+    server.answer, other_server.answer = (lambda prompt: "from here"), (lambda prompt: "from there")
+    for _ in range(2):
+        assert client_of()(["a"]) == ["from here"]
+        assert client_of(base_url=other_server.address + end)(["a"]) == ["from there"]
+        assert client_of(base_url=server.address + end + "/")(["a"]) == ["from here"], "the same address"
+    assert (len(server.requests), len(other_server.requests)) == (1, 1) and counts(asked=2, cached=4)
+    server.answer = lambda prompt: "in other words"
+    [other] = set(CLIENTS) - {dialect}
+    assert CLIENTS[other](configured(backend=other), ("\nUser:",))(["a"]) == ["in other words"]
 
 
 def test_threads_share_one_cache_file(tmp_path):
