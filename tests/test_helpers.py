@@ -244,7 +244,7 @@ def a_server():
     server.requests, server.script, server.delay, server.poured = [], [], 0.0, 0
     server.answer = lambda prompt: f"answer to {prompt}"
     server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.004,), daemon=True).start()
     yield server
     server.over.set()
     server.shutdown()
@@ -346,10 +346,10 @@ def test_what_may_pass_is_tried_again(monkeypatch, server, client_of, behaviour)
 def test_what_does_not_pass_is_given_up_and_not_stored(monkeypatch, server, client_of, behaviour):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     server.script = [behaviour] * 3
-    client = client_of(timeout=0.25 if behaviour == "hang" else 5.0, max_retries=2)
+    client = client_of(timeout=0.1 if behaviour == "hang" else 5.0, max_retries=2)
     assert client(["p"]) == [None]
     assert len(server.requests) == 3 and counts(asked=1, retried=2, failed=1)
-    assert client(["p"]) == ["answer to p"], "it was not taken for an answer"
+    assert client_of()(["p"]) == ["answer to p"], "it was not taken for an answer"
 
 
 def test_a_refused_connection_is_tried_again_and_given_up(client_of):
@@ -451,7 +451,7 @@ def test_after_the_stop_nothing_waits_for_calls_in_flight(server, client_of):
 # Replies without bounds
 
 
-def in_time(work, seconds=5.0):
+def in_time(work, seconds=3.0):
     """What work() returns or raises, and that it does so in time."""
     result = []
 
@@ -472,9 +472,9 @@ def in_time(work, seconds=5.0):
 
 @pytest.mark.parametrize("behaviour", [*POURED, *DRIPPED, *FLOODS])
 def test_a_reply_without_bounds_is_a_failed_call(server, client_of, behaviour):
-    """One that is not for the caller to see, or the end of the run in one line; no thread is left that would keep it."""
+    """None at first, then the end of the run in one line; no thread is left for which the process would wait."""
     server.script, before = [behaviour] * 2, set(threading.enumerate())
-    client = client_of(timeout=5.0 if behaviour in POURED else 0.2, max_retries=0, max_failures=2)
+    client = client_of(timeout=5.0 if behaviour in POURED else 0.1, max_retries=0, max_failures=2)
     assert in_time(lambda: client(["p"])) == [None]
     assert counts(asked=1, failed=1)
     with pytest.raises(act.HelperError) as raised:
@@ -727,35 +727,44 @@ def test_a_batch_does_what_each_conversation_does_alone_also_where_helpers_fail(
         def reply(pair, said):
             return draw(["2019", "2018", None], pair.target, len(said), "user")
 
+        def score(pair, said):
+            right = float(said[-1][1].strip() == pair.target)
+            return draw([(right, right)] * 5 + [None], pair.target, len(said), "judge")
+
         def conversations(pairs=pairs):
-            return [act.act_pair(pair, lambda text, gold: float(text.strip() == gold), 0.5, 3) for pair in pairs]
+            return [act.act_pair(pair, 0.5, 3) for pair in pairs]
 
         def of_rows(one, pairs=pairs):
             return lambda rows, asked: [one(pairs[row], said) for row, said in zip(rows, asked, strict=True)]
 
         expected = [
             alone(conversation, respond=lambda said, pair=pair: respond(pair, said), classify=classify,
-                  simulate=lambda said, pair=pair: reply(pair, said))
+                  simulate=lambda said, pair=pair: reply(pair, said), score=lambda said, pair=pair: score(pair, said))
             for pair, conversation in zip(pairs, conversations(), strict=True)
         ]  # fmt: skip
-        helpers = of_rows(respond), lambda rows, texts: list(map(classify, texts)), of_rows(reply)
-        assert act.in_lockstep(conversations(), *helpers) == expected
+        answers = {"respond": of_rows(respond), "classify": lambda rows, texts: list(map(classify, texts)),
+                   "simulate": of_rows(reply), "score": of_rows(score)}  # fmt: skip
+        assert act.in_lockstep(conversations(), answers) == expected
         seen.update(result and result[1] for result in expected)
     assert seen == {None, *act.OUTCOMES} - {act.HELPER_FAILED}
 
 
-def batch_of(monkeypatch, helpers, pairs, respond):
-    """`on_policy` for a batch in which respond(pair, trajectory) plays the policy, on one rank."""
-    monkeypatch.setattr(act, "all_gathered", list)
-    monkeypatch.setattr(act, "unsharded", lambda *_: None)
-    training, files = act.TrainingConfig(), act.DataConfig(heuristic="exact_match")
+def with_policy(monkeypatch, respond):
+    """respond(pair, trajectory) plays the policy, on one rank."""
 
-    def sampler(model, template, pairs, training, noise):
-        assert len(noise) == len(pairs)
+    def sampler(model, template, pairs, training, noise=None):
+        assert noise is None or len(noise) == len(pairs)
         return lambda rows, asked: [(respond(pairs[row], said), True) for row, said in zip(rows, asked, strict=True)]
 
     monkeypatch.setattr(act, "Sampler", sampler)
-    config = replace(Config(), data_config=files, training_config=training)
+    monkeypatch.setattr(act, "all_gathered", list)
+    monkeypatch.setattr(act, "unsharded", lambda *_: None)
+
+
+def batch_of(monkeypatch, helpers, pairs, respond, heuristic="exact_match"):
+    """`on_policy` for a batch."""
+    with_policy(monkeypatch, respond)
+    config = replace(Config(), data_config=act.DataConfig(heuristic=heuristic))
     run = SimpleNamespace(config=config, helpers=helpers, policy=None, template=None)
     return act.on_policy(run, pairs, 0, range(len(pairs)))
 
@@ -803,8 +812,8 @@ def test_sixteen_rollouts_take_as_long_as_their_longest_chain_of_calls(server, c
     for attempt in range(3):  # a busy machine may spoil one
         helpers = helpers_of(configured, cache_path=str(tmp_path / f"{attempt}.sqlite"))
         began, before = time.monotonic(), len(server.requests)
-        conversations = [act.act_pair(pair, lambda text, gold: text == gold, 0.5, 3) for pair in pairs]
-        results = act.in_lockstep(conversations, respond, helpers.classify, helpers.users_of(pairs))
+        answers = {"respond": respond, **helpers.answers(pairs, "exact_match")}
+        results = act.in_lockstep([act.act_pair(pair, 0.5, 3) for pair in pairs], answers)
         seconds.append(time.monotonic() - began)
         assert results == [(pair, act.GOOD_OUTCOME) for pair in pairs] and len(server.requests) - before == 64
         if seconds[-1] <= 1.25 * 1.2:
@@ -874,14 +883,27 @@ def test_a_user_by_rule_knows_the_gold_trajectory_and_needs_no_intent(server, co
 
 def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
     pairs = [a_pair("a"), a_pair("b"), a_pair("c", ANSWER), a_pair("d", ANSWER)]
-    played = [
-        (pairs[0].gold, [CLARIFY, ANSWER], pairs[0].target),  # all right
-        None,  # the user said nothing
-        ([("model", "wrong")], [ANSWER], "wrong"),
-        None,  # nobody knows whether the response is an answer
+    said = [
+        [pairs[0].gold[0][1], pairs[0].target],  # all right
+        [pairs[1].gold[0][1]],  # the user says nothing to it
+        ["wrong"],
+        ["nobody knows whether this is an answer"],
     ]
-    samples = [act.scored_turn(pair, each, data.exact_match) for pair, each in zip(pairs, played, strict=True)]
+    actions = {text: ANSWER for texts in said for text in texts[-1:]} | {said[0][0]: CLARIFY, said[1][0]: CLARIFY}
+    actions[said[3][0]] = None
+
+    def simulate(requests):
+        return [None if pair is pairs[1] else "2019" for pair, _, _ in requests]
+
+    def respond(rows, trajectories):
+        return [(said[row][len(each) // 2], True) for row, each in zip(rows, trajectories, strict=True)]
+
+    helpers = act.Helpers(lambda texts: [actions[text] for text in texts], data.rule_intents, simulate, None)
+    answers = {"respond": respond, **helpers.answers(pairs, "exact_match")}
+    played = act.in_lockstep([act.play_turn(pair, 3) for pair in pairs], answers)
+    samples = [act.sample_of(pair, turn, "exact_match") for pair, turn in zip(pairs, played, strict=True)]
     assert [sample["inferred_action"] for sample in samples] == [CLARIFY, None, ANSWER, None]
+    assert len({tuple(sample) for sample in samples}) == 1, "the same keys, in the same order"
     metrics = act.summarize(samples)
     assert metrics["Helper Failures"] == 2
     assert [metrics[f"{name} Turns"] for name in ("Trajectory-level", "Turn-Level", "Post-Clarification")] == [2, 2, 1]
@@ -890,10 +912,107 @@ def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
 
 
 def test_gold_actions_fall_back_to_the_rule():
-    helpers = act.Helpers(lambda texts: [None, None, ANSWER], None, None, None)
-    assert helpers.label_actions(["Who?", "He.", "Why?"]) == [CLARIFY, ANSWER, ANSWER]
-    assert helpers.classify([0, 1, 2], ["Who?", "He.", "Why?"]) == [None, None, ANSWER], "the policy's do not"
+    helpers, texts = act.Helpers(lambda texts: [None, None, ANSWER], None, None, None), ["Who?", "He.", "Why?"]
+    assert helpers.label_actions(texts) == [CLARIFY, ANSWER, ANSWER]
+    classify = helpers.answers([], "drop_f1")["classify"]
+    assert classify([0, 1, 2], texts) == [None, None, ANSWER], "the policy's do not"
 
+
+def test_what_a_conversation_asks_for_is_answered_by_the_heuristic_that_is_set():
+    answers = act.Helpers(None, None, None, None).answers([a_pair("a"), a_pair("b")], "exact_match")
+    assert set(answers) == {"classify", "simulate", "score"}
+    said = [[("model", "Which?"), ("user", "2019"), ("model", text)] for text in ("A IS 42", "a is 42")]
+    assert answers["score"]([0], said[:1]) == [(1.0, 1.0)] and answers["score"]([0, 1], said) == [(1, 1), (0, 0)]
+    drop = act.Helpers(None, None, None, None).answers([a_pair("a")], "drop_f1")["score"]
+    assert drop([0], [[("model", "a is 41 and more")]]) == [data.drop_f1("a is 41 and more", "a is 42")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge
+
+
+def as_judge(prompt):
+    """Whether the answer ends with the reference's last word; of some, nothing that can be used."""
+    gold, answer = re.search(r".*\nReference: ([^\n]*)\nAnswer: ([^\n]*)\nVerdict:\Z", prompt, re.DOTALL).groups()
+    if "blocked" in answer:
+        return None
+    if "unclear" in answer:
+        return "It could be RIGHT or WRONG."
+    return "**RIGHT**" if answer.split()[-1] == gold.split()[-1] else "Verdict: Wrong."
+
+
+def judge_of(configured, **changes):
+    """A model judges; all else is by rule."""
+    return act.build_helpers(replace(Config(), judge_model_config=configured(**changes)))
+
+
+@pytest.mark.parametrize("dialect", CLIENTS)
+def test_a_batch_is_judged_by_a_model(monkeypatch, server, configured, dialect):
+    """RIGHT wins, WRONG loses, and where there is no verdict the pair stays; only answers are judged, side by side."""
+    server.answer = as_judge
+    pairs = [a_pair("a"), a_pair("b"), *(a_pair(name, ANSWER) for name in "cdefg")]
+    finals = ["It would be 42", "It would be 41", "That was 42", "Sorry, 41", "unclear", "blocked", "Which 42?"]
+    helpers, rounds = judge_of(configured, backend=dialect), []
+    assert helpers.cost
+    counted = replace(helpers, judge_answers=lambda ends: rounds.append(len(ends)) or helpers.judge_answers(ends))
+
+    def respond(pair, said):
+        return pair.gold[0][1] if pair.action == CLARIFY and not said else finals[pairs.index(pair)]
+
+    found, numbers = batch_of(monkeypatch, counted, pairs, respond, heuristic="judge")
+    said = [[*pair.gold[:-1], ("model", final)] for pair, final in zip(pairs, finals, strict=True)]
+    assert found[0] == replace(pairs[0], chosen=said[0]) and found[1] == replace(pairs[1], rejected=said[1])
+    assert found[2] == replace(pairs[2], chosen=said[2]) and found[3] == replace(pairs[3], rejected=said[3])
+    assert found[4] is pairs[4] and found[5] is pairs[5] and found[6] == replace(pairs[6], rejected=said[6])
+    outcomes = {"good_outcome": 2, "bad_outcome": 2, "helper_failed": 2, "wrong_action": 1}
+    calls = {"helpers/asked": 6, "helpers/blocked": 1, "helpers/unusable": 1}
+    expected = {f"act/{name}": number for name, number in outcomes.items()} | calls
+    assert {name: number for name, number in numbers.items() if number} == expected
+    assert rounds == [4, 2], "those that answer at once together, then those that asked first"
+
+
+def test_a_judge_that_gives_up_stops_the_batch(monkeypatch, server, configured):
+    server.script = ["400"]
+    with pytest.raises(act.HelperError) as raised:
+        batch_of(monkeypatch, judge_of(configured), [a_pair("a", ANSWER)], as_gold, heuristic="judge")
+    assert line_of(raised) == FATAL["400"]
+
+
+def test_evaluation_with_a_judge(monkeypatch, server, configured):
+    """What it finds right is an exact match; first replies are still compared by DROP F1, turns without verdict not."""
+    server.answer = as_judge
+    pairs = [a_pair("a"), *(a_pair(name, ANSWER) for name in "bcd"), a_pair("e")]
+    finals = ["surely 42", "b is 42", "c is 41", "unclear", None]
+    with_policy(monkeypatch, lambda pair, said: finals[pairs.index(pair)] if said or pair.action == ANSWER else
+                pair.gold[0][1])  # fmt: skip
+    monkeypatch.setattr(act.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(act.dist, "get_world_size", lambda: 1)
+    finals[4] = "Which of them?"  # asks on
+    training = act.TrainingConfig(per_device_eval_batch_size=2, max_turns=2)
+    config = replace(Config(), data_config=act.DataConfig(heuristic="judge"), training_config=training)
+    metrics, samples = act.evaluate_pairs(None, None, pairs, judge_of(configured), config)
+    assert [sample["f1"] for sample in samples] == [sample["exact_match"] for sample in samples] == [1, 1, 0, 0, 0]
+    assert [sample["inferred_action"] for sample in samples] == [CLARIFY, ANSWER, ANSWER, None, CLARIFY]
+    firsts = [pairs[0].gold[0][1], *finals[1:3], None, pairs[4].gold[0][1]]
+    for sample, pair, first in zip(samples, pairs, firsts, strict=True):
+        expected = data.drop_f1(first, pair.gold[0][1]) if first else (0.0, 0.0)
+        assert (sample["turn_exact_match"], sample["turn_f1"]) == expected
+    assert metrics["Helper Failures"] == 1 and metrics["Trajectory-level Turns"] == 4
+    assert metrics["Trajectory-level Exact Match"] == metrics["Trajectory-level DROP F1"] == 0.5
+    assert counts(asked=4, unusable=1), "who never answers is not judged"
+
+
+def test_a_judge_must_be_a_model(configured):
+    config = replace(Config(), policy_model_config=PolicyModelConfig("x"),
+                     data_config=act.DataConfig(train_path="x", heuristic="judge"))  # fmt: skip
+    with pytest.raises(InputError, match="^c.json: heuristic is 'judge', expected a judge_model_config.backend that"):
+        act.check_config(config, "c.json")
+    act.check_config(replace(config, judge_model_config=configured(backend="openai")), "c.json")
+    assert act.build_helpers(Config()).judge_answers is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Roles in conversation with a server
 
 PAIR = Pair(
     "", [("user", "Who won in 2018?"), ("model", "Ada."), ("user", "How many\npoints?")], CLARIFY,
@@ -917,7 +1036,7 @@ def test_questions_of_a_model_become_losing_sides(server, configured):
     helpers = helpers_of(configured)
     pairs = data.ACTDataset([*rows, {"messages": other}], CLARIFY, 2, helpers.write_questions).prepare_datasets()
     assert {pair.rejected[0] for pair in pairs if pair.action == ANSWER} == {("model", "Which year?")}
-    prompts = [body["contents"][0]["parts"][0]["text"] for _, _, body in server.requests]
+    prompts = [prompt_in(body) for _, _, body in server.requests]
     asking = "Assistant (asks a clarifying question):"
     assert prompts and all(prompt.endswith(f"\n{asking}") and prompt.count(asking) in (2, 3) for prompt in prompts)
     assert any(f"{asking} Whom {{do}} you mean?\n\n" in prompt for prompt in prompts)
@@ -938,10 +1057,11 @@ def test_what_cannot_be_read_is_counted_and_becomes_nothing(server, configured):
     assert helpers.classify_actions(["a", "b"]) == [None, None] and helpers.summarize_intents([PAIR]) == [None]
     assert helpers.simulate_users([(PAIR, PAIR.gold[:1], "intent")]) == [None]
     assert helpers.write_questions([request]) == [None]
-    assert counts(asked=5, unusable=5)
+    assert helpers.judge_answers([(PAIR, "7")]) == [None]
+    assert counts(asked=6, unusable=6)
     server.script = ["blocked prompt"]
     assert helpers_of(configured, temperature=1.0).write_questions([request]) == [None]
-    assert act.HELPER_COUNTS["blocked"] == 1 and act.HELPER_COUNTS["unusable"] == 5
+    assert act.HELPER_COUNTS["blocked"] == 1 and act.HELPER_COUNTS["unusable"] == 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1022,18 +1142,18 @@ def test_roles_that_name_one_checkpoint_share_it(monkeypatch, gemma_directory):
     shared = replace(local, model_path="reference")
     config = replace(Config(), action_model_config=local, intent_model_config=local)
     config = replace(config, user_simulator_config=shared, preference_model_config=shared)
-    referred = []
-    helpers = act.build_helpers(config, lambda: referred.append(1) or load(config, str(gemma_directory)))
-    assert loaded == [str(gemma_directory)] and referred == [1] and helpers.cost
+    config = replace(config, policy_model_config=PolicyModelConfig(str(gemma_directory)))
+    helpers = act.build_helpers(config)
+    assert loaded == [str(gemma_directory), "reference"] and helpers.cost
     assert len(helpers.classify_actions(["a", "b"])) == 2
     assert len(helpers.simulate_users([(PAIR, PAIR.gold[:1], "x")])) == 1
-    act.build_helpers(replace(config, policy_model_config=PolicyModelConfig(str(gemma_directory))))
-    assert loaded[1:] == [str(gemma_directory), "reference"], "without a reference at hand, its file is read"
+    assert len(act.build_helpers(replace(config, judge_model_config=shared)).judge_answers([(PAIR, "7")])) == 1
 
 
 def test_a_model_id_means_gemini_and_nothing_means_rule(configured):
-    fields = {}, {"model_id": "g"}, {"backend": "rule", "model_id": "g"}, {"backend": "gemma", "model_id": "g"}
-    assert [act.backend_of(act.HelperConfig(**each)) for each in fields] == ["rule", "gemini", "rule", "gemma"]
+    fields = {}, {"model_id": "g"}, *({"backend": name, "model_id": "g"} for name in ("rule", "gemma", "openai"))
+    backends = ["rule", "gemini", "rule", "gemma", "openai"]
+    assert [act.backend_of(act.HelperConfig(**each)) for each in fields] == backends
     rules = act.build_helpers(Config())
     found = rules.classify_actions, rules.summarize_intents, rules.simulate_users, rules.write_questions
     assert found == (data.rule_actions, data.rule_intents, data.rule_users, data.rule_questions) and not rules.cost
@@ -1048,7 +1168,7 @@ def test_who_makes_files_of_pairs_casts_no_user(configured):
     assert helpers.write_questions != data.rule_questions and helpers.classify_actions != data.rule_actions
 
 
-@pytest.mark.parametrize(("backend", "key"), [("gemma", "model_path"), ("gemini", "model_id")])
+@pytest.mark.parametrize(("backend", "key"), [("gemma", "model_path"), ("gemini", "model_id"), ("openai", "model_id")])
 def test_a_back_end_without_its_model_is_an_error_that_names_the_key(backend, key):
     config = replace(Config(), user_simulator_config=act.HelperConfig(backend=backend))
     with pytest.raises(InputError, match=f"^user_simulator_config.{key} is missing, backend '{backend}' needs it$"):
@@ -1065,13 +1185,14 @@ def test_a_role_is_told_what_the_file_of_its_prompt_says(server, configured, tmp
     role, path = ROLES[name], tmp_path / "prompt.txt"
     path.write_text(" {{x}} {other} {" + "}\n{".join(role.names) + "}{0}\n\n", encoding="utf-8")
     helpers = act.build_helpers(replace(Config(), **{name: configured(prompt_path=str(path))}))
-    odd = "{response} {conversation} {intent} {examples} {other} \\1 \\g<0>?"
+    odd = "{response} {conversation} {intent} {examples} {gold} {answer} {other} \\1 \\g<0>?"
     pair = Pair("", [("user", odd)], CLARIFY, *[[("model", odd), ("user", odd), ("model", "x")]] * 3, "x")
     played, request = {
         "action_model_config": (helpers.classify_actions, odd),
         "user_simulator_config": (helpers.simulate_users, (pair, [("model", odd)], odd)),
         "intent_model_config": (helpers.summarize_intents, pair),
         "preference_model_config": (helpers.write_questions, (pair, [pair])),
+        "judge_model_config": (helpers.judge_answers, (pair, odd)),
     }[name]
     if name == "intent_model_config":  # cast only where the user is no rule
         played = act.build_helpers(replace(Config(), **{name: configured(prompt_path=str(path))},
@@ -1080,7 +1201,7 @@ def test_a_role_is_told_what_the_file_of_its_prompt_says(server, configured, tmp
     [(_, _, body)] = server.requests
     filled = role.fields(request)
     want = " {{x}} {other} " + "\n".join(filled[each] for each in role.names) + "{0}\n"
-    assert body["contents"][0]["parts"][0]["text"] == want and odd in want
+    assert prompt_in(body) == want and odd in want
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -1108,7 +1229,7 @@ def test_shipped_prompts_are_found_from_any_directory(monkeypatch, server, confi
     helpers_of(configured).classify_actions(["Who?"])
     [(_, _, body)] = server.requests
     shipped = (ROOT / "configs/prompts/action.txt").read_text(encoding="utf-8")
-    assert body["contents"][0]["parts"][0]["text"] == shipped.removesuffix("\n").replace("{response}", "Who?")
+    assert prompt_in(body) == shipped.removesuffix("\n").replace("{response}", "Who?")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
