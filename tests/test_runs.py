@@ -415,7 +415,7 @@ def test_resuming_with_what_would_learn_otherwise_is_refused(killed_run, tmp_pat
     for key, value, said in (
         ("training_config.beta", 0.25, "training_config.beta is 0.25, expected 0.5 as in"),
         ("data_config.prompt_format", "gemma", "data_config.prompt_format is 'gemma', expected 'plain' as in"),
-        ("training_config.gradient_accumulation_steps", 2, "a step is of 6 examples on 1 processes, expected 3 as in"),
+        ("training_config.gradient_accumulation_steps", 2, "a step is of 6 examples, expected 3 as in"),
         ("training_config.max_steps", 1, "is beyond the 1 steps of this run"),
         ("task", "dpo", "task is 'dpo', expected 'act' as in"),
     ):
@@ -433,7 +433,7 @@ def test_a_finished_run_has_nothing_to_resume(killed_run, act_run, tmp_path, cap
 def test_a_finished_run_without_a_checkpoint_is_not_started_over_by_resume(act_run, tmp_path, capsys):
     folder = copy_of(act_run[0], tmp_path)
     said = error_of(capsys, "--config", folder / "run.json", "--resume", "--training_config.max_steps", "9")
-    assert "holds a finished model but no checkpoint" in said
+    assert "holds a model but no checkpoint" in said
     assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
 
 
