@@ -581,7 +581,8 @@ def sample_of(pair, turn, heuristic):
     inferred_action is None where a helper failed (turn is None): it is then counted, but left out of all means.
     """
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
-    exact, f1 = compare(turn["trajectory"][0][1], pair.gold[0][1]) if turn else (0.0, 0.0)
+    first = (turn["trajectory"][0][1], pair.gold[0][1], pair.context) if turn else None
+    exact, f1 = data.score_of(compare, *first) if turn else (0.0, 0.0)
     source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
     source |= {"target_action": pair.action, "gold_target": pair.target, "gold_questions": len(pair.gold) // 2}
     return {**source, **(turn or FAILED_TURN), "turn_exact_match": float(exact), "turn_f1": float(f1)}
@@ -679,7 +680,9 @@ class Log:
             replaced = {id(new.chosen): "chosen", id(new.rejected): "rejected"}.get(id(said))
             row = {key: getattr(pair, key) for key in ("where", "context", "history", "action", "target")}
             row |= {"trajectory": said, "outcome": outcome, "replaced": replaced}
-            rows.append({"step": step, **row, "score": compare(said[-1][1], pair.target)[1] if judged else None})
+            rows.append({"step": step, **row, "score": None})
+            if judged:
+                rows[-1]["score"] = data.score_of(compare, said[-1][1], pair.target, pair.context)[1]
         self.append("rollouts.jsonl", all_gathered(rows))
 
     def evaluation(self, step, metrics, samples):
@@ -1366,7 +1369,8 @@ class Helpers:
             ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
             if heuristic == "judge":
                 return [None if right is None else (right, right) for right in self.judge_answers(ends)]
-            return [HEURISTICS[heuristic](answer, pair.target) for pair, answer in ends]
+            compare = HEURISTICS[heuristic]
+            return [data.score_of(compare, answer, pair.target, pair.context) for pair, answer in ends]
 
         classify = self.classify_actions
         return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}
