@@ -46,7 +46,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -151,7 +151,10 @@ def in_lockstep(conversations, answers):
 
 
 def on_policy(run, pairs, step, positions):
-    """Algorithm 2 for a batch: its new pairs, and how many had which outcome."""
+    """Algorithm 2 for a batch: its new pairs, how many had which outcome, and what was sampled.
+
+    Samples are (pair before, trajectory, pair after, outcome), one for each example.
+    """
     training, helpers = run.config.training_config, run.helpers
     rules = run.config.data_config.tolerance, training.max_turns, training.simulate_user
     noise = noise_generators(training.seed, step, positions)
@@ -160,11 +163,12 @@ def on_policy(run, pairs, step, positions):
     before = Counter(HELPER_COUNTS)
     results = together(lambda: in_lockstep([act_pair(pair, *rules) for pair in pairs], answers))
     results = [result or (pair, HELPER_FAILED) for pair, result in zip(pairs, results, strict=True)]
+    samples = [(pair, policy.trajectories[i], *results[i]) for i, pair in enumerate(pairs)]
     outcomes = Counter(outcome for _, outcome in results)
     counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
     if helpers.cost:
         counts |= {f"helpers/{key}": HELPER_COUNTS[key] - before[key] for key in COUNTED}
-    return [pair for pair, _ in results], counts
+    return [new for new, _ in results], counts, samples
 
 
 def noise_generators(seed, step, positions):
@@ -360,7 +364,8 @@ def train(config, overwrite=False, resume=False):
             # on-policy pairs (Algorithm 2)
             n = training.sample_frequency
             if config.task == "act" and n and (step + 1) % n == 0:
-                batch, counts = on_policy(run, batch, step, positions)
+                batch, counts, samples = on_policy(run, batch, step, positions)
+                log.rollouts(step + 1, samples)
                 sums.update(counts)
             rolled = time.perf_counter()
 
@@ -455,7 +460,7 @@ class Template:
             before, after = [self.tokenizer.bos_id], []
             head = self.encode("user\n") if pair.context else []
             context = self.encode(f"user\n{pair.context}\n\n") if pair.context else []
-        room = max_length - len(before) - len(after) - len(self.opening)
+        room = max_length - len(before) - len(after) - len(self.opening) + len(head)  # the first turn has it too
         users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
         kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
         while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
@@ -501,12 +506,14 @@ class Sampler:
         self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
         self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
         self.cache, self.rows, self.generators = KVCache(), [], generators
+        self.trajectories = {}  # row -> the list that its conversation goes on filling
 
     def __call__(self, rows, trajectories):
         """[(the policy's next message, whether it came to its end)] in each of these rows."""
         if self.rows:
             self.cache.keep([self.rows.index(row) for row in rows])
         self.rows = rows
+        self.trajectories.update(zip(rows, trajectories, strict=True))
         prompts = [
             self.prompts[row] + (self.template.following(said) if said else [])
             for row, said in zip(rows, trajectories, strict=True)
@@ -643,10 +650,11 @@ def changed_conversations(before, after, count=2):
 
 
 class Log:
-    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), and what is said at the end."""
+    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), rollouts.jsonl, report.html."""
 
     def __init__(self, config, start):
-        self.folder, self.first, self.last = Path(config.training_config.output_dir), None, None
+        self.config, self.folder = config, Path(config.training_config.output_dir)
+        self.first, self.last = None, None
         rows = on_main(lambda: whole_rows(self.folder / "metrics.jsonl"))
         self.evaluated = {row["step"] for row in rows if "eval/Accuracy" in row}
         samples = on_main(lambda: whole_rows(self.folder / "eval_samples.jsonl")) if start else []
@@ -654,10 +662,24 @@ class Log:
         if samples:  # resumed: the evaluation before training is on disk
             self.first = summarize(samples), samples
 
-    def step(self, step, metrics):
+    def append(self, name, rows):
         if is_main():
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def step(self, step, metrics):
+        self.append("metrics.jsonl", [{"step": step, **metrics}])
+
+    def rollouts(self, step, samples):
+        """What the policy said in a step, example by example; `score`: of an answer that was judged by a formula."""
+        compare, rows = HEURISTICS.get(self.config.data_config.heuristic), []
+        for pair, said, new, outcome in samples:
+            judged = compare and outcome in (GOOD_OUTCOME, BAD_OUTCOME)
+            replaced = {id(new.chosen): "chosen", id(new.rejected): "rejected"}.get(id(said))
+            row = {key: getattr(pair, key) for key in ("where", "context", "history", "action", "target")}
+            row |= {"trajectory": said, "outcome": outcome, "replaced": replaced}
+            rows.append({"step": step, **row, "score": compare(said[-1][1], pair.target)[1] if judged else None})
+        self.append("rollouts.jsonl", all_gathered(rows))
 
     def evaluation(self, step, metrics, samples):
         self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
@@ -670,13 +692,40 @@ class Log:
         if self.last and self.first is not self.last:
             print0("\n" + comparison(self.first[0], self.last[0]))
             print0(changed_conversations(self.first[1], self.last[1]))
-        print0(f"\nThe model is in {self.folder / 'model'}, its metrics in {self.folder / 'metrics.jsonl'}")
+        write_report(self.folder)
+        print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {self.folder / 'report.html'}")
 
 
 def write_evaluation(folder, metrics, samples):
     if is_main():
         write_json(folder / "eval_metrics.json", metrics)
         data.write_jsonl(folder / "eval_samples.jsonl", samples)
+    write_report(folder)
+
+
+def write_report(folder):
+    """report.html: the template with what the folder's files hold as JSON in it, each long text once."""
+    template = HERE / "configs" / "report.html"
+    if not is_main() or not template.exists():
+        return
+    texts, held = {}, {}
+
+    def shared(row):
+        long = [key for key in ("context", "history", "gold") if key in row]
+        return row | {key: texts.setdefault(json.dumps(row[key]), len(texts)) for key in long}
+
+    def read(text):
+        return json.loads(text, object_hook=shared, parse_constant=lambda _: None)
+
+    for name in ("config.json", "eval_metrics.json", "metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl"):
+        path = folder / name
+        if path.exists():
+            text = path.read_text(encoding="utf-8")  # of lines, a killed run leaves half a one
+            held[path.stem] = read(text) if path.suffix == ".json" else [read(line) for line in text.split("\n")[:-1]]
+    held = json.dumps(held | {"texts": [json.loads(text) for text in texts]})  # in ASCII, U+2028 is \u2028
+    held = re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", held)
+    before, at, after = template.read_text(encoding="utf-8").partition('<script type="application/json" id="data">')
+    data.write_text(folder / "report.html", [before, at, held, after.removeprefix("null")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1015,17 +1064,19 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointin
     model.requires_grad_(trainable)
     model.set_checkpointing(checkpointing)
     model.compute_dtype = torch.bfloat16 if bf16 else dtype
-    if mesh.size() > 1:
-        reduce = torch.float32 if bf16 else dtype
-        policy = MixedPrecisionPolicy(model.compute_dtype, reduce, cast_forward_inputs=False)
-        sharding = {"mesh": mesh if mesh.size(0) > 1 else mesh["shard"], "mp_policy": policy}
-        for layer in model.layers:
-            fully_shard(layer, **sharding)
-        fully_shard(model, **sharding)
-        register_fsdp_forward_method(model, "logps")
+    if mesh.size() > 1:  # one process has nothing to gather
+        shard(model, mesh)
     model.to_empty(device=mesh.device_type)
     gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
     return model
+
+
+def shard(model, mesh):
+    """Each layer's parameters, and those outside of layers, are gathered when they are needed; sums are in float32."""
+    precision = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh["shard"], mp_policy=precision)
+    register_fsdp_forward_method(model, "logps")
 
 
 @torch.no_grad()
@@ -1192,10 +1243,11 @@ def checkpoints(output_dir):
 
 
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
-TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints")
+TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl", "report.html", "model",
+                  "checkpoints")  # fmt: skip
 WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
     **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
-    "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
+    "evaluate": ("eval_metrics.json", "eval_samples.jsonl", "report.html"),
     "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
 }
 MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, on how many devices; not what is learnt
@@ -1258,8 +1310,9 @@ def start_output(config, checkpoint=None):
     if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
         gemma.remove_tree(output / "model")
         step = int(checkpoint.name[5:])
-        for name in ("metrics.jsonl", "eval_samples.jsonl"):
-            data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
+        for path in (output / "metrics.jsonl", output / "eval_samples.jsonl", output / "rollouts.jsonl"):
+            if path.exists():
+                data.write_jsonl(path, [row for row in whole_rows(path) if row["step"] <= step])
     else:
         for name in WRITES[config.task]:
             gemma.remove_tree(output / name)
@@ -1563,6 +1616,8 @@ class HelperClient:
             body += chunk
             if len(body) > limit or time.monotonic() > deadline:
                 raise CallFailed("its reply is too long or takes too long")
+        if getattr(response, "length", None):  # what Content-Length promised and did not come
+            raise CallFailed("its reply breaks off")
         return body
 
     def one_line(self, message):
@@ -1749,11 +1804,12 @@ def help_text():
     lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:"]
     lines += ["  --resume             go on from the newest checkpoint of output_dir"]
     lines += ["  --overwrite          start again in an output_dir that holds a run"]
-    for section in fields(Config)[1:]:
-        cls = get_type_hints(Config)[section.name]
-        same = section.name in ROLES and section.name != next(iter(ROLES))  # the four helpers have the same keys
-        body = [] if same else [line.removeprefix("  ") for line in inspect.getsource(cls).splitlines()[2:]]
-        lines += ["", f"--{section.name}:", *body]
+    sections = {}  # the helpers have the same keys
+    for name, kind in get_type_hints(Config).items():
+        sections.setdefault(kind, []).append(name)
+    for kind, names in list(sections.items())[1:]:
+        body = [line.removeprefix("  ") for line in inspect.getsource(kind).splitlines()[2:]]
+        lines += ["", f"--{', '.join(names)}:", *body]
     return "\n".join(lines)
 
 

@@ -222,9 +222,9 @@ class ACTDataset:
         questions = self.preference_model(requests) if requests else []
         assert len(questions) == len(requests), f"{len(questions)} questions for {len(requests)} requests"
         for (pair, _), question, rule in zip(requests, questions, rule_questions(requests), strict=True):
-            options = (first_reply(question or ""), rule, FALLBACK_QUESTION)  # two equal sides would teach nothing
-            asked = next(text for text in options if text.strip() and text != pair.chosen[0][1])
-            pair.rejected = [("model", asked)]
+            useless = ([], pair.chosen[0][1].split())  # two equal sides would teach nothing
+            asked = (text for text in (question or "", rule) if text.split() not in useless)
+            pair.rejected = [("model", next(asked, FALLBACK_QUESTION))]
 
     def draw_examples(self, size, start, stop, rng):
         """Positions in a pool of `size`, without replacement; those from start to stop only where others run out."""
@@ -259,7 +259,7 @@ def turn_pairs(messages, where, skipped):
             continue
         end = answer_index(messages, i)
         if end is None:
-            skipped.append(f"{where}: message {i + 1}")
+            skipped.append(f"{where}: user turn {sum(role == 'user' for role, _ in said[: i + 1])}")
             continue
         action = CLARIFY if message["requires_clarification"] else ANSWER
         gold = said[i + 1 : end + 1]  # a question, the user's reply, perhaps more of both, the answer; or the answer
@@ -350,11 +350,6 @@ def split_messages(text):
     return [(role, ESCAPED.sub("", said.removesuffix("\n"))) for role, said in messages]
 
 
-def first_reply(text):
-    """The first thing that the assistant says in a text of messages, without the white space around it; or ""."""
-    return next((said.strip() for role, said in split_messages(text) if role == "model"), "")
-
-
 def make_record(pair):
     """A record of the published research code: what it calls a preference example, all of it text."""
     prompt = f"{pair.instruction}\n[context]\n{pair.context}\n[conversation]\n{format_messages(pair.history)}"
@@ -394,10 +389,9 @@ def parse_record(row, where):
 
 def pair_of_sides(messages, chosen, rejected, where):
     """A Pair from a form that has no actions: `rule_actions` of the first replies. Its gold trajectory is `chosen`."""
-    context = messages.pop(0)[1] if messages[0][0] == "system" else ""
     if messages[-1][0] != "user":
         raise InputError(f"{where}: the conversation ends with role {messages[-1][0]!r}, expected 'user'")
-    context = "" if context == INSTRUCTION else context.removeprefix(f"{INSTRUCTION}\n")  # where we wrote the file
+    context = messages.pop(0)[1] if messages[0][0] == "system" else ""
     actions = rule_actions([chosen[0][1], rejected[0][1]])
     trajectory = chosen
     if actions == [CLARIFY, ANSWER] and len(chosen) == 1:  # Vertex's form has room for one reply
@@ -436,7 +430,9 @@ def parse_vertex_preference(row, where):
         sides[score] = [("model", turn["content"])]
     if len(sides) != 2:
         raise InputError(f"{where}: completions has {len(sides)} entries, expected 2")
-    return pair_of_sides(messages_of(conversation["messages"]), sides[1], sides[0], where)
+    pair = pair_of_sides(messages_of(conversation["messages"]), sides[1], sides[0], where)
+    context = "" if pair.context == INSTRUCTION else pair.context.removeprefix(f"{INSTRUCTION}\n")  # as we write it
+    return replace(pair, context=context)
 
 
 def trl_preference(pair):
@@ -647,8 +643,8 @@ def same_question(asked, gold, topic):
     asked, wanted, slots = content_words(asked), content_words(gold), set(SLOTS.values())
     if slots & (asked | wanted):
         return float(bool(slots & asked & wanted))
-    if not wanted:
-        return float(not asked)
+    if not wanted:  # "Which one?" is met by any question
+        return 1.0
     return len(wanted & asked) / len(wanted | (asked - content_words(topic)))
 
 
@@ -680,11 +676,15 @@ def rule_questions(requests):
 
 def indented(messages):
     """Messages for a helper's prompt; later lines of a text are indented, so that none looks like a new message."""
-    return "".join(f"{SPEAKERS[role]}: {text}\n".replace("\n", "\n  ")[:-2] for role, text in messages)
+    return "".join(f"{SPEAKERS[role]}: {in_prompt(text)}\n" for role, text in messages)
+
+
+def in_prompt(text):
+    return text.replace("\n", "\n  ")
 
 
 def action_fields(reply):
-    return {"response": reply.strip().replace("\n", "\n  ")}
+    return {"response": in_prompt(reply.strip())}
 
 
 def intent_fields(pair):
@@ -694,13 +694,13 @@ def intent_fields(pair):
 
 def user_fields(request):
     pair, trajectory, intent = request
-    return {"intent": intent.replace("\n", "\n  "), "conversation": indented(pair.history + trajectory)}
+    return {"intent": in_prompt(intent), "conversation": indented(pair.history + trajectory)}
 
 
 def question_fields(request):
     asking = "Assistant (asks a clarifying question):"
     pair, examples = request
-    shown = [(example, f"{asking} {example.chosen[0][1]}".replace("\n", "\n  ") + "\n\n") for example in examples]
+    shown = [(example, f"{asking} {in_prompt(example.chosen[0][1])}\n\n") for example in examples]
     return {"examples": "".join(
         f"{each.instruction}\n[context]\n{each.context}\n[conversation]\n{indented(each.history)}{end}"
         for each, end in [*shown, (pair, asking)]
@@ -709,8 +709,8 @@ def question_fields(request):
 
 def judge_fields(request):
     pair, answer = request
-    gold, answer = (text.strip().replace("\n", "\n  ") for text in (pair.target, answer))
-    return {"conversation": indented(pair.history + pair.gold[:-1]), "gold": gold, "answer": answer}
+    conversation = indented(pair.history + pair.gold[:-1])
+    return {"conversation": conversation, "gold": in_prompt(pair.target), "answer": in_prompt(answer)}
 
 
 def parse_verdict(answer):
@@ -769,10 +769,10 @@ class Role(NamedTuple):
 ROLES = {
     "action_model_config": Role(
         rule_actions, ("response",), action_fields, parse_action, ("\nMessage:",), "action.txt"),
-    "intent_model_config": Role(
-        rule_intents, ("conversation",), intent_fields, parse_intent, ("\nConversation:",), "intent.txt"),
     "user_simulator_config": Role(
         rule_users, ("intent", "conversation"), user_fields, parse_user, ("\nAssistant:",), "user.txt"),
+    "intent_model_config": Role(
+        rule_intents, ("conversation",), intent_fields, parse_intent, ("\nConversation:",), "intent.txt"),
     "preference_model_config": Role(
         rule_questions, ("examples",), question_fields, parse_question, ("\nUser:",), "question.txt"),
     "judge_model_config": Role(  # no rule: a heuristic is one

@@ -300,6 +300,7 @@ class Gemma(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compute_dtype = None  # of activations and products, where it is not the parameters'
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -313,6 +314,7 @@ class Gemma(nn.Module):
         """
         config = self.config
         x = lookup(tokens, self.embed_tokens.weight)
+        x = x.to(self.compute_dtype or x.dtype)
         x = x * rounded(config.hidden_size**0.5, x.dtype)  # the checkpoints expect it rounded
         angles = {
             GLOBAL: rotary(positions, config.rope_theta, config.head_dim),
@@ -555,6 +557,7 @@ def product(x, weight):
     long (MKL), which makes a rollout of 8 rows 15 % longer (48 M parameters).
     """
     (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
+    weight = weight.to(x.dtype)
     slow = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and 3 < rows < 16
     if not slow or outputs % block:
         return F.linear(x, weight)
@@ -576,14 +579,15 @@ def token_logps(hidden, embedding, targets, softcap):
     the logits [P, V] is held at once, and each part of the embedding's gradient is computed once. At V = 262,144 twice
     as fast as by chunks of P, each of which would add to a whole gradient [V, C].
     """
+    dtype = hidden.dtype
 
     def normaliser(hidden, part):
-        return soft_capped(hidden.to(part.dtype) @ part.T, softcap).logsumexp(-1)
+        return soft_capped(hidden.to(dtype) @ part.to(dtype).T, softcap).logsumexp(-1)
 
     hidden = hidden.float()  # so that its gradients from the parts add up in float32
     parts = embedding.split(max(1, LOGITS_HELD[hidden.device.type] // max(1, len(hidden))))
     norms = torch.stack([recomputed(normaliser, hidden, part) for part in parts]).logsumexp(0)
-    scores = (hidden * lookup(targets, embedding)).sum(-1).to(embedding.dtype)  # rounded as those in the norms
+    scores = (hidden * lookup(targets, embedding).to(dtype)).sum(-1).to(dtype)  # rounded as those in the norms
     return soft_capped(scores, softcap) - norms
 
 
@@ -857,7 +861,7 @@ class KVCache:
         if T == 1 and self._captures():
             return self._decode(model, [new, [[start] for start in held]])
         device = self.keys[0].device
-        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # zeros: beyond what is held
+        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # zeros: unused slots
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
         last = torch.tensor([len(tail) - 1 for tail in new], device=device)
         first = max(0, min(held) - model.config.sliding_window + 1)
@@ -903,7 +907,7 @@ class KVCache:
 def extend(model, keys, values, tokens, positions, last, spans):
     """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows; logits [B, V] after each one's token `last` [B].
 
-    keys, values: a tensor [B, K, S, D] for each layer; spans {GLOBAL, LOCAL: a slice with all slots that any token sees}.
+    keys, values: a tensor [B, K, S, D] for each layer; spans {GLOBAL, LOCAL: a slice of all slots that any token sees}.
     """
     device, window, masks = tokens.device, model.config.sliding_window, {}
     rows, slots = torch.arange(len(tokens), device=device)[:, None], torch.arange(keys[0].shape[2], device=device)
@@ -951,9 +955,9 @@ def generate(
 
     A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one whose stop token would
     have come next counts as cut). temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row's
-    result does not depend on the other rows: each draws its own noise, from `generator[i]` if that is a list, else from a
-    stream made for row i from `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is
-    continued: of prompt i, only the tokens that its row does not hold yet are processed. Rows that finish leave the batch.
+    result does not depend on the other rows: each draws its own noise, from `generator[i]` if that is a list, else from
+    a stream made for row i from `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is
+    continued: of prompt i, only the tokens that its row does not hold yet are processed. Finished rows leave the batch.
     """
     if not all(prompts):
         raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-# (predicted, gold)
+# (predicted, gold), texts; the scorer also takes lists of them, which nothing here needs
 PAIRS = [
     # plain words: case, order, repetition, articles, punctuation
     ("revenue", "revenue"),
@@ -115,26 +115,6 @@ PAIRS = [
     ("½", "0.5"),
     ("収益 2019", "収益 2018"),
     ("the\u00a0revenue", "revenue"),
-    # lists: order, length, repetition, alignment
-    (["a b", "c d"], ["c d", "a b"]),
-    (["x y"], ["x", "y"]),
-    (["x", "y"], ["x y"]),
-    (["x", "y", "z"], ["x", "y"]),
-    (["x", "x"], ["x"]),
-    (["x", "x"], ["x", "y"]),
-    (["x", "x", "y"], ["x", "y", "y"]),
-    (["x"], []),
-    ([], ["x"]),
-    ([], ""),
-    ([""], [""]),
-    (["red blue", "red"], ["red", "red blue green"]),
-    (["p q r", "p q", "p"], ["p", "p q", "p q s", "t"]),
-    (["u v", "u w", "u x"], ["u", "u v w", "x u y z"]),
-    (["2019", "2018", "2017"], ["2017", "2019"]),
-    (["$1", "2%"], ["0.02", "1"]),
-    (["one two", "three", "four five six", "seven"], ["seven eight", "four six", "two", "three one"]),
-    ("red, blue", ["red", "blue"]),
-    (["a b c d e f g"], ["b c d"]),
 ]
 
 
@@ -142,12 +122,14 @@ def main(directory, commit):
     sys.path.insert(0, directory)
     from tatqa_metric import get_metrics
 
-    files = {name: hashlib.sha256((Path(directory) / name).read_bytes()).hexdigest() for name in ("tatqa_metric.py", "tatqa_utils.py")}
+    names = "tatqa_metric.py", "tatqa_utils.py"
+    files = {name: hashlib.sha256((Path(directory) / name).read_bytes()).hexdigest() for name in names}
     rows = []
     for predicted, gold in PAIRS:
         exact, f1 = get_metrics(predicted, gold)
         rows.append({"predicted": predicted, "gold": gold, "exact_match": float(exact), "f1": float(f1)})
-    source = {"repository": "https://github.com/dengyang17/PACIFIC", "directory": "UniPCQA", "commit": commit, "sha256": files}
+    source = {"repository": "https://github.com/dengyang17/PACIFIC", "directory": "UniPCQA", "commit": commit}
+    source["sha256"] = files
     lines = ",\n".join(json.dumps(row) for row in rows)
     target = Path(__file__).with_name("drop_f1.json")
     target.write_text(f'{{"source": {json.dumps(source)},\n"pairs": [\n{lines}\n]}}\n', encoding="utf-8")

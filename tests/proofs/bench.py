@@ -1,30 +1,32 @@
-"""How fast, how much memory, how near to the machine's limit; and beside TRL and transformers, if a Python that has them is at hand.
+"""How fast, how much memory, how near to the machine's limit; and beside TRL and transformers, where a Python has them.
 
     python tests/proofs/bench.py --size 48m                                        all items, on a GPU if there is one
-    python tests/proofs/bench.py --size 48m --peer --peer-python PEER/bin/python   in turns with the peer: ours, peer, ours, peer, ...
-    python tests/proofs/bench.py --size 48m --only a,f --dialogues FILE.jsonl      f over the dialogues of a Vertex JSONL file
+    python tests/proofs/bench.py --size 48m --peer --peer-python PEER/bin/python   in turns: ours, peer, ours, peer, ...
+    python tests/proofs/bench.py --size 48m --only a,f --dialogues FILE.jsonl      f over dialogues of Vertex JSONL
 
   a  a DPO step: reference forward, policy forward and backward, clipping, optimiser; against TRL's DPOTrainer
-  b  a rollout of ragged prompts, sampled at temperature 1, none of which stops early; against transformers' generate, as a left-padded
-     batch and, as published research code samples, one prompt at a time without a cache
+  b  a rollout of ragged prompts, sampled at temperature 1, none of which stops early; against transformers' generate,
+     as a left-padded batch and, as published research code samples, one prompt at a time without a cache
   c  the first token of a second simulated turn, continuing the kept cache; against prefilling the conversation anew
   d  a whole ACT step: rollout with simulated users, pairs, reference, update
   e  evaluation: turns played with greedy decoding
   f  DPO over dialogues, all turns of a dialogue in one batch; against one row per pair, and against TRL
   The machine's own limits are measured first: a matrix product, and a sum over memory.
 
-The weights are random and made in a temporary directory; words become tokens by a hash. Every measurement is a process of its own: it
-warms up once, measures a few times, and prints a line of JSON with its times and its peak memory (the process's largest resident
-size, imports included; on CUDA the most that was allocated). The table shows medians over all rounds and, in brackets, the smallest;
-ratios are of medians. float32 on CPU. On CUDA training computes in bfloat16 over float32 weights, the peer's too, and generation runs
-in bfloat16. The peers load the same weights and get the same tokens: `logps`, the mean log-probability of a chosen reply before the
-first update, must be the same on both sides.
+The weights are random and made in a temporary directory; words become tokens by a hash. Every measurement is a
+process of its own: it warms up once, measures a few times, and prints a line of JSON with its times and its peak
+memory (the process's largest resident size, imports included; on CUDA the most that was allocated). The table shows
+medians over all rounds and, in brackets, the smallest; ratios are of medians. float32 on CPU. On CUDA training
+computes in bfloat16 over float32 weights, the peer's too, and generation runs in bfloat16. The peers load the same
+weights and get the same tokens: `logps`, the mean log-probability of a chosen reply before the first update, must be
+the same on both sides.
 
-Operations are counted from the shapes. A forward pass: 2 per weight of the linear layers and token computed (in the last MLP, only
-tokens that something is predicted from), 4 * heads * head_dim per
-token and key that it sees in each layer, 2 * hidden_size * vocab_size per scored token. A training step is 1 forward pass of the
-reference and 3 of the policy (4 with checkpointing; the output head's is always recomputed). A decoding step reads every weight once,
-and the keys and values that each row sees. Prefill is measured by generating one token, and taken off to get the decoding time.
+Operations are counted from the shapes. A forward pass: 2 per weight of the linear layers and token computed (in the
+last MLP, only tokens that something is predicted from), 4 * heads * head_dim per token and key that it sees in each
+layer, 2 * hidden_size * vocab_size per scored token. A training step is 1 forward pass of the reference and 3 of the
+policy (4 with checkpointing; the output head's is always recomputed). A decoding step reads every weight once, and
+the keys and values that each row sees. Prefill is measured by generating one token, and taken off to get the decoding
+time.
 """
 
 import argparse
@@ -39,15 +41,17 @@ import sys
 import tempfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-# hidden, intermediate, layers, heads, key/value heads, head_dim, vocabulary, window; then the workload: pairs of a batch, tokens of
-# their prompts and replies, rows of a rollout (its prompts have a quarter to three quarters of those tokens)
+# hidden, intermediate, layers, heads, key/value heads, head_dim, vocabulary, window; then the workload: pairs of a
+# batch, tokens of their prompts and replies, rows of a rollout (prompts of a quarter to three quarters of those tokens)
 SIZES = {
     "tiny": (64, 128, 2, 4, 2, 16, 512, 16, 2, 64, 16, 4),
     "48m": (512, 2048, 8, 8, 4, 64, 32000, 128, 4, 512, 64, 8),
@@ -86,9 +90,9 @@ def peak_bytes():
 
 
 class HashTokenizer:
-    """Words to ids: <17> is 17, any other word is hashed. Decoding gives words that are encoded to the same ids again."""
+    """Words to ids: <17> is 17, any other word is hashed. What is decoded is encoded to the same ids again."""
 
-    path, bos_id, eos_id, pad_id, end_of_turn_id = "(hash)", 2, 1, 0, None
+    path, bos_id, eos_id, pad_id, start_of_turn_id, end_of_turn_id = "(hash)", 2, 1, 0, None, None
 
     def __init__(self, vocab_size):
         self.vocab_size, self.sp = vocab_size, self
@@ -105,7 +109,9 @@ class HashTokenizer:
     def _id(self, word):
         if word == "\n":
             return NEWLINE
-        return int(word[1:-1]) if word[1:-1].isdigit() and word[0] == "<" else WORDS + zlib.crc32(word.encode()) % (self.vocab_size - WORDS)
+        if word[0] == "<" and word[1:-1].isdigit():
+            return int(word[1:-1])
+        return WORDS + zlib.crc32(word.encode()) % (self.vocab_size - WORDS)
 
     def decode(self, ids):
         return as_text(ids)
@@ -124,39 +130,44 @@ class Work:
         import gemma
 
         self.act, self.data, self.gemma, self.folder = act, data, gemma, Path(folder)
-        names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size sliding_window"
+        names = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+            vocab_size sliding_window"""
         shapes = dict(zip(names.split(), SIZES[size], strict=False))
-        caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": shapes["head_dim"]}
-        self.config = gemma.Gemma2Config(**shapes, **caps)
+        caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+        self.config = gemma.GemmaConfig(**shapes, **caps, query_pre_attn_scalar=shapes["head_dim"])
         self.pair_count, self.prompt, self.response, self.rows = SIZES[size][8:]
         self.checkpointing = checkpointing
         self.training = act.TrainingConfig(
-            bf16=CUDA, gradient_checkpointing=checkpointing, max_new_tokens=self.response, max_prompt_length=self.prompt, max_length=2**20,
-            per_device_eval_batch_size=self.rows,
+            bf16=CUDA, gradient_checkpointing=checkpointing, max_new_tokens=self.response, max_length=2**20,
+            max_prompt_length=self.prompt, per_device_eval_batch_size=self.rows,
         )  # fmt: skip
         self.template = act.Template(HashTokenizer(self.config.vocab_size), "plain")
-        classify = lambda texts: [(data.ANSWER, data.CLARIFY)[zlib.crc32(text.encode()) % 2] for text in texts]  # noqa: E731
-        self.helpers = act.Helpers(classify, act.rule_intents, act.rule_users, data.rule_preferences)
+        self.helpers = act.Helpers(self.classify, data.rule_intents, data.rule_users, data.rule_questions)
+
+    def classify(self, texts):
+        """Actions as random as the replies."""
+        return [(self.data.ANSWER, self.data.CLARIFY)[zlib.crc32(text.encode()) % 2] for text in texts]
 
     def words(self, rng, count):
         return as_text(rng.randrange(WORDS, self.config.vocab_size) for _ in range(count))
 
     def pair(self, seed, prompt):
         """A pair whose prompt is cut to `prompt` tokens, and whose two sides are single replies."""
-        rng, act = random.Random(seed), self.act
+        rng = random.Random(seed)
         chosen, rejected = ([("model", self.words(rng, self.response - 1))] for _ in range(2))  # a newline ends each
         action = (self.data.CLARIFY, self.data.ANSWER)[seed % 2]
-        history = [("user", self.words(rng, 12))]
-        pair = act.Pair(self.words(rng, prompt), history, action, chosen, rejected, chosen, "", self.data.INSTRUCTION, {"input_text": ""})
-        room = prompt - len(self.template.prompt(act.replace(pair, context=""), prompt))
-        return act.replace(pair, context=self.words(rng, room))
+        history, context = [("user", self.words(rng, 12))], self.words(rng, prompt)
+        pair = self.data.Pair(context, history, action, chosen, rejected, chosen, "")
+        room = prompt - len(self.template.prompt(replace(pair, context=""), prompt))
+        return replace(pair, context=self.words(rng, room))
 
     def pairs(self):
         return [self.pair(seed, self.prompt) for seed in range(self.pair_count)]
 
     def ragged(self, count):
         """Pairs whose prompts have a quarter to three quarters of `prompt` tokens."""
-        return [self.pair(seed, self.prompt // 4 + seed * self.prompt // 2 // max(1, count - 1)) for seed in range(count)]
+        step = self.prompt // 2 / max(1, count - 1)
+        return [self.pair(seed, self.prompt // 4 + int(seed * step)) for seed in range(count)]
 
     def prompts(self):
         return [self.template.prompt(pair, self.prompt) for pair in self.ragged(self.rows)]
@@ -166,37 +177,37 @@ class Work:
         for _ in range(count):
             messages = [{"role": "system", "content": self.words(rng, 600 * self.prompt // 512)}]
             for turn in range(turns):
-                messages.append({"role": "user", "content": self.words(rng, 10), "requires_clarification": turn % 3 == 0})
-                messages.append({"role": "model", "content": self.words(rng, 10)})
-                if turn % 3 == 0:
-                    messages.append({"role": "user", "content": self.words(rng, 4), "requires_clarification": False})
-                    messages.append({"role": "model", "content": self.words(rng, 10)})
+                asks = turn % 3 == 0
+                messages += self.data.exchange(self.words(rng, 10), self.words(rng, 10), asks)
+                if asks:
+                    messages += self.data.exchange(self.words(rng, 4), self.words(rng, 10))
             rows.append({"messages": messages})
         self.data.write_jsonl(self.folder / "dialogues.jsonl", rows)
 
     def dialogues(self, count=5):
-        """The pairs of at most `count` dialogues of the file, a list each, from its shortest to its longest in even steps."""
-        config = self.act.Config(data_config=self.act.DataConfig(train_path=str(self.folder / "dialogues.jsonl")))
-        records, _ = self.data.get_datasets_from_config(config, self.helpers.write_questions, self.helpers.classify_actions)
-        pairs = self.act.make_pairs(records, "dialogues.jsonl")
-        groups = [[pairs[i] for i in group] for group in self.data.dialogues(records)]
+        """The pairs of at most `count` dialogues of the file, from its shortest to its longest in even steps."""
+        rows = self.data.read_vertex_jsonl(self.folder / "dialogues.jsonl")
+        pairs = self.data.ACTDataset(rows, self.data.CLARIFY, 1).prepare_datasets()
+        groups = [[pairs[i] for i in group] for group in self.data.dialogues(pairs)]
         groups.sort(key=lambda group: len(self.template.prompt(group[-1], 2**20)))
         count = min(count, len(groups))
         return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
 
     def sequences(self, pairs):
-        training = self.act.replace(self.training, max_prompt_length=2**20 - 1)
-        return [self.act.sequence_of(pair, side, self.template, training) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        training = replace(self.training, max_prompt_length=2**20 - 1)
+        sides = [(pair, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        return [self.act.sequence_of(pair, side, True, self.template, training) for pair, side in sides]
 
     def token_pairs(self, pairs):
         """[prompt, chosen, rejected] of each pair, as the peers read them."""
         rows = self.sequences(pairs)
-        return [[prompt, chosen, rejected] for (prompt, chosen, _), (_, rejected, _) in zip(rows[::2], rows[1::2], strict=True)]
+        sides = zip(rows[::2], rows[1::2], strict=True)
+        return [[prompt, chosen, rejected] for (prompt, chosen, _), (_, rejected, _) in sides]
 
     # -- what is to be computed
 
     def pass_flops(self, positions, outputs):
-        """Of one forward pass through the layers for tokens at these positions, each of which sees all before it in its branch.
+        """Of one forward pass through the layers for tokens at these positions; each sees all before it in its branch.
 
         outputs: of how many tokens the last hidden state is asked for; the last MLP is computed for no others.
         """
@@ -204,8 +215,10 @@ class Work:
         heads, C = c.num_attention_heads * c.head_dim, c.hidden_size
         mlp = 3 * C * c.intermediate_size
         weights = C * (2 * heads + 2 * c.num_key_value_heads * c.head_dim) + mlp
-        seen = {self.gemma.GLOBAL: keys.sum().item(), self.gemma.LOCAL: keys.clamp(max=c.sliding_window).sum().item()}
-        return sum(2 * weights * len(keys) + 4 * heads * seen[kind] for kind in c.layer_types) - 2 * mlp * (len(keys) - outputs)
+        near = keys.clamp(max=c.sliding_window)
+        seen = {self.gemma.GLOBAL: keys.sum().item(), self.gemma.LOCAL: near.sum().item()}
+        layers = sum(2 * weights * len(keys) + 4 * heads * seen[kind] for kind in c.layer_types)
+        return layers - 2 * mlp * (len(keys) - outputs)
 
     def step_flops(self, pairs):
         """(operations of a training step, tokens computed, slots that hold padding)."""
@@ -214,14 +227,15 @@ class Work:
         for row, path in scored.forest.paths:
             used[row, path] = True
         head = 2 * self.config.vocab_size * self.config.hidden_size * len(scored.targets)
-        flops = self.pass_flops(scored.forest.positions[used], len(scored.targets)) * (5 if self.checkpointing else 4) + head * 5
+        layers = self.pass_flops(scored.forest.positions[used], len(scored.targets))
+        flops = layers * (5 if self.checkpointing else 4) + head * 5
         return flops, scored.used, scored.forest.tokens.numel() - scored.used
 
     def decode_bytes(self, lengths, steps):
-        """Read by `steps` decoding steps of rows with these many tokens: weights, and the keys and values that are seen."""
+        """Read by `steps` decoding steps of rows with so many tokens: weights, and the keys and values seen."""
         c, size = self.config, torch.finfo(DTYPE).bits // 8
         with torch.device("meta"):
-            total = steps * sum(parameter.numel() for parameter in self.gemma.Gemma2(c).parameters())
+            total = steps * sum(parameter.numel() for parameter in self.gemma.Gemma(c).parameters())
         for kind in c.layer_types:
             limit = c.sliding_window if kind == self.gemma.LOCAL else 2**40
             seen = sum(min(length + step, limit) for length in lengths for step in range(1, steps + 1))
@@ -230,15 +244,28 @@ class Work:
 
     # -- our models
 
-    def trainer(self):
-        self.act.start_processes()
-        mesh, training = self.act.make_mesh(DEVICE, 1), self.training
-        policy = self.act.build_model(self.folder / "model", mesh, torch.float32, training.bf16, checkpointing=self.checkpointing)
-        reference = self.act.build_model(self.folder / "model", mesh, DTYPE, trainable=False)
-        return policy, reference, self.act.make_optimizer(policy, training)
+    def trainer(self, **changes):
+        """What the trainer's steps read of a run. changes: of its training_config."""
+        act, training, source = self.act, replace(self.training, **changes), self.folder / "model"
+        act.start_processes()
+        mesh = act.make_mesh(DEVICE, 1)
+        policy = act.build_model(source, mesh, torch.float32, training.bf16, checkpointing=self.checkpointing)
+        return SimpleNamespace(
+            config=act.Config(training_config=training), device=DEVICE, template=self.template, helpers=self.helpers,
+            policy=policy, reference=act.build_model(source, mesh, DTYPE, trainable=False),
+            optimizer=act.make_optimizer(policy, training),
+        )  # fmt: skip
+
+    def update(self, run, batch, micro=None):
+        """One DPO step, `micro` pairs at a time. Returns the mean log-probability of the chosen sides before it."""
+        training, micro, total = run.config.training_config, micro or len(batch), 0.0
+        for i in range(0, len(batch), micro):
+            total += self.act.preference_step(run, batch[i : i + micro], 1 / len(batch))["logps/chosen"]
+        self.act.clip_and_step(run.policy, run.optimizer, training.max_grad_norm, training.learning_rate)
+        return total / len(batch)
 
     def model(self):
-        return self.gemma.Gemma2.from_pretrained(self.folder / "model", dtype=DTYPE, device=DEVICE)
+        return self.gemma.Gemma.from_pretrained(self.folder / "model", dtype=DTYPE, device=DEVICE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,43 +276,42 @@ def setup(work):
     """Random weights, and the tokens for the peers."""
     torch.manual_seed(0)
     with DEVICE:
-        work.gemma.Gemma2(work.config).to(DTYPE).save_pretrained(work.folder / "model")
+        work.gemma.Gemma(work.config).to(DTYPE).save_pretrained(work.folder / "model")
     if not (work.folder / "dialogues.jsonl").exists():
         work.synthetic_dialogues()
-    tokens = {"dpo": work.token_pairs(work.pairs()), "rollout": work.prompts(), "new": work.response, "vocab_size": work.config.vocab_size}
+    tokens = {"dpo": work.token_pairs(work.pairs()), "rollout": work.prompts()}
+    tokens |= {"new": work.response, "vocab_size": work.config.vocab_size}
     tokens["dialogues"] = [work.token_pairs(group) for group in work.dialogues()]
     (work.folder / "tokens.json").write_text(json.dumps(tokens))
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if CUDA else "CPU"}
+    device = torch.cuda.get_device_name() if CUDA else "CPU"
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
 
 
 def limits(work):
     """Operations per second of a square matrix product, and bytes per second of a sum over 1 GiB."""
     n = 8192 if CUDA else 2048
-    a, b, memory = (torch.ones(*shape, device=DEVICE, dtype=DTYPE) for shape in ((n, n), (n, n), (2**30 // DTYPE.itemsize,)))
+    shapes = (n, n), (n, n), (2**30 // DTYPE.itemsize,)
+    a, b, memory = (torch.ones(*shape, device=DEVICE, dtype=DTYPE) for shape in shapes)
     product, read = min(timed(lambda: a @ b, 20)), min(timed(memory.sum, 10))
     return {"flops": 2 * n**3 / product, "bandwidth": 2**30 / read}
 
 
 def dpo_steps(work, batches, micro):
-    """Seconds of one DPO step per batch of pairs, fed `micro` pairs at a time, and the first step's mean log-probability."""
-    policy, reference, optimizer = work.trainer()
-    training, first, times = work.act.replace(work.training, max_prompt_length=2**20 - 1), None, []
+    """Seconds of one DPO step per batch of pairs, fed `micro` pairs at a time, and the first step's `logps`."""
+    run, logps, times = work.trainer(max_prompt_length=2**20 - 1), [], []
     for batch in [batches[0], *batches]:
-        began, sums = clock(), []
-        for i in range(0, len(batch), micro or len(batch)):
-            part = batch[i : i + (micro or len(batch))]
-            sums.append(work.act.preference_step(policy, reference, work.template, part, 1 / len(batch), training, DEVICE))
-        work.act.clip_and_step(policy, optimizer, training.max_grad_norm, training.learning_rate)
+        began = clock()
+        logps.append(work.update(run, batch, micro))
         times.append(clock() - began)
-        first = first or sum(each["logps/chosen"] for each in sums) / len(batch)
-    return times[1:], first
+    return times[1:], logps[0]
 
 
 def dpo(work):
     pairs = work.pairs()
     flops, tokens, padding = work.step_flops(pairs)
     times, logps = dpo_steps(work, [pairs] * 3, None)
-    return {"seconds": times, "flops": flops, "logps": logps, "note": f"{tokens} tokens computed, {padding} slots of padding"}
+    note = f"{tokens} tokens computed, {padding} slots of padding"
+    return {"seconds": times, "flops": flops, "logps": logps, "note": note}
 
 
 def rollout(work):
@@ -294,7 +320,8 @@ def rollout(work):
     times = timed(lambda: work.gemma.generate(model, prompts, work.response))
     decode = statistics.median(times) - statistics.median(prefill)
     flops = sum(work.pass_flops(torch.arange(len(prompt)), 1) for prompt in prompts)
-    rates = {"prefill_rate": flops / min(prefill), "bytes_rate": work.decode_bytes(list(map(len, prompts)), work.response - 1) / decode}
+    read = work.decode_bytes(list(map(len, prompts)), work.response - 1)
+    rates = {"prefill_rate": flops / min(prefill), "bytes_rate": read / decode}
     tokens = len(prompts) * work.response
     return {"seconds": times, "units": tokens, **rates, "note": f"{tokens} tokens; prefill {min(prefill):.3f} s of it"}
 
@@ -317,41 +344,41 @@ def second_turn(work, anew=False):
 
 
 def act_step(work):
-    policy, reference, optimizer = work.trainer()
-    act, training, pairs, spent = work.act, work.act.replace(work.training, max_prompt_length=work.prompt), work.pairs(), []
+    run, pairs, spent = work.trainer(), work.pairs(), []
 
     def step():
-        began, generators = clock(), act.noise_generators(0, len(spent), range(len(pairs)))
-        respond = act.Sampler(act.gathered(policy, training.bf16), work.template, pairs, training, generators)
-        score = lambda text, gold: work.data.drop_f1(text, gold)[1]  # noqa: E731
-        user = act.user_for(pairs, work.helpers)
-        batch, _ = act.act_pairs(pairs, respond, work.helpers.classify_actions, user, score, 0.9, training.max_turns)
-        del respond
+        began = clock()
+        batch, *_ = work.act.on_policy(run, pairs, len(spent), range(len(pairs)))
         rolled = clock()
-        act.preference_step(policy, reference, work.template, batch, 1 / len(batch), training, DEVICE)
-        act.clip_and_step(policy, optimizer, training.max_grad_norm, training.learning_rate)
+        work.update(run, batch)
         spent.append((rolled - began, clock() - rolled, work.step_flops(batch)[0]))
 
     times = timed(step)
     rolled, trained, flops = (statistics.median(column) for column in zip(*spent[1:], strict=True))
-    return {"seconds": times, "train_rate": flops / trained, "note": f"rollout {rolled:.2f} s, training {trained:.2f} s"}
+    return {
+        "seconds": times,
+        "train_rate": flops / trained,
+        "note": f"rollout {rolled:.2f} s, training {trained:.2f} s",
+    }
 
 
 def evaluation(work):
-    policy, _, _ = work.trainer()
-    pairs, samples = work.ragged(2 * work.rows), []
-    config = work.act.Config(training_config=work.training)
-    times = timed(lambda: samples.extend(work.act.evaluate(policy, work.template, pairs, work.helpers, config)[1]), 2)
-    responses = sum(1 + sample["trajectory"].count("\nAssistant: ") for sample in samples) // 3
-    return {"seconds": times, "units": len(pairs), "note": f"{len(pairs)} turns, {responses} responses of {work.response} tokens"}
+    run, pairs, samples = work.trainer(), work.ragged(2 * work.rows), []
+    setting = work.template, pairs, work.helpers, run.config
+    times = timed(lambda: samples.extend(work.act.evaluate_pairs(run.policy, *setting)[1]), 2)
+    responses = sum(role == "model" for sample in samples for role, _ in sample["trajectory"]) // 3
+    note = f"{len(pairs)} turns, {responses} responses of {work.response} tokens"
+    return {"seconds": times, "units": len(pairs), "note": note}
 
 
 def dialogues(work, micro=None):
     """Seconds per pair, the batches being dialogues; micro 1: a row for each pair, gradients accumulated."""
     groups = work.dialogues()
     count = sum(map(len, groups))
-    counts = [work.step_flops(group[i : i + (micro or len(group))]) for group in groups for i in range(0, len(group), micro or len(group))]
-    flops, tokens, padding = (sum(column) for column in zip(*counts, strict=True))
+    batches = [
+        group[i : i + (micro or len(group))] for group in groups for i in range(0, len(group), micro or len(group))
+    ]
+    flops, tokens, padding = (sum(column) for column in zip(*map(work.step_flops, batches), strict=True))
     times, logps = dpo_steps(work, groups, micro)
     note = f"{count} pairs of {len(groups)} dialogues, {tokens} tokens computed, {padding} slots of padding"
     return {"seconds": [sum(times) / count], "flops": flops / count, "logps": logps, "note": note}
@@ -369,7 +396,7 @@ def peer_model(folder, dtype):
 
 
 def trl_steps(folder, vocab_size, batches, checkpointing):
-    """Seconds of TRL's training steps, one per batch of [prompt, chosen, rejected], the first one's log-probability, and versions."""
+    """Seconds of TRL's steps, one per batch of [prompt, chosen, rejected], the first one's `logps`, and versions."""
     import datasets
     import tokenizers
     import transformers
@@ -389,17 +416,18 @@ def trl_steps(folder, vocab_size, batches, checkpointing):
         def on_step_end(self, *_, **__):
             times[-1] += clock()
 
-    columns = ("prompt", "chosen", "rejected")
-    rows = [{key: f" {as_text(ids)} " if key == "prompt" else as_text(ids) for key, ids in zip(columns, pair, strict=True)}
-            for batch in batches for pair in batch]  # fmt: skip
+    pairs = [tuple(map(as_text, pair)) for batch in batches for pair in batch]
+    rows = [{"prompt": f" {prompt} ", "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
     arguments = trl.DPOConfig(
-        str(folder / "trl"), per_device_train_batch_size=len(batches[0]), max_steps=len(batches), gradient_checkpointing=checkpointing,
-        bf16=CUDA, use_cpu=not CUDA, optim="rmsprop", max_length=None, train_sampling_strategy="sequential", logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        str(folder / "trl"), per_device_train_batch_size=len(batches[0]), max_steps=len(batches), bf16=CUDA,
+        use_cpu=not CUDA, gradient_checkpointing=checkpointing, optim="rmsprop", max_length=None, logging_steps=1,
+        train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=False,
     )  # fmt: skip
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     trainer = trl.DPOTrainer(
-        peer_model(folder, torch.float32), peer_model(folder, DTYPE), arguments, train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special), callbacks=[Clock()],
+        peer_model(folder, torch.float32), peer_model(folder, DTYPE), arguments, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows), callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
     return times, trainer.state.log_history[0]["logps/chosen"], f"trl {trl.__version__}, torch {torch.__version__}"
@@ -428,7 +456,8 @@ def hf_generate(folder, **options):
         width = max(map(len, prompts))
         rows = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=DEVICE)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=DEVICE)
-        made = model.generate(rows, attention_mask=mask, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, **options)
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": new}
+        made = model.generate(rows, attention_mask=mask, **sampling, **options)
         assert made.shape == (len(prompts), width + new)
 
     return run
@@ -457,11 +486,14 @@ def hf_uncached(folder, tokens, checkpointing):
 # The table
 
 OURS = {
-    "dpo": dpo, "rollout": rollout, "second turn": second_turn, "prefilled anew": lambda work: second_turn(work, anew=True),
-    "ACT step": act_step, "evaluation": evaluation, "dialogues": dialogues, "a row per pair": lambda work: dialogues(work, micro=1),
-    "setup": setup, "limits": limits,
+    "dpo": dpo, "rollout": rollout, "second turn": second_turn, "ACT step": act_step, "evaluation": evaluation,
+    "dialogues": dialogues, "prefilled anew": lambda work: second_turn(work, anew=True),
+    "a row per pair": lambda work: dialogues(work, micro=1), "setup": setup, "limits": limits,
 }  # fmt: skip
-PEERS = {"TRL DPOTrainer": trl_dpo, "transformers": hf_rollout, "transformers, one by one, no cache": hf_uncached, "TRL": trl_dialogues}
+PEERS = {
+    "TRL DPOTrainer": trl_dpo, "TRL": trl_dialogues,
+    "transformers": hf_rollout, "transformers, one by one, no cache": hf_uncached,
+}  # fmt: skip
 ITEMS = {  # letter: (title, ours, what it is set against)
     "a": ("DPO step", "dpo", ["TRL DPOTrainer"]),
     "b": ("rollout", "rollout", ["transformers", "transformers, one by one, no cache"]),
@@ -475,7 +507,8 @@ ITEMS = {  # letter: (title, ours, what it is set against)
 def measure(name, args, folder):
     """Run one measurement in a process of its own and return its line of JSON."""
     python = args.peer_python if name in PEERS else sys.executable
-    command = [python, __file__, "--size", args.size, "--child", name, "--folder", folder] + ["--no-checkpointing"] * args.no_checkpointing
+    command = [python, __file__, "--size", args.size, "--child", name, "--folder", folder]
+    command += ["--no-checkpointing"] * args.no_checkpointing
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else dict(os.environ)
     done = subprocess.run(command, env={**env, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -497,7 +530,8 @@ def child(args):
 
 def share(result, seconds, limit):
     """How near to the machine's limits, in words."""
-    flops = {"": result.get("flops", 0) / seconds, "prefill ": result.get("prefill_rate", 0), "training ": result.get("train_rate", 0)}
+    flops = {"": result.get("flops", 0) / seconds}
+    flops |= {"prefill ": result.get("prefill_rate", 0), "training ": result.get("train_rate", 0)}
     words = [f"{what}{rate / 1e9:.0f} GFLOP/s, {rate / limit['flops']:.0%}" for what, rate in flops.items() if rate]
     if "bytes_rate" in result:
         words.append(f"decoding {result['bytes_rate'] / 1e9:.1f} GB/s, {result['bytes_rate'] / limit['bandwidth']:.0%}")
@@ -506,9 +540,10 @@ def share(result, seconds, limit):
 
 def row(title, results, limit, ours=None):
     """A line of the table; `ours` are the results that this one is a rival of."""
-    times, memory = ([time for result in results for time in result["seconds"]], max(result["peak"] for result in results) / 1e9)
-    middle, units = statistics.median(times), results[0].get("units")
-    cells = [title, f"{middle:.3g} s ({min(times):.3g})" + (f", {units / middle:.3g}/s" if units else ""), f"{memory:.2f} GB"]
+    times = [time for result in results for time in result["seconds"]]
+    memory, middle = max(result["peak"] for result in results) / 1e9, statistics.median(times)
+    units = f", {results[0]['units'] / middle:.3g}/s" if results[0].get("units") else ""
+    cells = [title, f"{middle:.3g} s ({min(times):.3g}){units}", f"{memory:.2f} GB"]
     ratios = ["", ""]
     if ours:
         base = statistics.median(time for result in ours for time in result["seconds"])
@@ -518,12 +553,15 @@ def row(title, results, limit, ours=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="The items are described at the head of the file.")
+    epilog = "The items are described at the head of the file."
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=epilog)
     parser.add_argument("--size", choices=SIZES, default="48m")
     parser.add_argument("--only", default="a,b,c,d,e,f", help="items, e.g. a,b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if CUDA else "cpu")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations in training, on both sides")
-    parser.add_argument("--dialogues", help="Vertex JSONL for item f (default: three synthetic dialogues of 7 user turns)")
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="keep all activations in training, on both sides"
+    )
+    parser.add_argument("--dialogues", help="Vertex JSONL for item f (default: three made-up dialogues of 7 exchanges)")
     parser.add_argument("--peer", action="store_true", help="measure TRL and transformers too")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that can import them")
     parser.add_argument("--rounds", type=int, default=3)
@@ -546,9 +584,12 @@ def main():
             lines.append(row(f"**{title}**", results[ours], limit))
             lines += [row(f"against {name}", results[name], limit, results[ours]) for name in names[1:]]
     words = [word for word in sys.argv[1:] if word not in ("--peer-python", args.peer_python)]
-    print(f"`python tests/proofs/bench.py {' '.join(words)}`: {machine['device']}, {machine['threads']} threads, torch {machine['torch']};")
+    print(f"`python tests/proofs/bench.py {' '.join(words)}`:")
+    print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']};", end=" ")
     print(f"matrix product {limit['flops'] / 1e9:.0f} GFLOP/s, memory read {limit['bandwidth'] / 1e9:.1f} GB/s\n")
-    print("| figure | median (least) | peak memory | times as fast | our share of its memory | near the limit | notes |")
+    print(
+        "| figure | median (least) | peak memory | times as fast | our share of its memory | near the limit | notes |"
+    )
     print("|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 

@@ -1,14 +1,15 @@
-"""The paper's claims, checked on a laptop: every method, several seeds, one table and one figure. Nothing here trains: `act.py` does.
+"""The paper's claims, checked on a laptop: every method, several seeds, a table and a figure. `act.py` does the work.
 
-    python tests/proofs/claim.py --seeds 5             # the table, on configs/tiny/test.jsonl: about 12 minutes on two cores
-    python tests/proofs/claim.py --seeds 5 --curve     # and 25, 50 and 200 training conversations, and the figure: about 12 minutes more
-    python tests/proofs/claim.py --search              # how the hyperparameters were chosen, on validation.jsonl with seeds 100 to 102
-    python tests/proofs/claim.py --study rpo_alpha     # one choice of the recipe in many values, on validation.jsonl with seeds 100 to 102
+    python tests/proofs/claim.py --seeds 5           the table, on configs/tiny/test.jsonl: 12 minutes on two cores
+    python tests/proofs/claim.py --seeds 5 --curve   and 25, 50 and 200 conversations, and the figure: 12 minutes more
+    python tests/proofs/claim.py --search            how hyperparameters were chosen: validation.jsonl, seeds 100 to 102
+    python tests/proofs/claim.py --study rpo_alpha   one choice of the recipe in many values, likewise
 
-A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a seed start
-from the same SFT model. Runs are kept in --out; a finished one is not run again, so an interrupted table goes on where it was. After a
-change of configs or code take another --out. Stop it with Ctrl-C, which also stops its runs. The tables are written to --out/test or
---out/validation: claim.md, curve.md, search.md, study-NAME.md, the same as .json with every number of every run, and claim.svg.
+A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a
+seed start from the same SFT model. Runs are kept in --out; a finished one is not run again, so an interrupted table
+goes on where it was. After a change of configs or code take another --out. Stop it with Ctrl-C, which also stops its
+runs. The tables are written to --out/test or --out/validation: claim.md, curve.md, search.md, study-NAME.md, the same
+as .json with every number of every run, and claim.svg.
 """
 
 import argparse
@@ -29,8 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from make_tiny import conversations  # noqa: E402
 
 from act import load_config  # noqa: E402
-from data import write_jsonl  # noqa: E402
-from gemma import write_json  # noqa: E402
+from data import write_json, write_jsonl  # noqa: E402
 
 METHODS = {  # method -> its config; SFT starts from the base model, the others from what SFT gives
     "SFT": "tiny_sft.json",
@@ -52,7 +52,10 @@ COLUMNS = {  # title -> (metric, scale)
 CURVE = ("SFT", "SFT continued", "offline DPO", "ACT")
 SIZES = (25, 50, 100, 200)  # training conversations of the curve
 SEARCH_SEEDS = (100, 101, 102)
-GRID = {"learning_rate": (5e-4, 1e-3), "rpo_alpha": (0.0, 0.3, 1.0)}  # six settings for each method; the classifier's labels get ACT's
+GRID = {
+    "learning_rate": (5e-4, 1e-3),
+    "rpo_alpha": (0.0, 0.3, 1.0),
+}  # six settings for each method; the classifier's labels get ACT's
 SEARCH = {
     "SFT continued": {"learning_rate": (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)},
     "offline DPO": GRID,
@@ -81,25 +84,34 @@ class Bench:
 
         def one(cell):
             result = self.run(*cell)
-            print(f"{next(done):3}/{len(cells)}  {' '.join(map(str, cell[:3]))} {dict(cell[3]) or ''}  " + ", ".join(
-                f"{title} {text(result[name], scale)}" for title, (name, scale) in list(COLUMNS.items())[:2]), flush=True)  # fmt: skip
+            found = [f"{title} {text(result[name], scale)}" for title, (name, scale) in list(COLUMNS.items())[:2]]
+            cell_text = f"{' '.join(map(str, cell[:3]))} {dict(cell[3]) or ''}"
+            print(f"{next(done):3}/{len(cells)}  {cell_text}  {', '.join(found)}", flush=True)
             return result
 
         with ThreadPoolExecutor(self.jobs) as pool:
             return dict(zip(cells, pool.map(one, cells), strict=True))
 
     def run(self, method, seed, size=100, overrides=()):
-        """The metrics of one method's model on the evaluation file. overrides: ((key of training_config, value), ...)"""
+        """Metrics of one method's model on the evaluation file. overrides: ((key of training_config, value), ...)"""
         given = {f"training_config.{key}": value for key, value in overrides}
         turns = given.pop("training_config.max_turns", 3)
-        name = "-".join([method.replace(",", "").replace(" ", "_"), str(seed), str(size), *(f"{key}={value}" for key, value in overrides)])
+        name = "-".join(
+            [
+                method.replace(",", "").replace(" ", "_"),
+                str(seed),
+                str(size),
+                *(f"{key}={value}" for key, value in overrides),
+            ]
+        )
         start = "configs/tiny/base" if method == "SFT" else self.model("SFT", seed, size)
         with self.guard:
             lock = self.locks.setdefault(name, threading.Lock())
         with lock:  # all methods of a seed wait for the one that trains their SFT model
             settings = {
-                "policy_model_config.model_path": start, "training_config.seed": seed, "training_config.max_turns": turns,
-                "training_config.save_steps": 0, "data_config.train_path": self.conversations(seed, size), **given,
+                "policy_model_config.model_path": start, "data_config.train_path": self.conversations(seed, size),
+                "training_config.seed": seed, "training_config.max_turns": turns, "training_config.save_steps": 0,
+                **given,
             }  # fmt: skip
             seconds = self.act(name, METHODS[method], settings)
             if turns != 3:
@@ -120,14 +132,16 @@ class Bench:
         return path
 
     def act(self, name, config, settings, *flags):
-        """One run of act.py, unless it is finished. Returns its seconds, as a process of one thread, which finish it as seconds.json."""
+        """One run of act.py, unless it is finished. Returns its seconds, on one thread; seconds.json finishes it."""
         folder, began = self.out / name, time.monotonic()
         if (folder / "seconds.json").exists():
             return json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
         settings = {**settings, "training_config.output_dir": folder, "data_config.validation_path": self.evaluation}
         command = [sys.executable, "act.py", "--config", f"configs/{config}", *flags, "--overwrite"]
         command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        ran = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        ran = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
         if ran.returncode:
             raise SystemExit(f"{' '.join(map(str, command))}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}")
         seconds = time.monotonic() - began
@@ -135,24 +149,32 @@ class Bench:
         return seconds
 
 
-# ------------------------------------------------------------------------------------------------------- the tables
+# ----------------------------------------------------------------------------------------------------------- the tables
 
 
 def text(value, scale=100, spread=None):
     digits = 2 if scale == 1 else 1
-    return "-" if value is None else f"{scale * value:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if spread is not None else "")
+    return (
+        "-"
+        if value is None
+        else f"{scale * value:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if spread is not None else "")
+    )
 
 
 def mean_text(results, metric, scale):
     values = [result[metric] for result in results if result[metric] is not None]
-    return text(statistics.mean(values), scale, statistics.stdev(values) if len(values) > 1 else None) if values else "-"
+    return (
+        text(statistics.mean(values), scale, statistics.stdev(values) if len(values) > 1 else None) if values else "-"
+    )
 
 
 def table(rows, first=""):
     """Markdown: rows of {label: [metrics of each seed]}, mean ± standard deviation over seeds."""
     lines = [f"| {first} | {' | '.join(COLUMNS)} | seconds a run |", "|---" * (len(COLUMNS) + 2) + "|"]
     for label, results in rows.items():
-        cells = [mean_text(results, *column) for column in COLUMNS.values()] + [f"{statistics.mean(r['seconds'] for r in results):.0f}"]
+        cells = [mean_text(results, *column) for column in COLUMNS.values()] + [
+            f"{statistics.mean(r['seconds'] for r in results):.0f}"
+        ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -177,7 +199,9 @@ def write(out, name, found, *parts):
     """The tables to the terminal and to `name`.md, every metric of every run to `name`.json."""
     print("\n" + "\n\n".join(parts))
     (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    rows = [{"method": m, "seed": s, "conversations": n, **dict(o), **metrics} for (m, s, n, o), metrics in found.items()]
+    rows = [
+        {"method": m, "seed": s, "conversations": n, **dict(o), **metrics} for (m, s, n, o), metrics in found.items()
+    ]
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
@@ -195,17 +219,28 @@ def curve(bench, seeds):
     found = bench.map(cells)
     parts = []
     for size in SIZES:
-        parts.append(table({method: [found[method, seed, size, ()] for seed in seeds] for method in CURVE}, f"{size} conversations"))
+        parts.append(
+            table(
+                {method: [found[method, seed, size, ()] for seed in seeds] for method in CURVE}, f"{size} conversations"
+            )
+        )
     write(bench.out, "curve", found, *parts)
     metric = COLUMNS["trajectory EM"][0]
-    lines = {method: [[100 * found[method, seed, size, ()][metric] for seed in seeds] for size in SIZES] for method in CURVE}
+    lines = {
+        method: [[100 * found[method, seed, size, ()][metric] for seed in seeds] for size in SIZES] for method in CURVE
+    }
     (bench.out / "claim.svg").write_text(svg(lines), encoding="utf-8")
 
 
 def search(bench):
-    """Every setting of every method in SEARCH; the best mean trajectory exact match of a method is the setting in its config."""
-    settings = {m: [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] for m, grid in SEARCH.items()}
-    found = bench.map([(method, seed, 100, setting) for method in SEARCH for setting in settings[method] for seed in SEARCH_SEEDS])
+    """Every setting of every method in SEARCH; the one of the best mean trajectory exact match is in its config."""
+    settings = {
+        m: [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        for m, grid in SEARCH.items()
+    }
+    found = bench.map(
+        [(method, seed, 100, setting) for method in SEARCH for setting in settings[method] for seed in SEARCH_SEEDS]
+    )
     rows = {
         f"{method}, " + ", ".join(f"{key} {value:g}" for key, value in setting): [
             found[method, seed, 100, setting] for seed in SEARCH_SEEDS
@@ -218,11 +253,13 @@ def study(bench, name):
     own = getattr(load_config(ROOT / "configs" / METHODS["ACT"]).training_config, name)
     settings = {value: () if value == own else ((name, value),) for value in STUDIES[name]}
     found = bench.map([("ACT", seed, 100, setting) for setting in settings.values() for seed in SEARCH_SEEDS])
-    rows = {str(value): [found["ACT", seed, 100, setting] for seed in SEARCH_SEEDS] for value, setting in settings.items()}
+    rows = {
+        str(value): [found["ACT", seed, 100, setting] for seed in SEARCH_SEEDS] for value, setting in settings.items()
+    }
     write(bench.out, f"study-{name}", found, table(rows, f"`{name}`"))
 
 
-# ------------------------------------------------------------------------------------------------------- the figure
+# ----------------------------------------------------------------------------------------------------------- the figure
 
 COLOURS = ("#888888", "#3b7dd8", "#d8863b", "#c0392b")
 
@@ -235,7 +272,10 @@ def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
     """Trajectory exact match over training conversations: mean and standard deviation over seeds of each method."""
     lines = {method: [mean_and_spread(point) for point in points] for method, points in lines.items()}
     bars = [bar for points in lines.values() for bar in points]
-    low, high = 5 * (min(mean - spread for mean, spread in bars) // 5), 5 * (max(mean + spread for mean, spread in bars) // 5 + 1)
+    low, high = (
+        5 * (min(mean - spread for mean, spread in bars) // 5),
+        5 * (max(mean + spread for mean, spread in bars) // 5 + 1),
+    )
 
     def x(i):
         return left + 20 + i * (width - left - right - 40) / (len(SIZES) - 1)
@@ -247,7 +287,8 @@ def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
         return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="13">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         label(left, top - 12, "trajectory exact match, %", "start"),
         label((left + width - right) / 2, height - 10, "training conversations"),
@@ -259,12 +300,13 @@ def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
     ends = []
     for k, (method, points) in enumerate(lines.items()):
         colour, (means, spreads) = COLOURS[k], zip(*points, strict=True)
-        shifts = [x(i) + 3 * (k - 1.5) for i in range(len(SIZES))]  # so that the bars of two methods do not hide each other
+        shifts = [x(i) + 3 * (k - 1.5) for i in range(len(SIZES))]  # so that two methods' bars do not hide each other
         path = " ".join(f"{at:.1f},{y(mean):.1f}" for at, mean in zip(shifts, means, strict=True))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for at, mean, spread in zip(shifts, means, spreads, strict=True):
             parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="3" fill="{colour}"/>')
-            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}" stroke="{colour}"/>')
+            ends_of_bar = f'y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}"'
+            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" {ends_of_bar} stroke="{colour}"/>')
         ends.append([y(means[-1]) + 4, method, colour])
     ends.sort()
     for before, after in itertools.pairwise(ends):
@@ -277,10 +319,14 @@ def main():
     parser = argparse.ArgumentParser(description="The paper's claims, checked on a laptop.")
     parser.add_argument("--seeds", type=int, choices=range(1, 100), metavar="N", default=5, help="0 to N - 1")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--curve", action="store_true", help="also with other numbers of training conversations, and the figure")
+    what.add_argument(
+        "--curve", action="store_true", help="also with other numbers of training conversations, and the figure"
+    )
     what.add_argument("--search", action="store_true", help="choose hyperparameters on validation.jsonl instead")
     what.add_argument("--study", choices=STUDIES, help="vary one setting on validation.jsonl instead")
-    parser.add_argument("--jobs", type=int, choices=range(1, 100), metavar="N", default=2, help="runs at a time, of one thread each")
+    parser.add_argument(
+        "--jobs", type=int, choices=range(1, 100), metavar="N", default=2, help="runs at a time, of one thread each"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs/claim")
     args = parser.parse_args()
     began = time.monotonic()

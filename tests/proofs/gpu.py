@@ -1,10 +1,11 @@
-"""The GPU's path against the CPU's: flex attention forward and backward, the compiled and recorded decoding step. For a person with a GPU.
+"""The GPU's path against the CPU's: flex attention forward and backward, the compiled and recorded decoding step.
 
     python tests/proofs/gpu.py
 
-A random model of four layers, heads of 64 and a window of 48; forests of one and several rows, with and without checkpointing; replies of
-two turns, in which rows end at different times and the cache is kept. One line a point; ends with status 1 when one is over its limit.
-bfloat16 is compared with float32 on the CPU, so its limit is rounding. Attention that torch leaves uncompiled is a failure, too.
+For a person with a GPU. A random model of four layers, heads of 64 and a window of 48; forests of one and several
+rows, with and without checkpointing; replies of two turns, in which rows end at different times and the cache is
+kept. One line a point; ends with status 1 when one is over its limit. bfloat16 is compared with float32 on the CPU,
+so its limit is rounding. Attention that torch leaves uncompiled is a failure, too.
 """
 
 import argparse
@@ -24,10 +25,11 @@ LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 def model_on(device, dtype):
     torch.manual_seed(0)
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size sliding_window"
+    names = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+        vocab_size sliding_window"""
     shape = dict(zip(names.split(), (256, 512, 4, 4, 2, 64, 512, 48), strict=True))
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 64}
-    return gemma.Gemma2(gemma.Gemma2Config(**shape, **caps)).to(dtype).to(device)
+    return gemma.Gemma(gemma.GemmaConfig(**shape, **caps)).to(dtype).to(device)
 
 
 def tokens(seed, count):

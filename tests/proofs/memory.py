@@ -1,22 +1,22 @@
-"""How much memory a real size takes: loading, one sharded optimiser step, saving; and how much a GPU needs for training.
+"""How much memory a real size takes: loading, a sharded optimiser step, saving; and what a GPU needs for training.
 
     python tests/proofs/memory.py --size tiny                 a check of this script, a minute
-    python tests/proofs/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 20 GB of memory that nothing else wants, 11 GB of disk, minutes
+    python tests/proofs/memory.py --size 2b --dir /big/disk   Gemma 2 2B: 20 GB of free memory, 11 GB of disk, minutes
     python tests/proofs/memory.py --plan                      the computed table alone
 
-A random bfloat16 checkpoint is written shard by shard into a temporary folder of --dir. Each measurement is a process of its own (one
-a rank, over gloo), in bfloat16 throughout so that 2B fits a desktop. A thread of it reads RssAnon of /proc/self/status every 10 ms:
-memory that the process holds itself, without the pages of files that it has mapped, which the system may drop (VmHWM, the largest
-resident size, has them too). "More" is the peak over what the process held just before, imports and all. Ranks run with a malloc
-that gives memory back when it is freed.
+A random bfloat16 checkpoint is written shard by shard into a temporary folder of --dir. Each measurement is a process
+of its own (one a rank, over gloo), in bfloat16 throughout so that 2B fits a desktop. A thread of it reads RssAnon of
+/proc/self/status every 10 ms: memory that the process holds itself, without the pages of files that it has mapped,
+which the system may drop (VmHWM, the largest resident size, has them too). "More" is the peak over what the process
+held just before, imports and all. Ranks run with a malloc that gives memory back when it is freed.
 
-  load   Gemma2.from_pretrained, peak RssAnon (all of it) over the checkpoint's size: at most 1.15
-  step   act.build_model, a forward and backward pass of one short sequence with checkpointing, act.clip_and_step with RMSprop:
-         bytes of parameters, gradients and optimiser state that a rank holds; each of two at most 0.55 of what one alone holds
-  save   a frozen sharded model in small shards: a rank that does not write may hold one tensor whole, the writer a shard and a tensor
+  load   Gemma.from_pretrained, peak RssAnon (all of it) over the checkpoint's size: at most 1.15
+  step   act.build_model, forward and backward of a short sequence with checkpointing, act.clip_and_step with RMSprop:
+         bytes of parameters, gradients and optimiser state that a rank holds; each of two at most 0.55 of one alone
+  save   a frozen sharded model in small shards: the rank that writes may hold a shard and a tensor, others a tensor
 
-`training_memory` says what training needs from the sizes alone; what it says is held all along is set against what `step` and
-`save` found. Ends with status 1 when something is over its limit.
+`training_memory` says what training needs from the sizes alone; what it says is held all along is set against what
+`step` and `save` found. Ends with status 1 when something is over its limit.
 """
 
 import argparse
@@ -38,10 +38,12 @@ import torch.distributed as dist  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import act  # noqa: E402
-from gemma import Gemma2, Gemma2Config, write_json  # noqa: E402
+from data import write_json  # noqa: E402
+from gemma import Gemma, GemmaConfig  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
-# layers, hidden, intermediate, heads, key/value heads, head_dim, query_pre_attn_scalar, vocabulary: the published ones, and a small one
+# layers, hidden, intermediate, heads, key/value heads, head_dim, query_pre_attn_scalar, vocabulary: the published ones,
+# and a small one
 SIZES = {
     "tiny": (4, 512, 2048, 4, 2, 64, 64, 32000),
     "2b": (26, 2304, 9216, 8, 4, 256, 256, 256000),
@@ -55,16 +57,16 @@ TOKENS = 16  # of the sequence that `step` trains on
 
 def config_of(size):
     layers, hidden, intermediate, heads, kv_heads, head_dim, scalar, vocabulary = SIZES[size]
-    return Gemma2Config(vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, scalar, 4096, 50.0, 30.0)
+    return GemmaConfig(vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, scalar, 4096, 50.0, 30.0)
 
 
 def on_meta(config):
     """A model without memory, for its names and shapes."""
     with torch.device("meta"):
-        return Gemma2(config)
+        return Gemma(config)
 
 
-# ---------------------------------------------------------------------------------------------------------- a checkpoint
+# --------------------------------------------------------------------------------------------------------- a checkpoint
 
 
 def write_checkpoint(directory, config, max_shard_bytes):
@@ -84,18 +86,20 @@ def write_checkpoint(directory, config, max_shard_bytes):
         weight_map |= dict.fromkeys(names, file)
     total = 2 * sum(shape.numel() for shape in shapes.values())
     write_json(directory / "config.json", config.to_json(torch.bfloat16))
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
     return total
 
 
 def random_weight(shape):
-    """As a fresh Gemma2 has it: normal with a deviation of fan_in^-0.5; the scales of norms are 1 + 0."""
+    """As a fresh Gemma has it: normal with a deviation of fan_in^-0.5; the scales of norms are 1 + 0."""
     if len(shape) == 1:
         return torch.zeros(shape, dtype=torch.bfloat16)
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[1] ** -0.5)
 
 
-# ------------------------------------------------------------------------------------------- measurements, a process each
+# ----------------------------------------------------------------------------------------- measurements, a process each
 
 
 def status_bytes(key):
@@ -104,7 +108,7 @@ def status_bytes(key):
 
 @contextlib.contextmanager
 def watched():
-    """Yields a dict; when the block is left it has "before" and "peak" of RssAnon, and VmHWM as "resident", in bytes."""
+    """Yields a dict; when the block is left it has "before" and "peak" of RssAnon, and VmHWM as "resident": bytes."""
     seen, done = {"before": status_bytes("RssAnon")}, threading.Event()
     seen["peak"] = seen["before"]
 
@@ -135,7 +139,7 @@ def held(tensors):
 def load(directory):
     on_meta(config_of("tiny"))  # torch imports some 20 MB more when it first makes a model on the meta device
     with watched() as seen:
-        model = Gemma2.from_pretrained(directory, dtype=torch.bfloat16)
+        model = Gemma.from_pretrained(directory, dtype=torch.bfloat16)
     assert held(model.parameters()) > 0
     return seen
 
@@ -146,7 +150,7 @@ def sharded(directory, **options):
 
 
 def step(directory):
-    """One optimiser step on one sequence. Gradients are counted before it, since clip_and_step ends by letting them go."""
+    """One optimiser step on one sequence. Gradients are counted before clip_and_step, which lets them go."""
     training = act.TrainingConfig(optim="rmsprop", learning_rate=1e-3)
     with watched() as seen:
         model = sharded(directory, checkpointing=True)
@@ -154,7 +158,9 @@ def step(directory):
         scored = act.Scored([(tokens[: TOKENS // 2], tokens[TOKENS // 2 :], [1] * (TOKENS // 2))], torch.device("cpu"))
         (-scored.logps(model).sum() / TOKENS).backward()
         gradients = held([parameter.grad for parameter in model.parameters()])
-        optimizer = act.make_optimizer(model, training)  # training has it before; here the peak of two ranks must fit one machine
+        optimizer = act.make_optimizer(
+            model, training
+        )  # training has it before; here the peak of two ranks must fit one machine
         norm = act.clip_and_step(model, optimizer, training.max_grad_norm, training.learning_rate)
     assert 0 < norm < float("inf"), f"the gradient's norm is {norm}"
     state = held([value for values in optimizer.state.values() for value in values.values()])
@@ -175,7 +181,7 @@ MEASURED = {"load": load, "step": step, "save": save}
 
 
 def child(name, directory):
-    """What a measuring process does: `load` alone, the others as a rank among others. Its results go to NAME-RANK.json."""
+    """A measuring process: `load` alone, the others as a rank among others. Its results go to NAME-RANK.json."""
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("WORLD_SIZE", 1))))
     if name != "load":
         act.start_processes()
@@ -199,18 +205,19 @@ def measure(name, directory, ranks=1):
     return results
 
 
-# --------------------------------------------------------------------------------------------------- computed from the sizes
+# ---------------------------------------------------------------------------------------------- computed from the sizes
 
 HELD = ("parameters", "gradients", "optimizer", "reference")
 IN_TURN = ("rollout", "evaluation", "update")
 
 
 def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1792, reply=256, new=128):
-    """Bytes that each of `ranks` GPUs needs for ACT with RMSprop, bf16 compute and checkpointing, the model sharded over all of them.
+    """Bytes that each of `ranks` GPUs needs for ACT with RMSprop, bf16 compute and checkpointing, sharded over all.
 
-    `rows` pairs are trained on at a time and `eval_rows` turns are played at a time, on each GPU. Prompts have `prompt` tokens and
-    share nothing, replies `reply`, responses `new`. What is held is exact, with `dtype_bytes` to a parameter. What comes in turn is
-    an estimate from the tensors that are alive at the same time in gemma.py, and leaves out what the allocator wastes.
+    `rows` pairs are trained on at a time and `eval_rows` turns are played at a time, on each GPU. Prompts have `prompt`
+    tokens and share nothing, replies `reply`, responses `new`. What is held is exact, `dtype_bytes` to a parameter.
+    What comes in turn is an estimate from the tensors that are alive at the same time in gemma.py, and leaves out what
+    the allocator wastes.
     """
     model, vocabulary, wide, hidden = on_meta(config), config.vocab_size, config.intermediate_size, config.hidden_size
     total, embedding, layer = (
@@ -219,16 +226,20 @@ def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
 
     def decoding(rows):
-        """The whole copy; keys and values, with half as much room again for a second turn; prefill of a layer, or choosing a token."""
+        """The whole copy; keys and values, with half as much room again for a second turn; prefill, or a choice."""
         cache = rows * 1.5 * (prompt + new) * config.num_hidden_layers * 2 * keys * 2
-        prefill = rows * prompt * (6 * wide + 16 * hidden + 16 * queries) + 10 * rows * prompt**2  # the last: making the mask
+        prefill = (
+            rows * prompt * (6 * wide + 16 * hidden + 16 * queries) + 10 * rows * prompt**2
+        )  # the last: making the mask
         return 2 * total + cache + max(prefill, 28 * rows * vocabulary)
 
     tokens, scored = rows * (prompt + 2 * reply), rows * 2 * reply  # a pair: its prompt once and both its sides
     gathered = 2 * 2 * embedding + 2 * 2 * layer  # both models' embeddings stay whole; the next layer comes early
     inputs = config.num_hidden_layers * tokens * hidden * 2  # of each layer, all that is kept of it
     recomputed = tokens * (14 * wide + 24 * hidden + 16 * queries) + 6 * layer + 10 * rows * (prompt + 2 * reply) ** 2
-    logits = 14 * min(2**28, scored * vocabulary) + 8 * embedding  # TokenLogps: a chunk in several forms, the embedding's gradient
+    logits = (
+        14 * min(2**28, scored * vocabulary) + 8 * embedding
+    )  # TokenLogps: a chunk in several forms, the embedding's gradient
     summed = 8 * embedding  # the embedding's gradient from its other end, and in float32 to be summed over ranks
     return {
         **dict.fromkeys(HELD[:3], dtype_bytes * total / ranks),
@@ -247,9 +258,10 @@ def peak_of(memory):
 
 def print_plan(ranks=(1, 8, 16)):
     print("\n### Memory of each GPU, computed\n")
-    print("GiB for `act` as in configs/gemma2_SIZE_pacific.json, every prompt as long as it may be. Held all along, sharded over the GPUs:")
-    print("float32 parameters and RMSprop state, and the bfloat16 reference. In turn: a rollout, an evaluation (whole bfloat16 copy,")
-    print("key-value cache, prefill), an update (gathered weights, activations, logits) with the gradients, sharded too.\n")
+    print("GiB for `act` as in configs/gemma2_SIZE_pacific.json, every prompt as long as it may be. Held all along,")
+    print("sharded over the GPUs: float32 parameters and RMSprop state, and the bfloat16 reference. In turn: a")
+    print("rollout, an evaluation (whole bfloat16 copy, key-value cache, prefill), an update (gathered weights,")
+    print("activations, logits) with the gradients, sharded too.\n")
     print("| model | GPUs | parameters, state | reference | rollout | evaluation | gradients | update | peak |")
     print("|---|---|---|---|---|---|---|---|---|")
     for size in ("2b", "9b", "27b"):
@@ -259,12 +271,12 @@ def print_plan(ranks=(1, 8, 16)):
                 config_of(size), n, 4, training.per_device_train_batch_size, training.per_device_eval_batch_size,
                 training.max_prompt_length, training.max_length - training.max_prompt_length, training.max_new_tokens,
             )  # fmt: skip
-            cells = [memory["parameters"] + memory["optimizer"]]
-            cells += [memory[key] for key in ("reference", "rollout", "evaluation", "gradients", "update")] + [peak_of(memory)]
+            keys = ("reference", "rollout", "evaluation", "gradients", "update")
+            cells = [memory["parameters"] + memory["optimizer"], *(memory[key] for key in keys), peak_of(memory)]
             print(f"| {size} | {n} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + " |")
 
 
-# --------------------------------------------------------------------------------------------------------------- the tables
+# ----------------------------------------------------------------------------------------------------------- the tables
 
 
 def gb(*values):
@@ -294,9 +306,25 @@ def table(directory, size, total):
     header("load", "peak RssAnon", "before", "VmHWM", "over the checkpoint's size", "limit", "")
     [seen] = measure("load", directory)
     imports = seen["before"] if size == "tiny" else 0  # beside so small a model they would count
-    row("from_pretrained", *gb(seen["peak"], seen["before"], seen["resident"]), *judged((seen["peak"] - imports) / total, LOAD_LIMIT))
+    row(
+        "from_pretrained",
+        *gb(seen["peak"], seen["before"], seen["resident"]),
+        *judged((seen["peak"] - imports) / total, LOAD_LIMIT),
+    )
 
-    header("step", "rank", "peak RssAnon", "VmHWM", "parameters", "gradients", "optimiser", "together", "of one rank's", "limit", "")
+    header(
+        "step",
+        "rank",
+        "peak RssAnon",
+        "VmHWM",
+        "parameters",
+        "gradients",
+        "optimiser",
+        "together",
+        "of one rank's",
+        "limit",
+        "",
+    )
     steps = {ranks: measure("step", directory, ranks) for ranks in (1, 2)}
     sums = {ranks: [sum(seen[key] for key in HELD[:3]) for seen in results] for ranks, results in steps.items()}
     for ranks, results in steps.items():
@@ -310,18 +338,28 @@ def table(directory, size, total):
         for rank, seen in enumerate(results):
             more = seen["peak"] - seen["before"]
             cells = gb(seen["reference"], seen["largest"], more)
-            row(f"of {ranks}", f"{rank}{'' if rank else ', writes'}", *cells, *judged(more / seen["largest"], (1 if rank else 2) + SLACK))
+            row(
+                f"of {ranks}",
+                f"{rank}{'' if rank else ', writes'}",
+                *cells,
+                *judged(more / seen["largest"], (1 if rank else 2) + SLACK),
+            )
 
     header("held all along", "computed", "measured", "deviation", "limit", "")
     for ranks in (1, 2):
         memory = training_memory(config_of(size), ranks, dtype_bytes=2)
-        computed, found = sum(memory[key] for key in HELD), max(sums[ranks]) + max(seen["reference"] for seen in saves[ranks])
+        computed, found = (
+            sum(memory[key] for key in HELD),
+            max(sums[ranks]) + max(seen["reference"] for seen in saves[ranks]),
+        )
         row(f"{size}, {ranks} ranks, bfloat16", *gb(computed, found), *judged(abs(found / computed - 1), 0.01))
     return all(verdicts)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure the memory of loading, training and saving; compute what GPUs need.")
+    parser = argparse.ArgumentParser(
+        description="Measure the memory of loading, training and saving; compute what GPUs need."
+    )
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--dir", default=None, help="where the temporary folder with the checkpoint is made")
     parser.add_argument("--plan", action="store_true", help="print the computed table alone")
@@ -334,7 +372,9 @@ def main():
     if not args.plan:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             config = config_of(args.size)
-            total = write_checkpoint(Path(folder) / "checkpoint", config, max_shard_bytes=10**9 if args.size != "tiny" else 10**7)
+            total = write_checkpoint(
+                Path(folder) / "checkpoint", config, max_shard_bytes=10**9 if args.size != "tiny" else 10**7
+            )
             good = table(Path(folder) / "checkpoint", args.size, total)
     print_plan()
     return 0 if good else 1

@@ -1,0 +1,360 @@
+"""Configuration and command line: what is refused, and how; what every key and command of the project does."""
+
+import json
+import re
+import shlex
+from dataclasses import asdict, fields
+from typing import get_args, get_type_hints
+
+import pytest
+from common import ROOT, config_file, error_of, pairs_of, run
+
+import act
+import data
+from act import Config, DataConfig, HelperConfig, PolicyModelConfig, TrainingConfig, load_config
+from data import ROLES
+
+SECTIONS = {
+    "policy_model_config": PolicyModelConfig, **dict.fromkeys(ROLES, HelperConfig), "data_config": DataConfig,
+    "training_config": TrainingConfig,
+}  # fmt: skip
+KEYS = [(f"{section}.{key.name}", key, get_type_hints(cls)[key.name]) for section, cls in SECTIONS.items()
+        for key in fields(cls)]  # fmt: skip
+
+
+def refusal(*args):
+    with pytest.raises(data.InputError) as raised:
+        load_config(*args)
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def test_a_file_overrides_the_defaults_and_the_command_line_the_file(tmp_path):
+    path = config_file(tmp_path, training_config={"beta": 1, "seed": 7, "class_balance": {"CLARIFY": 2}}, task="dpo")
+    overrides = {"training_config.seed": "8", "training_config.learning_rate": "1e-6", "training_config.bf16": "true"}
+    config = load_config(path, overrides)
+    assert config.task == "dpo" and act.backend_of(config.action_model_config) == "rule"
+    expected = TrainingConfig(beta=1.0, seed=8, learning_rate=1e-6, class_balance={"CLARIFY": 2}, bf16=True)
+    assert config.training_config == expected and type(config.training_config.beta) is float
+    config = load_config(path, [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "1")])
+    assert (config.training_config.output_dir, config.task, config.data_config.tolerance) == ("a b", "sft", 1.0)
+
+
+def test_overrides_from_python_are_values_not_texts(tmp_path):
+    path = config_file(tmp_path)
+    overrides = {"training_config.bf16": True, "training_config.class_balance": {"ANSWER": 0.5}, "task": "sft"}
+    config = load_config(path, overrides)
+    assert config.training_config == TrainingConfig(bf16=True, class_balance={"ANSWER": 0.5}) and config.task == "sft"
+    assert load_config(path, {"training_config.output_dir": "7"}).training_config.output_dir == "7"
+    assert "--training_config.bf16 is 1, expected bool" in refusal(path, {"training_config.bf16": 1})
+    assert load_config(path, {"training_config.class_balance": "None"}).training_config.class_balance is None
+
+
+@pytest.mark.parametrize(("task", "training", "said"), [
+    ("dpo", {"action_labels": "classifier", "is_preference": True}, "files of pairs hold their actions"),
+    ("sft", {"action_labels": "random"}, "not with task 'sft'"),
+    ("act", {"action_labels": "random", "class_balance": {"CLARIFY": 2}}, "not with class_balance"),
+])  # fmt: skip
+def test_action_labels_that_would_mean_nothing_are_refused(tmp_path, task, training, said):
+    assert said in refusal(config_file(tmp_path, task=task, training_config=training))
+
+
+def test_unknown_keys_name_the_nearest(tmp_path):
+    path = config_file(tmp_path, training_config={"learning_rat": 1})
+    unknown = "unknown key, the nearest known one is"
+    assert refusal(path) == f"{path}: training_config.learning_rat: {unknown} training_config.learning_rate"
+    assert refusal(config_file(tmp_path, trainig_config={})) == f"{path}: trainig_config: {unknown} training_config"
+    path = config_file(tmp_path)
+    found = refusal(path, {"data_config.train_pth": "x"})
+    assert found == f"--data_config.train_pth: {unknown} data_config.train_path"
+    assert f"--tsk: {unknown} task" in refusal(path, {"tsk": "sft"})
+    assert "policy_model_config.model_path" in refusal(path, {"policy_model_config.path": "x"})
+    assert f"{unknown} training_config" in refusal(path, {"training.beta": "1"})
+    assert "--task.beta: task is not a section" in refusal(config_file(tmp_path, task="sft"), {"task.beta": "1"})
+
+
+@pytest.mark.parametrize(("key", "instead"), [
+    ("do_eval", "data_config.validation_path"), ("judge", "simulate_user: true for 'trajectory', false for 'action'"),
+])  # fmt: skip
+def test_keys_of_earlier_versions_are_refused_with_what_to_write_instead(tmp_path, key, instead):
+    assert {"do_eval", "judge"} == act.RENAMED.keys()
+    path = config_file(tmp_path, training_config={key: "action"})
+    found = refusal(path)
+    assert found.startswith(f"{path}: training_config.{key}: no longer a key, write ") and instead in found
+    found = refusal(config_file(tmp_path), {f"training_config.{key}": "action"})
+    assert found.startswith(f"--training_config.{key}: no longer a key, write ") and instead in found
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("training_config.seed", 1.5, "expected int"),
+    ("training_config.seed", True, "expected int"),
+    ("training_config.learning_rate", "fast", "expected float"),
+    ("training_config.learning_rate", True, "expected float"),
+    ("training_config.bf16", 1, "expected bool"),
+    ("training_config.simulate_user", "no", "expected bool"),
+    ("training_config.output_dir", [3], "expected str"),
+    ("training_config.class_balance", [1], "expected "),
+    ("training_config.beta", -0.1, "expected a number from 0"),
+    ("training_config.beta", "NaN", "expected"),
+    ("training_config.per_device_train_batch_size", 0, "expected at least 1"),
+    ("training_config.max_turns", 0, "expected at least 1"),
+    ("training_config.loss_type", "sigmod", "did you mean 'sigmoid'?"),
+    ("training_config.optim", "sgd", "expected one of rmsprop, adamw"),
+    ("data_config.prompt_format", "chat", "expected one of plain, gemma"),
+    ("data_config.heuristic", "f1", "expected one of drop_f1, coqa_f1, exact_match"),
+    ("action_model_config.backend", "gpt", "expected one of rule"),
+    ("task", "train", "expected one of act, sft, dpo, generate_preference, evaluate"),
+    ("training_config", 3, "expected an object"),
+    ("training_config.top_p", 0, "top_p is 0.0, expected"),
+    ("training_config.top_p", 1.5, "top_p is 1.5, expected"),
+    ("training_config.label_smoothing", 0.5, "less than 0.5"),
+    ("training_config.max_prompt_length", 1024, "max_prompt_length 1024 leaves no room"),
+    ("policy_model_config.model_path", "", "policy_model_config.model_path is missing"),
+    ("data_config.train_path", "", "data_config.train_path is missing"),
+])  # fmt: skip
+def test_a_wrong_value_is_refused_in_the_file_and_on_the_command_line(tmp_path, key, value, said):
+    section, _, name = key.rpartition(".")
+    path = config_file(tmp_path, **({section: {name: value}} if section else {name: value}))
+    found = refusal(path)
+    assert found.startswith(f"{path}: ") and said in found and name in found
+    overridden = refusal(config_file(tmp_path), {key: value if isinstance(value, str) else json.dumps(value)})
+    assert said in overridden and name in overridden
+
+
+LITERALS = [("task", get_args(get_type_hints(Config)["task"]))]
+LITERALS += [(key, get_args(kind)) for key, _, kind in KEYS if str(kind).startswith("typing.Literal")]
+
+
+@pytest.mark.parametrize(("key", "choices"), LITERALS, ids=[key for key, _ in LITERALS])
+def test_every_choice_is_accepted_and_no_other(tmp_path, key, choices):
+    assert len(choices) > 1
+    needed = {"data_config": {"validation_path": "v"}, "action_model_config": {"model_id": "m"}}
+    path = config_file(tmp_path, **needed, judge_model_config={"model_id": "m"})
+    for choice in choices:
+        config = load_config(path, {key: choice})
+        assert act.flat(asdict(config))[key] == choice
+    found = refusal(path, {key: "neither"})
+    assert found.startswith(f"--{key} is 'neither', expected one of {', '.join(filter(None, choices))}")
+
+
+def test_tasks_need_their_own_files(tmp_path):
+    needs = "data_config.validation_path is missing, task 'evaluate' needs it"
+    assert needs in refusal(config_file(tmp_path, task="evaluate"))
+    nothing = {"policy_model_config": {"model_path": ""}}
+    load_config(config_file(tmp_path, task="generate_preference", **nothing))
+    assert "model_path is missing, task 'sft'" in refusal(config_file(tmp_path, task="sft", **nothing))
+    files = {"train_path": "", "validation_path": "v"}
+    load_config(config_file(tmp_path, task="evaluate", data_config=files))
+    clash = config_file(tmp_path, task="generate_preference", training_config={"is_preference": True})
+    assert "is_preference is set" in refusal(clash)
+
+
+def test_ipo_needs_a_beta(tmp_path):
+    """Its target margin is 1 / (2 beta)."""
+    assert "beta" in refusal(config_file(tmp_path, training_config={"loss_type": "ipo", "beta": 0.0}))
+
+
+def test_a_config_that_is_no_json_object_is_refused(tmp_path):
+    assert refusal(tmp_path / "none.json").startswith(f"{tmp_path / 'none.json'}: cannot be read")
+    (tmp_path / "x.json").write_text("{")
+    assert "x.json:1: invalid JSON at column 2" in refusal(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("[]")
+    assert "x.json: the file is a list, expected an object" in refusal(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"task": "sft", "task": "dpo"}')
+    assert "the key 'task' stands twice" in refusal(tmp_path / "x.json")
+
+
+def test_configs_of_the_published_research_code_load(tmp_path, capsys):
+    """Its names, its keys that mean nothing here, its helper models by model_id alone."""
+    published = {
+        "policy_model_config": {"model_id": "google/gemma-2-2b-it", "token": ""},
+        "action_model_config": {"model_id": "gemini-2.0-flash-001"},
+        "preference_model_config": {"model_id": "gemini-1.5-pro-002"},
+        "data_config": {"train_path": "train.jsonl", "validation_path": "", "preference_batch_generation": "False"},
+        "training_config": {
+            "project_id": "", "location": "us-central1", "staging_bucket": "", "icl_examples": 2, "is_preference": False
+        },
+    }  # fmt: skip
+    path = tmp_path / "demo_config.json"
+    path.write_text(json.dumps(published))
+    config = load_config(path, {"policy_model_config.model_path": "gemma-2-2b-it"})
+    assert act.backend_of(config.action_model_config) == "gemini"
+    assert act.backend_of(config.intent_model_config) == "rule"
+    assert config.training_config.icl_examples == 2 and config.data_config.train_path == "train.jsonl"
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[2].endswith("training_config: not read here: location, project_id, staging_bucket")
+
+
+def test_every_foreign_key_is_accepted_in_its_section_and_named(tmp_path, capsys):
+    sections = {section: dict.fromkeys(names.split(), "x") for section, names in act.FOREIGN.items()}
+    config = load_config(config_file(tmp_path, **sections))
+    assert config == load_config(config_file(tmp_path))
+    for section, names in act.FOREIGN.items():
+        assert not set(names.split()) & {key.name for key in fields(SECTIONS[section])}, "a key that is read"
+        [line] = [line for line in capsys_lines(capsys, config_file(tmp_path, **sections)) if f": {section}: " in line]
+        assert line.endswith(", ".join(sorted(names.split())))
+
+
+def capsys_lines(capsys, path):
+    capsys.readouterr()
+    load_config(path)
+    return capsys.readouterr().out.splitlines()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where files are
+
+
+def test_a_config_is_looked_for_as_given_beside_act_py_and_in_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config("tiny.json")
+    assert shipped == load_config("configs/tiny.json") == load_config(ROOT / "configs" / "tiny.json")
+    for path in (shipped.policy_model_config.model_path, shipped.data_config.train_path):
+        assert path.startswith(str(ROOT / "configs" / "tiny")), "from any working directory"
+    assert pairs_of(shipped.data_config.train_path)
+    (tmp_path / "tiny.json").write_text(json.dumps({**asdict(shipped), "task": "dpo"}))
+    assert load_config("tiny.json").task == "dpo", "as given comes first"
+
+
+def test_a_path_that_is_there_stays_as_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "tiny").mkdir(parents=True)
+    (tmp_path / "configs" / "tiny" / "train.jsonl").write_text("{}")
+    config = load_config(config_file(tmp_path), {"data_config.train_path": "configs/tiny/train.jsonl"})
+    assert config.data_config.train_path == "configs/tiny/train.jsonl", "one in the working directory comes first"
+    config = load_config(config_file(tmp_path), {"data_config.validation_path": "configs/tiny/test.jsonl"})
+    assert config.data_config.validation_path == str(ROOT / "configs/tiny/test.jsonl")
+    config = load_config(config_file(tmp_path), {"data_config.validation_path": "nowhere.jsonl"})
+    assert config.data_config.validation_path == "nowhere.jsonl"
+    assert load_config(config_file(tmp_path)).training_config.output_dir == "output", "what is written is never moved"
+
+
+def test_a_helpers_prompt_is_found_beside_act_py(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = {"user_simulator_config.prompt_path": "configs/prompts/user.txt"}
+    found = load_config(config_file(tmp_path), prompt).user_simulator_config.prompt_path
+    assert found == str(ROOT / "configs/prompts/user.txt")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_config_of_the_project_loads(path, capsys):
+    load_config(path)
+    assert capsys.readouterr().out == "", "nothing in it that is not read"
+
+
+def test_the_config_as_run_loads_again(tmp_path):
+    config = load_config(config_file(tmp_path, training_config={"beta": 0.2, "class_balance": {"CLARIFY": 2.0}}))
+    (tmp_path / "again.json").write_text(json.dumps(asdict(config)))
+    assert load_config(tmp_path / "again.json") == config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every key
+
+
+def test_every_knob_is_read():
+    """Outside the room of act.py that defines and checks them."""
+    source = (ROOT / "act.py").read_text(encoding="utf-8")
+    start, stop = source.index("\n# Configuration\n"), source.index("\n# Processes\n")
+    source = source[:start] + source[stop:] + (ROOT / "data.py").read_text(encoding="utf-8")
+    readers = {
+        PolicyModelConfig: "policy_model_config", DataConfig: "(data_config|files)",
+        TrainingConfig: "training(_config)?", HelperConfig: "(helper|config)",
+    }  # fmt: skip
+    for cls, names in readers.items():
+        for key in fields(cls):
+            quoted = rf'|"{key.name}"' if cls is HelperConfig else ""
+            found = re.search(rf"\b{names}\.{key.name}\b{quoted}", source)
+            assert found, f"{cls.__name__}.{key.name}: nothing reads it"
+    for key in fields(Config):
+        assert re.search(rf'\bconfig\.{key.name}\b|cast\("{key.name}"\)', source), f"{key.name}: nothing reads it"
+
+
+def test_help_lists_every_task_flag_and_key_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("--help")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "torchrun act.py --config tiny.json" in said
+    for word in (*get_args(get_type_hints(Config)["task"]), "--resume", "--overwrite"):
+        assert re.search(rf"^  {word} +\S", said, re.MULTILINE), word
+    blocks = dict(zip(*[iter(re.split(r"^--(.*):$", said, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    assert blocks.keys() == {"policy_model_config", ", ".join(ROLES), "data_config", "training_config"}
+    for names, block in blocks.items():
+        keys = fields(SECTIONS[names.split(", ")[0]])
+        lines = re.findall(r"^  (\w+): .*? = (.*?)(?:  # (.+))?$", block, re.MULTILINE)
+        assert [name for name, *_ in lines] == [key.name for key in keys], "all of them, in order"
+        for (name, default, about), key in zip(lines, keys, strict=True):
+            assert eval(default) == key.default, name
+            assert about or name in ("optim",), f"{name}: not a word about it"
+
+
+def test_command_line():
+    given = ["--config", "a.json", "--task=sft", "--training_config.seed", "-1", "--resume"]
+    path, overrides, flags = act.parse_arguments(given)
+    assert (path, dict(overrides), flags) == ("a.json", {"task": "sft", "training_config.seed": "-1"}, {"resume"})
+    for wrong, said in (
+        ([], "--config FILE is missing"),
+        (["--config"], "--config: a value is missing"),
+        (["a.json"], "'a.json': expected --config FILE"),
+        (["--config", "a", "--resume", "--overwrite"], "expected one of them"),
+        (["--config", "a", "--overwrite=false"], "--overwrite"),  # a flag that takes no value, and removes files
+    ):
+        with pytest.raises(data.InputError, match=re.escape(said)):
+            act.parse_arguments(wrong)
+
+
+def test_a_value_may_look_like_another_type_on_the_command_line(tmp_path):
+    path = config_file(tmp_path)
+    overrides = {"training_config.output_dir": "2024", "data_config.train_path": "1.5", "training_config.beta": "1"}
+    config = load_config(path, overrides)
+    assert (config.training_config.output_dir, config.data_config.train_path) == ("2024", "1.5")
+    assert config.training_config.beta == 1.0
+
+
+@pytest.mark.parametrize("task", ["evaluate", "generate_preference"])
+def test_resume_is_for_training_only(tmp_path, capsys, task):
+    path = config_file(tmp_path, task=task, data_config={"validation_path": "v"})
+    assert f"--resume: task '{task}' has nothing to resume" in error_of(capsys, "--config", path, "--resume")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def readme_commands():
+    """The words after act.py of every command in a block of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in re.split(r"&&|;", line.partition(" #")[0])]
+    return [shlex.split(part) for part in parts if re.match(r"\s*(torchrun|python3?)\b.*\bact\.py\b", part)]
+
+
+def test_readme_has_the_two_commands_that_set_up():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pip install -r requirements.txt" in text
+    assert re.search(r"^.*torchrun act\.py --config tiny\.json\b", text, re.MULTILINE)
+    assert re.search(r"^.*\bpytest\b", text, re.MULTILINE)
+
+
+def test_readme_commands_parse():
+    commands = readme_commands()
+    assert commands
+    for command in commands:
+        words = command[command.index("act.py") + 1 :]
+        if words == ["--help"]:
+            continue
+        path, overrides, _ = act.parse_arguments(words)
+        shipped = any((ROOT / folder / path).exists() for folder in ("", "configs"))
+        if not shipped:  # the user's own: its overrides must be keys all the same
+            path = ROOT / "configs" / "tiny.json"
+        try:
+            load_config(path, overrides)
+        except data.InputError as error:
+            pytest.fail(f"{shlex.join(command)}: {error}")

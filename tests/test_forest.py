@@ -1,0 +1,192 @@
+"""Trie scoring: log-probabilities and gradients of a Forest, against one row per sequence; Forests written out."""
+
+import copy
+import random
+
+import pytest
+import torch
+from common import (
+    FORMATS,
+    VOCABULARY,
+    WINDOW,
+    assert_same_gradients,
+    both_sides,
+    gradients_of,
+    oracle_logps,
+    run_of,
+    training_of,
+    words,
+)  # fmt: skip
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import act
+import gemma
+from act import Scored, Template
+from gemma import Forest, Gemma
+
+
+def weighted_gradients(model, logps):
+    """Of a sum with a weight for each sequence, so that no two of them can be taken for each other."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+    return gradients_of(model)
+
+
+def assert_scored_exactly(model, sequences):
+    scored = Scored(sequences, "cpu")
+    logps, expected = scored.logps(model), oracle_logps(model, sequences)
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(weighted_gradients(model, logps), weighted_gradients(model, expected))
+    assert scored.lengths.tolist() == [sum(mask) for *_, mask in sequences]
+    return scored
+
+
+@pytest.mark.parametrize("prompt_format", FORMATS)
+def test_pairs_on_one_prompt_score_as_separate_rows(model, tokenizer, pairs, prompt_format):
+    template = Template(tokenizer, prompt_format)
+    sequences = both_sides([pairs[0], pairs[9]], template, training_of())
+    assert min(len(prompt) for prompt, *_ in sequences) > 2 * WINDOW
+    scored = assert_scored_exactly(model, sequences)
+    alone = sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
+    assert scored.used < alone - 2 * WINDOW, "the prompts are not shared"
+
+
+def test_all_turns_of_whole_dialogues_score_as_separate_rows(model, plain, pairs):
+    sequences = both_sides(pairs, plain, training_of())
+    scored = assert_scored_exactly(model, sequences)
+    assert 5 * scored.used < sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
+
+
+def test_user_tokens_count_with_loss_on_all_and_only_then(model, plain, pairs):
+    [pair] = [pair for pair in pairs if len(pair.chosen) == 3][:1]
+    everything, assistant = (
+        act.sequence_of(pair, pair.chosen, True, plain, training_of(loss_on=on)) for on in ("all", "assistant")
+    )
+    assert everything[:2] == assistant[:2]
+    assert everything[2] == [1] * len(everything[1]) and 0 < sum(assistant[2]) < len(assistant[2])
+    assert_scored_exactly(model, [everything, assistant])
+
+
+ODD_BATCHES = {
+    "nothing shared": [(words(i, 12 + i), words(10 + i, 3 + i), [1] * (3 + i)) for i in range(4)],
+    "one a prefix of another": [
+        (words(0, 12), words(1, 9), [1] * 9), (words(0, 12), words(1, 9)[:4], [1] * 4), (words(2, 3), [9], [1])
+    ],
+    "identical": [(words(0, 12), words(1, 5), [1] * 5)] * 3,
+    "identical tokens, different masks": [
+        (words(0, 12), words(1, 5), mask) for mask in ([1, 0, 1, 0, 1], [0, 1, 1, 1, 0])
+    ],
+    "prompt of one token": [([2], words(1, 11), [1] * 11), ([2], words(3, 4), [1] * 4)],
+    "reply of one": [([2, 9], [7], [1]), ([3], [7], [1])],
+    "prompt cut elsewhere": [
+        (words(0, 12), words(1, 5), [1] * 5), (words(0, 12) + words(1, 5)[:2], words(1, 5)[2:], [1] * 3)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sequences", ODD_BATCHES.values(), ids=ODD_BATCHES)
+def test_odd_batches_score_as_separate_rows(model, sequences):
+    assert_scored_exactly(model, sequences)
+
+
+def test_a_reply_without_a_scored_token_counts_nothing(model):
+    """A cut response of nothing but blanks has none."""
+    scored = Scored([(words(0, 12), words(1, 5), [1] * 5), (words(0, 12), [], [])], "cpu")
+    assert scored.lengths.tolist() == [5, 0]
+    logps = scored.logps(model)
+    assert logps[0].item() != 0 and logps[1].item() == 0
+
+
+def test_the_order_of_sequences_only_permutes_their_logps(model, plain, pairs):
+    sequences = both_sides(pairs[:5], plain, training_of())
+    order = random.Random(0).sample(range(len(sequences)), len(sequences))
+    with torch.no_grad():
+        logps, shuffled = (Scored(rows, "cpu").logps(model) for rows in (sequences, [sequences[i] for i in order]))
+    torch.testing.assert_close(shuffled, logps[order], rtol=1e-6, atol=1e-5)
+
+
+def test_forest_of_a_written_out_batch():
+    """5 6 7 is shared by three; 5 6 7 8 is the beginning of another; 9 9 9 9 has a row's remainder to itself."""
+    forest = Forest([[5, 6, 7, 8, 1], [5, 6, 7, 4, 4], [9, 9, 9, 9], [5, 6, 7, 8]])
+    # sorted: 5 6 7 4 4 | 5 6 7 8 | 5 6 7 8 1 | 9 9 9 9
+    assert forest.tokens.tolist() == [[5, 6, 7, 4, 4, 8, 1], [9, 9, 9, 9, 0, 0, 0]]
+    assert forest.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4], [0, 1, 2, 3, 0, 0, 0]]
+    assert forest.ends.tolist() == [[7, 7, 7, 5, 5, 7, 7], [4, 4, 4, 4, 5, 6, 7]]
+    paths = [(row, slots.tolist()) for row, slots in forest.paths]
+    assert paths == [(0, [0, 1, 2, 5, 6]), (0, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 5])]
+    assert forest.padding == pytest.approx(3 / 14)
+
+
+def test_rows_are_longer_than_the_longest_trie_where_that_leaves_less_empty():
+    """Sizes 6, 5, 3, 2: rows of 6 would be three, a ninth of them empty; two rows of 8 hold 6 + 2 and 5 + 3."""
+    forest = Forest([[size] * size for size in (6, 5, 3, 2)])
+    assert forest.tokens.tolist() == [[6] * 6 + [2] * 2, [5] * 5 + [3] * 3]
+    assert forest.padding == 0
+    assert Forest([[1] * 6, [2] * 4]).tokens.shape == (2, 6), "a row of 10 is more than half longer"
+    rows = Forest([[9 + i] * size for i, size in enumerate((32, 30, 3, 3))])
+    assert rows.tokens.shape == (2, 35), "rows end where the fullest one does"
+
+
+def test_small_tries_share_a_row():
+    forest = Forest([[5, 6, 7, 8, 9], [1, 2], [3, 4, 4]])
+    assert forest.tokens.tolist() == [[5, 6, 7, 8, 9], [3, 4, 4, 1, 2]]
+    assert forest.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
+    assert forest.ends.tolist() == [[5] * 5, [3, 3, 3, 5, 5]]
+    paths = [(row, slots.tolist()) for row, slots in forest.paths]
+    assert paths == [(0, [0, 1, 2, 3, 4]), (1, [3, 4]), (1, [0, 1, 2])]
+    assert forest.padding == 0
+
+
+def test_every_sequence_is_found_along_its_path(plain, pairs):
+    sequences = [prompt + reply for prompt, reply, _ in both_sides(pairs, plain, training_of())]
+    forest = Forest(sequences)
+    for sequence, (row, slots) in zip(sequences, forest.paths, strict=True):
+        assert forest.tokens[row, slots].tolist() == sequence
+        assert forest.positions[row, slots].tolist() == list(range(len(sequence)))
+        assert (forest.ends[row, slots] > slots[-1]).all(), "each token is seen by all that come after it"
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(gemma.InputError, match="empty"):
+        Forest([[1], []])
+
+
+def small_parts(monkeypatch, entries):
+    """Let the head hold no more logits than this at a time."""
+    monkeypatch.setattr(gemma, "LOGITS_HELD", {"cpu": entries})
+
+
+@pytest.mark.parametrize("width", [1, 100])
+def test_parts_of_the_vocabulary_change_nothing(monkeypatch, model, width):
+    sequences = ODD_BATCHES["nothing shared"]
+    once = Scored(sequences, "cpu").logps(model)
+    expected = weighted_gradients(model, once)
+    small_parts(monkeypatch, width * sum(sum(mask) for *_, mask in sequences))
+    parted = Scored(sequences, "cpu").logps(model)
+    torch.testing.assert_close(parted, once, rtol=1e-6, atol=1e-5)
+    assert_same_gradients(weighted_gradients(model, parted), expected)
+
+
+class MostLogits(TorchDispatchMode):
+    """The most columns of a matrix with a row for each scored token."""
+
+    def __init__(self, scored):
+        super().__init__()
+        self.scored, self.columns = scored, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(x, torch.Tensor) and x.ndim == 2 and x.shape[0] == self.scored:
+                self.columns = max(self.columns, x.shape[1])
+        return result
+
+
+def test_a_training_step_never_holds_the_logits_of_all_tokens(monkeypatch, model, plain, pairs):
+    monkeypatch.setattr(Gemma, "logits", lambda *_: pytest.fail("the logits of every token"))
+    run = run_of(copy.deepcopy(model), model, plain, training_of())
+    scored = sum(sum(mask) for *_, mask in both_sides(pairs[:6], plain, training_of()))
+    small_parts(monkeypatch, 100 * scored)
+    with MostLogits(scored) as most:
+        act.preference_step(run, pairs[:6], 1.0)
+    assert most.columns == 100 < VOCABULARY

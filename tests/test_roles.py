@@ -1,0 +1,207 @@
+"""What the four helper roles are as text: their prompts, what is read from answers, and the rules that do without."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+from hostile import HOSTILE
+
+import act
+import data
+from data import ANSWER, CLARIFY, ROLES, Pair
+
+ROOT = Path(__file__).parent.parent
+GOLD = [("model", "In which league?"), ("user", "The second."), ("model", "1,234 points")]
+PAIR = Pair(
+    "", [("user", "Who won in 2018?"), ("model", "Ada."), ("user", "How many\npoints?")], CLARIFY, GOLD,
+    [("model", "7")], GOLD, "1,234 points",
+)  # fmt: skip
+SAID = "User: Who won in 2018?\nAssistant: Ada.\nUser: How many\n  points?\n"
+ASKING = "Assistant (asks a clarifying question):"
+
+
+def prompt_of(name, request):
+    """What a model is told by the shipped prompt."""
+    prompts, role = [], ROLES[name]
+    prompt = act.read_prompt(ROOT / "configs/prompts" / role.prompt, role)
+    act.played(lambda texts: prompts.extend(texts) or [None] * len(texts), role, prompt)([request])
+    return prompts[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def test_action_prompt_shows_both_actions_and_ends_with_the_response():
+    prompt = prompt_of("action_model_config", "\nDo you {mean}\nthe league?\n")
+    assert prompt.endswith("\n\nMessage: Do you {mean}\n  the league?\nAction:")
+    assert prompt.count("\nAction: CLARIFY\n") >= 2 and prompt.count("\nAction: ANSWER\n") >= 2
+
+
+def test_intent_prompt_has_the_gold_conversation_without_its_final_answer():
+    prompt = prompt_of("intent_model_config", PAIR)
+    assert prompt.endswith(f"\n\nConversation:\n{SAID}Assistant: In which league?\nUser: The second.\nIntent:")
+    assert "1,234" not in prompt and prompt.count("\nIntent: The user wants to know ") >= 2
+
+
+def test_user_prompt_has_intent_and_conversation_and_asks_for_the_users_line():
+    request = PAIR, [("model", "Which {league}?")], "The user wants\nleague {two}."
+    prompt = prompt_of("user_simulator_config", request)
+    intent = "The user wants\n  league {two}."
+    assert prompt.endswith(f"\n\nIntent: {intent}\nConversation:\n{SAID}Assistant: Which {{league}}?\nUser:")
+    assert f"\nUser: {data.NOTHING_TO_ADD}\n" in prompt and "1,234" not in prompt
+
+
+def test_question_prompt_has_the_examples_and_ends_where_the_question_begins():
+    example = Pair("Leagues:\n\nA, B", [("user", "Who?")], CLARIFY, [("model", "Of\nwhom?"), *GOLD[1:]], [], [], "")
+    prompt = prompt_of("preference_model_config", (PAIR, [example, example]))
+    head = f"{data.INSTRUCTION}\n[context]\n"
+    shown = f"{head}Leagues:\n\nA, B\n[conversation]\nUser: Who?\n{ASKING} Of\n  whom?\n\n"
+    assert prompt.endswith(f"\n\n{shown}{shown}{head}\n[conversation]\n{SAID}{ASKING}") and "1,234" not in prompt
+
+
+def test_every_role_has_a_shipped_prompt_with_its_names_and_no_other():
+    for role in ROLES.values():
+        text = (ROOT / "configs/prompts" / role.prompt).read_text(encoding="utf-8")
+        assert set(re.findall(r"\{(\w+)\}", text)) == set(role.names) == set(re.findall(r"\{([^}]*)\}", text))
+        assert role.stop and all(stop.startswith("\n") and stop.endswith(":") for stop in role.stop)
+    assert data.NOTHING_TO_ADD in (ROOT / "configs/prompts/user.txt").read_text(encoding="utf-8")
+
+
+REQUESTS = {  # role -> (a request whose texts are the given ones, how many texts it takes)
+    "action_model_config": lambda texts: texts[0],
+    "intent_model_config": lambda texts: pair_of(texts),
+    "user_simulator_config": lambda texts: (pair_of(texts), [("model", texts[3])], texts[4]),
+    "preference_model_config": lambda texts: (pair_of(texts), [pair_of(texts[5:])]),
+}
+
+
+def pair_of(texts):
+    gold = [("model", texts[1]), ("user", texts[2]), ("model", "the answer")]
+    return Pair("", [("user", texts[0])], CLARIFY, gold, gold[-1:], gold, "the answer")
+
+
+BREAKS = (
+    "\n", "\n\n", "User: ", "Assistant: ", "\nUser: ", "\nAssistant: ", "\nIntent:", "\nConversation:\n",
+    "\nMessage: ", "\nAction: ANSWER", "[conversation]", "\n[conversation]\n", f"\n{ASKING}", "x", " ", "\\", "\r",
+    "{intent}", "{response}", "\\n", "\\1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_no_message_breaks_out_of_its_place_in_a_prompt(name):
+    """The lines that do not begin with two spaces are those of a prompt whose texts stop at their first line."""
+    rng, cases = random.Random(0), []
+    for row in HOSTILE:
+        texts = [message["content"] for message in row["messages"]]
+        cases.append([texts[i % len(texts)] for i in range(8)])
+    cases += [["".join(rng.choices(BREAKS, k=rng.randrange(6))) for _ in range(8)] for _ in range(2000)]
+    for texts in cases:
+        texts = [text.strip() for text in texts] if name == "action_model_config" else texts
+        firsts = [text.split("\n")[0] for text in texts]
+        long, short = (prompt_of(name, REQUESTS[name](each)).split("\n") for each in (texts, firsts))
+        long, short = ([line.rstrip() for line in each if line[:2] != "  "] for each in (long, short))
+        assert long == short
+
+
+def test_the_texts_of_messages_can_be_read_back_from_what_is_shown():
+    for row in HOSTILE:
+        messages = [(m["role"], m["content"]) for m in row["messages"] if m["role"] != "system"]
+        shown = re.split(r"^(?:User|Assistant): ", data.indented(messages), flags=re.MULTILINE)[1:]
+        assert [text.replace("\n  ", "\n").removesuffix("\n") for text in shown] == [text for _, text in messages]
+
+
+def test_no_rule_knows_the_final_answer():
+    assert data.rule_intents([PAIR]) == ["Assistant: In which league?\nUser: The second."]
+    assert data.rule_intents([Pair("", PAIR.history, ANSWER, GOLD[-1:], GOLD[:1], GOLD[-1:], "1,234 points")]) == [""]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is read from answers
+
+
+@pytest.mark.parametrize(("answer", "action"), [
+    ("CLARIFY", CLARIFY), (" ANSWER\n", ANSWER), ("**CLARIFY**", CLARIFY), ("_ANSWER_", ANSWER), ("clarify.", CLARIFY),
+    ("Answer", ANSWER), ("Action: CLARIFY", CLARIFY), ("Answer: CLARIFY", CLARIFY), ("Answer: clarify", CLARIFY),
+    ("The answer is CLARIFY", CLARIFY), ("ANSWER\n\nMessage: Which?\nAction: CLARIFY", ANSWER),
+    ("No clarification: it answers", ANSWER), ("CLARIFYING", CLARIFY),
+    ("", None), ("yes", None), ("unanswered", None), ("Klären", None), ("?", None),
+])  # fmt: skip
+def test_action_is_read_from(answer, action):
+    assert data.parse_action(answer) == action
+
+
+@pytest.mark.parametrize(("answer", "intent"), [
+    (" The user wants A.", "The user wants A."), ("Intent: The user\nwants A.", "The user wants A."),
+    ("Here is the summary:\n\nThe user wants A.\n\nMore talk.", "The user wants A."),
+    ("The user wants A.\n\nConversation:\nUser: hi\n", "The user wants A."),
+    ("The user wants A.\nUser: hi", "The user wants A."),
+    ("**Intent:** The user wants A: all.", "The user wants A: all."),
+    ("Here it is:", None), ("\n", None), ("Intent:", None),
+])  # fmt: skip
+def test_intent_is_read_from(answer, intent):
+    assert data.parse_intent(answer) == intent
+
+
+@pytest.mark.parametrize(("answer", "reply"), [
+    (" 2019", "2019"), ("\n2019\n", "2019"), ("User: 2019", "2019"), ("User:\n2019", "2019"),
+    ("**User:** 2019", "2019"), ("2019\nAssistant: 42", "2019"), ("2019 Assistant: 42", "2019"),
+    ("2019\nUser: 2020", "2019"), ("-5", "-5"), ("User fees", "User fees"),
+    ("Assistant: Which?", None), ("", None), ("User:", None), (" \n", None),
+])  # fmt: skip
+def test_users_reply_is_read_from(answer, reply):
+    assert data.parse_user(answer) == reply
+
+
+@pytest.mark.parametrize(("answer", "question"), [
+    ("Which year?", "Which year?"), ("Assistant: Which year?", "Which year?"),
+    (f"{ASKING} Which year?", "Which year?"), ("**Assistant:** Which year?\nUser: 2019", "Which year?"),
+    ("Sure, here it is:\n\nAssistant: Which year?", "Which year?"), ("Which year?\nWhich month?", "Which year?"),
+    ("It was 42.", None), ("It was 42.\n\nUser: And then?", None), ("Which year", None), ("", None),
+])  # fmt: skip
+def test_question_is_read_from_and_no_question_mark_is_made_up(answer, question):
+    assert data.parse_question(answer) == question
+
+
+@pytest.mark.parametrize("role", ROLES.values())
+def test_no_answer_breaks_what_reads_it(role):
+    rng, words = random.Random(0), (*BREAKS, "User:", "**", "CLARIFY", "answer", "?", " (asks)", ":", "Which?", "2019")
+    for _ in range(3000):
+        found = role.parse("".join(rng.choices(words, k=rng.randrange(9))))
+        assert found is None or (found.strip() == found and found and "\n" not in found)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules
+
+
+@pytest.mark.parametrize(("asked", "reply"), [
+    ("In which league?", "The second."), ("Which league do you mean?", "The second."), ("league", "The second."),
+    ("In which year?", data.NOTHING_TO_ADD), ("Which?", data.NOTHING_TO_ADD), ("", data.NOTHING_TO_ADD),
+])  # fmt: skip
+def test_user_by_rule_answers_what_shares_the_words_of_the_gold_question(asked, reply):
+    assert data.rule_users([(PAIR, [("model", asked)], None)]) == [reply]
+
+
+def test_user_by_rule_takes_the_gold_question_that_fits_best():
+    gold = [("model", "Which year?"), ("user", "2019"), ("model", "Net or gross revenue?"), ("user", "Net"),
+            ("model", "12")]  # fmt: skip
+    pair = Pair("", [("user", "How much?")], CLARIFY, gold, gold[-1:], gold, "12")
+    asked = ["Net or gross revenue in what year?", "In what year?", "Is it gross or net revenue?", "Revenue of Rome?"]
+    said = [[("model", "x?"), ("user", "y"), ("model", question)] for question in asked]
+    replies = data.rule_users([(pair, each, None) for each in said])
+    assert replies == ["2019", "2019", "Net", data.NOTHING_TO_ADD], "both fit in full: the first one asked in the data"
+    assert data.rule_users([(Pair("", [], ANSWER, gold[-1:], gold[:1], gold[-1:], "12"), said[1], None)]) == [
+        data.NOTHING_TO_ADD
+    ]
+
+
+def test_a_gold_question_of_common_words_alone_fits_any_question():
+    gold = [("model", "Which do you mean?"), ("user", "The red."), ("model", "7")]
+    pair = Pair("", [("user", "How much?")], CLARIFY, gold, gold[-1:], gold, "7")
+    assert data.rule_users([(pair, [("model", "What colour?")], None)]) == ["The red."]
+
+
+def test_question_by_rule_is_that_of_the_first_example():
+    assert data.rule_questions([(PAIR, [PAIR, None]), (PAIR, [])]) == ["In which league?", data.FALLBACK_QUESTION]

@@ -1,0 +1,738 @@
+"""Whole runs of act.py: what they leave, going on bit for bit, ranks, output directories, and what is refused."""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import (
+    ROOT,
+    TINY,
+    assert_same_weights,
+    error_of,
+    metrics_of,
+    pairs_of,
+    rows_of,
+    run,
+    run_config,
+    run_on_ranks,
+    run_program,
+    training_rows,
+    weights_of,
+    write_lines,
+)
+
+import act
+import data
+import gemma
+from act import load_config
+from gemma import Gemma, GemmaConfig, generate
+
+
+@pytest.fixture(scope="module")
+def act_run(world, tmp_path_factory):
+    """`python act.py --config FILE` as a user starts it: (folder, exit status, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("act_run")
+    return folder, *run_program(ROOT / "act.py", "--config", run_config(world, folder))
+
+
+METRICS = {
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "grad_norm", "learning_rate", "tokens", "seconds/rollout", "seconds/train",
+}  # fmt: skip
+PUBLISHED = [
+    "Accuracy", "Weighted F1", "Macro F1", "Binary F1", "Binary Recall", "Binary Precision", "Turn-Level DROP F1",
+    "Trajectory-level DROP F1", "Post-Clarification DROP F1", "Turn-Level Exact Match", "Trajectory-level Exact Match",
+    "Post-Clarification Exact Match", "Questions per Turn", "Turn-Level Turns", "Trajectory-level Turns",
+    "Post-Clarification Turns",
+]  # fmt: skip
+DEFAULTS = act.TrainingConfig()
+OUTCOMES = ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "cut_off", "same_text", "helper_failed")
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_an_act_run_leaves_its_files(act_run):
+    folder, status, stdout, stderr = act_run
+    assert (status, stderr) == (0, ""), stderr
+    out = folder / "out"
+    assert names_in(out) == {"config.json", "metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model"}
+    assert names_in(out / "model") == MODEL_FILES
+    assert load_config(out / "config.json") == load_config(folder / "run.json")
+    assert "step 0 to 2" in stdout and str(out / "model") in stdout and "Trajectory-level Exact Match" in stdout
+
+
+def test_metrics_of_an_act_run(world, act_run):
+    folder, validation = act_run[0], pairs_of(world / "validation.jsonl")
+    before, *steps, after = rows_of(folder / "out" / "metrics.jsonl")
+    assert [row["step"] for row in (before, *steps, after)] == [0, 1, 2, 2]
+    outcomes = {f"act/{outcome}" for outcome in OUTCOMES}
+    assert all(row.keys() == {"step"} | METRICS | outcomes for row in steps)
+    assert all(sum(row[key] for key in outcomes) == 3 for row in steps), "one outcome an example"
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert steps[1]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-3, 5e-4])
+    assert all(f"eval/{name}" in row for name in PUBLISHED for row in (before, after))
+    assert before["eval/Trajectory-level Turns"] == len(validation)
+    assert json.loads((folder / "out" / "eval_metrics.json").read_text()) == {
+        key.removeprefix("eval/"): value for key, value in after.items() if key != "step"
+    }
+
+
+def test_evaluated_samples_hold_messages(world, act_run):
+    samples, validation = rows_of(act_run[0] / "out" / "eval_samples.jsonl"), pairs_of(world / "validation.jsonl")
+    assert [sample["step"] for sample in samples] == [0] * len(validation) + [2] * len(validation)
+    for sample, pair in zip(samples, 2 * validation, strict=True):
+        assert (sample["where"], sample["context"], sample["gold_target"]) == (pair.where, pair.context, pair.target)
+        for key, messages in (("history", pair.history), ("gold", pair.gold)):
+            assert sample[key] == [list(message) for message in messages]
+        roles = [role for role, _ in sample["trajectory"]]
+        assert roles == ["model", "user", "model"][: len(roles)] and len(roles) in (1, 3)
+        assert all(type(text) is str for _, text in sample["trajectory"])
+        if sample["final_answer"] is not None:
+            assert sample["trajectory"][-1] == ["model", sample["final_answer"]]
+
+
+def test_the_saved_model_loads_and_generates(world, act_run, tokenizer):
+    trained = Gemma.from_pretrained(act_run[0] / "out" / "model")
+    start = weights_of(world / "model")
+    assert all((weight - start[name]).abs().max() > 1e-4 for name, weight in trained.named_parameters())
+    assert len(generate(trained, [tokenizer.encode("User: rome.", bos=True)], 3, temperature=0)[0]) == 3
+
+
+def test_training_is_a_function_to_call_from_python(world, act_run, tmp_path):
+    """After load_config, without a command line; and once more in the same process."""
+    config = load_config(run_config(world, tmp_path))
+    try:
+        act.train(config)
+        other = replace(config.training_config, output_dir=str(tmp_path / "again" / "out"))
+        act.train(replace(config, training_config=other))
+    finally:
+        dist.destroy_process_group()
+    assert metrics_of(tmp_path) == metrics_of(tmp_path / "again") == metrics_of(act_run[0])
+    assert_same_weights(tmp_path / "out" / "model", act_run[0] / "out" / "model")
+
+
+def test_overwrite_gives_the_same_run_again(world, act_run, tmp_path):
+    config = run_config(world, tmp_path)
+    (tmp_path / "out" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 9}\n')
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert run("--config", config, "--overwrite") == 0
+    assert metrics_of(tmp_path) == metrics_of(act_run[0])
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine", "what no run writes stays"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks and keys
+
+
+def test_a_dpo_run_samples_nothing(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(act, "on_policy", lambda *_: pytest.fail("sampled on policy"))
+    epoch = {"num_train_epochs": 1.0, "max_steps": -1, "per_device_train_batch_size": 8}
+    assert run("--config", run_config(world, tmp_path, "dpo", evaluated=False, **epoch)) == 0
+    rows, turns = rows_of(tmp_path / "out" / "metrics.jsonl"), len(pairs_of(world / "train.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, math.ceil(turns / 8) + 1))
+    assert all(row.keys() == {"step"} | METRICS for row in rows)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["rewards/margins"] > 0
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_without_simulation_no_user_is_played(world, tmp_path, monkeypatch):
+    """`simulate_user` reaches the sampling: a question where one is called for wins, an answer is judged."""
+    monkeypatch.setattr(act.Helpers, "users_of", lambda *_: lambda *_: pytest.fail("a user was simulated"))
+    options = {"simulate_user": False, "per_device_train_batch_size": 16, "max_new_tokens": 12}
+    assert run("--config", run_config(world, tmp_path, evaluated=False, **options)) == 0
+    rows = training_rows(tmp_path)
+    assert all(sum(row[f"act/{outcome}"] for outcome in OUTCOMES) == 16 and row["act/no_answer"] == 0 for row in rows)
+    assert sum(row["act/good_outcome"] for row in rows) > 0
+
+
+def test_labels_of_the_training_file_can_be_ignored(world, tmp_path, capsys):
+    assert run("--config", run_config(world, tmp_path, evaluated=True, action_labels="classifier", max_steps=1)) == 0
+    said, turns = capsys.readouterr().out, len(pairs_of(world / "train.jsonl"))
+    assert f"{world / 'train.jsonl'}: the action classifier labelled {turns} turns" in said
+    assert "validation.jsonl: the action classifier" not in said
+
+
+def test_a_run_in_the_chat_format(world, tmp_path):
+    config = run_config(world, tmp_path, max_turns=3)
+    assert run("--config", config, "--data_config.prompt_format", "gemma") == 0
+    first, second = training_rows(tmp_path)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and second["loss"] != first["loss"]
+    samples = rows_of(tmp_path / "out" / "eval_samples.jsonl")
+    assert all(sample["trajectory"][0][0] == "model" for sample in samples)
+
+
+def test_line_breaks_that_the_plain_format_folds_are_counted(world, tmp_path, capsys):
+    rows = [
+        {"role": "user", "content": "one\ntwo", "requires_clarification": False},
+        {"role": "model", "content": "get tax"},
+        {"role": "user", "content": "three\n", "requires_clarification": False},
+        {"role": "model", "content": "a\n\nb"},
+    ]
+    lines = write_lines(tmp_path / "lines.jsonl", [{"messages": rows}])
+    config = run_config(world, tmp_path, "sft", evaluated=False, max_steps=1, per_device_train_batch_size=1)
+    for prompt_format, said in (("plain", True), ("gemma", False)):
+        options = ["--data_config.train_path", lines, "--data_config.prompt_format", prompt_format, "--overwrite"]
+        assert run("--config", config, *options) == 0
+        assert ("each message on one line: 2 of 4 have line breaks" in capsys.readouterr().out) == said
+
+
+def test_an_sft_run_lowers_the_loss(world, tmp_path):
+    config = run_config(world, tmp_path, "sft", evaluated=False, max_steps=16, optim="adamw", learning_rate=1e-2)
+    assert run("--config", config) == 0
+    rows = training_rows(tmp_path)
+    assert all(row.keys() == {"step", "loss", "grad_norm", "learning_rate", "tokens"} for row in rows)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+
+
+def test_an_act_run_samples_at_every_nth_step(world, tmp_path):
+    assert run("--config", run_config(world, tmp_path, evaluated=False, max_steps=4, sample_frequency=2)) == 0
+    assert ["act/no_answer" in row for row in training_rows(tmp_path)] == [False, True, False, True]
+
+
+def test_steps_between_are_evaluated_and_logged_as_asked(world, tmp_path):
+    assert run("--config", run_config(world, tmp_path, "dpo", max_steps=5, eval_steps=2, logging_steps=3)) == 0
+    rows = metrics_of(tmp_path)
+    assert [row["step"] for row in rows if "eval/Accuracy" in row] == [0, 2, 4, 5]
+    assert [row["step"] for row in rows if "loss" in row] == [3, 5]
+    assert {sample["step"] for sample in rows_of(tmp_path / "out" / "eval_samples.jsonl")} == {0, 5}
+
+
+def test_gradient_accumulation_and_checkpointing_change_no_result(world, act_run, tmp_path):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "gradient_checkpointing": True}
+    assert run("--config", run_config(world, tmp_path, evaluated=False, **options)) == 0
+    for found, expected in zip(training_rows(tmp_path), training_rows(act_run[0]), strict=True):
+        del found["tokens"], expected["tokens"]
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_a_bfloat16_run_is_close(world, tmp_path):
+    assert run("--config", run_config(world, tmp_path, "dpo", evaluated=False)) == 0
+    changed = ["--training_config.bf16", "true", "--training_config.output_dir", tmp_path / "bf16" / "out"]
+    assert run("--config", tmp_path / "run.json", *changed) == 0
+    for exact, rough in zip(training_rows(tmp_path), training_rows(tmp_path / "bf16"), strict=True):
+        assert rough["logps/chosen"] == pytest.approx(exact["logps/chosen"], rel=0.02)
+        assert rough["logps/chosen"] != exact["logps/chosen"]
+        # RMSprop's first step turns rounding into steps of equal size
+        assert rough["loss"] == pytest.approx(exact["loss"], abs=0.2)
+    assert weights_of(tmp_path / "bf16" / "out" / "model")["norm.weight"].dtype == torch.float32
+
+
+def test_an_evaluation_alone_equals_that_of_the_run(world, act_run, tmp_path, capsys):
+    config = run_config(world, tmp_path, "evaluate")
+    trained = ["--policy_model_config.model_path", act_run[0] / "out" / "model", "--data_config.train_path", ""]
+    assert run("--config", config, *trained) == 0
+    found = json.loads((tmp_path / "out" / "eval_metrics.json").read_text())
+    assert found == json.loads((act_run[0] / "out" / "eval_metrics.json").read_text())
+    assert names_in(tmp_path / "out") == {"config.json", "eval_metrics.json", "eval_samples.jsonl"}
+    last = [row for row in rows_of(act_run[0] / "out" / "eval_samples.jsonl") if row.pop("step") == 2]
+    assert rows_of(tmp_path / "out" / "eval_samples.jsonl") == last
+    shown = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(found) :])
+    assert shown["Accuracy"] == str(round(found["Accuracy"], 4))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of pairs
+
+
+@pytest.fixture(scope="module")
+def generated(world, tmp_path_factory):
+    """The output directory of a run that writes pairs; no model is needed for it."""
+    folder = tmp_path_factory.mktemp("generated")
+    config = run_config(world, folder, "generate_preference")
+    assert run("--config", config, "--policy_model_config.model_path", "") == 0
+    return folder / "out"
+
+
+def test_pairs_are_written_in_three_forms(world, generated):
+    names = {f"{name}{end}" for name in ("train", "validation") for end in (".jsonl", ".vertex.jsonl", ".trl.jsonl")}
+    assert names_in(generated) == {"config.json", *names}
+    for name in ("train", "validation"):
+        pairs = pairs_of(world / f"{name}.jsonl", DEFAULTS.icl_examples, DEFAULTS.seed)
+        records = rows_of(generated / f"{name}.jsonl")
+        assert records == [data.make_record(pair) for pair in pairs]
+        for form in ("vertex", "trl"):
+            rows = rows_of(generated / f"{name}.{form}.jsonl")
+            assert rows == [data.PREFERENCE_FORMS[form](pair) for pair in pairs]
+
+
+@pytest.fixture(scope="module")
+def from_conversations(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("from_conversations")
+    assert run("--config", run_config(world, folder, "dpo")) == 0
+    return metrics_of(folder)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".trl.jsonl"])
+def test_generated_pairs_train_and_evaluate_as_the_conversations_do(
+    world, generated, from_conversations, tmp_path, ending
+):
+    config = run_config(world, tmp_path, "dpo", is_preference=True)
+    train, validation = (generated / f"{name}{ending}" for name in ("train", "validation"))
+    assert run("--config", config, "--data_config.train_path", train, "--data_config.validation_path", validation) == 0
+    assert metrics_of(tmp_path) == from_conversations
+
+
+def test_generated_pairs_in_vertex_form_train_as_their_first_replies_do(world, generated, tmp_path):
+    pairs = pairs_of(world / "train.jsonl", DEFAULTS.icl_examples, DEFAULTS.seed)
+    assert max(len(pair.chosen) for pair in pairs) > 1
+    first = [replace(pair, chosen=pair.chosen[:1], rejected=pair.rejected[:1]) for pair in pairs]
+    data.write_preferences(tmp_path / "first.jsonl", first, "records")
+    files = {"vertex": generated / "train.vertex.jsonl", "first": tmp_path / "first.jsonl"}
+    for name, path in files.items():
+        config = run_config(world, tmp_path / name, "dpo", evaluated=False, is_preference=True)
+        assert run("--config", config, "--data_config.train_path", path) == 0
+    assert metrics_of(tmp_path / "vertex") == metrics_of(tmp_path / "first")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints, and going on
+
+
+def test_old_checkpoints_go(world, tmp_path):
+    config = run_config(world, tmp_path, "sft", evaluated=False, max_steps=4, save_steps=1)
+
+    def steps(*words):
+        assert run("--config", config, *words) == 0
+        return names_in(tmp_path / "out" / "checkpoints")
+
+    assert steps() == {"step-3"}
+    assert steps("--overwrite", "--training_config.save_total_limit", 2) == {"step-2", "step-3"}
+    assert steps("--overwrite", "--training_config.save_total_limit", 0) == {"step-1", "step-2", "step-3"}
+
+
+def kill_in_the_fourth_step():
+    """When step 3 is in the log and step 2 in a checkpoint."""
+    step, calls = act.clip_and_step, []
+
+    def killed(*args):
+        calls.append(1)
+        return step(*args) if len(calls) < 4 else os.kill(os.getpid(), 9)
+
+    act.clip_and_step = killed
+
+
+@pytest.fixture(scope="module")
+def killed_run(world, tmp_path_factory):
+    """(folder of an undisturbed run of 5 steps, folder of one killed in its 4th step)."""
+    folder = tmp_path_factory.mktemp("killed_run")
+    options = {"max_steps": 5, "save_steps": 2, "optim": "adamw", "warmup_steps": 1, "eval_steps": 3}
+    assert run("--config", run_config(world, folder / "whole", **options)) == 0
+    config = run_config(world, folder / "killed", **options)
+    assert run_on_ranks(1, folder, "--config", config, patch=kill_in_the_fourth_step)[0] == [-9]
+    assert names_in(folder / "killed" / "out" / "checkpoints") == {"step-2"}
+    assert [row["step"] for row in metrics_of(folder / "killed")] == [0, 1, 2, 3, 3]
+    return folder / "whole", folder / "killed"
+
+
+def copy_of(folder, tmp_path, new_config=None):
+    """A copy of a run whose config writes to the copy."""
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((folder / "run.json").read_text())
+    config["training_config"]["output_dir"] = str(tmp_path / "copy" / "out")
+    (tmp_path / "copy" / "run.json").write_text(json.dumps({**config, **(new_config or {})}))
+    return tmp_path / "copy"
+
+
+def assert_resumes_exactly(whole, folder):
+    assert run("--config", folder / "run.json", "--resume") == 0
+    assert metrics_of(folder) == metrics_of(whole)
+    assert_same_weights(folder / "out" / "model", whole / "out" / "model")
+    for name in ("eval_metrics.json", "eval_samples.jsonl"):
+        assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    assert [path.name for path in (folder / "out" / "checkpoints").iterdir()] == ["step-4"]
+
+
+def test_a_killed_run_resumes_bit_for_bit(killed_run, tmp_path):
+    whole, killed = killed_run
+    assert_resumes_exactly(whole, copy_of(killed, tmp_path))
+
+
+def test_what_a_killed_run_left_half_written_is_passed_over(killed_run, tmp_path):
+    """Half a checkpoint, and half a line of metrics."""
+    whole, killed = killed_run
+    folder = copy_of(killed, tmp_path)
+    checkpoints = folder / "out" / "checkpoints"
+    shutil.copytree(checkpoints / "step-2", checkpoints / ".step-4.part")
+    (checkpoints / ".step-4.part" / "optimizer.safetensors").write_bytes(b"half")
+    with open(folder / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0.6')
+    assert_resumes_exactly(whole, folder)
+
+
+def test_resume_before_the_first_checkpoint_starts_again(world, act_run, tmp_path):
+    config = run_config(world, tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps(asdict(load_config(config))))
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert run("--config", config, "--resume") == 0
+    assert metrics_of(tmp_path) == metrics_of(act_run[0])
+
+
+def test_a_run_from_before_a_key_existed_had_its_default(world, tmp_path):
+    config = load_config(run_config(world, tmp_path))
+    (tmp_path / "out").mkdir()
+    former = asdict(config)
+    del former["training_config"]["simulate_user"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(former))
+    assert act.resume_from(tmp_path / "out", config) is None, "no checkpoint, and nothing to refuse"
+    changed = replace(config, training_config=replace(config.training_config, simulate_user=False))
+    with pytest.raises(data.InputError, match="simulate_user is False, expected True"):
+        act.resume_from(tmp_path / "out", changed)
+
+
+@pytest.mark.parametrize("key", ["training_config.judge", "data_config.colour", "shape"])
+def test_a_run_with_a_key_that_this_version_lacks_is_not_resumed(killed_run, tmp_path, capsys, key):
+    folder = copy_of(killed_run[1], tmp_path)
+    former = json.loads((folder / "out" / "config.json").read_text())
+    section, _, name = key.rpartition(".")
+    (former[section] if section else former)[name] = "x"
+    (folder / "out" / "config.json").write_text(json.dumps(former))
+    found = error_of(capsys, "--config", folder / "run.json", "--resume")
+    written = folder / "out" / "config.json"
+    assert f"--resume: {written} has {key}, no key of this version, expected --overwrite" in found
+    assert names_in(folder / "out" / "checkpoints") == {"step-2"}
+
+
+def test_resuming_with_what_would_learn_otherwise_is_refused(killed_run, tmp_path, capsys):
+    folder = copy_of(killed_run[1], tmp_path)
+    for key, value, said in (
+        ("training_config.beta", 0.25, "training_config.beta is 0.25, expected 0.5 as in"),
+        ("data_config.prompt_format", "gemma", "data_config.prompt_format is 'gemma', expected 'plain' as in"),
+        ("training_config.gradient_accumulation_steps", 2, "a step is of 6 examples, expected 3 as in"),
+        ("training_config.max_steps", 1, "is beyond the 1 steps of this run"),
+        ("task", "dpo", "task is 'dpo', expected 'act' as in"),
+    ):
+        assert said in error_of(capsys, "--config", folder / "run.json", "--resume", f"--{key}", value)
+    assert [row["step"] for row in metrics_of(folder)] == [0, 1, 2, 3, 3], "untouched"
+
+
+def test_a_finished_run_has_nothing_to_resume(killed_run, act_run, tmp_path, capsys):
+    whole = copy_of(killed_run[0], tmp_path)
+    assert run("--config", whole / "run.json", "--resume") == 0
+    assert "this run is finished, nothing to resume" in capsys.readouterr().out
+    assert metrics_of(whole) == metrics_of(killed_run[0])
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_started_over_by_resume(act_run, tmp_path, capsys):
+    folder = copy_of(act_run[0], tmp_path)
+    said = error_of(capsys, "--config", folder / "run.json", "--resume", "--training_config.max_steps", "9")
+    assert "holds a model but no checkpoint" in said
+    assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
+
+
+def test_an_extended_run_that_was_killed_is_not_taken_for_finished(world, tmp_path, monkeypatch):
+    options = {"max_steps": 3, "save_steps": 1, "lr_scheduler_type": "constant"}
+    config = run_config(world, tmp_path, "sft", evaluated=False, **options)
+    assert run("--config", config) == 0
+    killed = [0]
+
+    def stop(run, step):
+        killed[0] = step
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(act, "save_checkpoint", stop)
+        assert run("--config", config, "--resume", "--training_config.max_steps", "6") == 130
+    assert killed == [3]
+    assert run("--config", config, "--resume", "--training_config.max_steps", "6") == 0
+    assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "out" / "model").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output directories: what a run must not do to what is there
+
+
+def test_a_second_run_needs_a_flag(act_run, capsys):
+    folder = act_run[0]
+    found = error_of(capsys, "--config", folder / "run.json")
+    assert found.startswith(f"act.py: error: {folder / 'out'}: already holds a run, expected --resume")
+
+
+@pytest.mark.parametrize("task", ["evaluate", "generate_preference"])
+def test_evaluation_and_pairs_replace_what_they_left_before(world, tmp_path, task):
+    """Without a flag; files of a split that is no longer written go, others stay."""
+    config = run_config(world, tmp_path, task)
+    assert run("--config", config) == 0
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "config.json":
+            path.write_text("of an earlier run\n")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert run("--config", config) == 0
+    again = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert again.pop("notes.txt") == b"mine" and again == first
+    if task == "generate_preference":
+        assert run("--config", config, "--data_config.validation_path", "") == 0
+        assert not [name for name in names_in(tmp_path / "out") if name.startswith("validation")]
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("task", ["evaluate", "generate_preference"])
+def test_a_directory_with_another_tasks_run_is_refused(act_run, generated, tmp_path, capsys, task, flag):
+    """Even with --overwrite: the run's model and metrics are not this task's to remove."""
+    other = generated.parent if task == "evaluate" else None
+    for i, source in enumerate(filter(None, (act_run[0], other))):
+        (tmp_path / str(i)).mkdir()
+        folder = copy_of(source, tmp_path / str(i))
+        before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+        found = error_of(capsys, "--config", folder / "run.json", "--task", task, *flag)
+        held = "act" if source == act_run[0] else "generate_preference"
+        assert f"{folder / 'out'}: holds a run of task {held!r}, expected another output_dir" in found
+        assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+
+
+def test_files_of_nobodys_run_are_not_replaced(world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval_metrics.json").write_text("mine")
+    found = error_of(capsys, "--config", run_config(world, tmp_path, "evaluate"))
+    assert "holds eval_metrics.json, expected another output_dir for task 'evaluate'" in found
+    assert (tmp_path / "out" / "eval_metrics.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_evaluating_a_runs_own_model_does_not_remove_it(act_run, tmp_path, capsys, flag):
+    """With the config that trained it, which writes to OUT, and OUT/model as the model to evaluate."""
+    folder = copy_of(act_run[0], tmp_path)
+    words = ["--task", "evaluate", "--policy_model_config.model_path", folder / "out" / "model", flag]
+    error_of(capsys, "--config", folder / "run.json", *words)
+    assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
+
+
+@pytest.mark.parametrize(("task", "name", "source"), [
+    ("generate_preference", "train.jsonl", "data_config.train_path"),
+    ("act", "metrics.jsonl", "data_config.validation_path"),
+    ("sft", "model", "policy_model_config.model_path"),
+    ("act", "checkpoints/step-1", "policy_model_config.model_path"),
+])  # fmt: skip
+def test_a_run_does_not_write_over_what_it_reads(world, tmp_path, capsys, task, name, source):
+    config = run_config(world, tmp_path, task)
+    at = tmp_path / "out" / name
+    at.parent.mkdir(parents=True)
+    if source.endswith("model_path"):
+        shutil.copytree(world / "model", at)
+    else:
+        shutil.copyfile(world / "train.jsonl", at)
+    found = error_of(capsys, "--config", config, f"--{source}", at, "--overwrite")
+    assert f"{source} {at}: this run would write over it" in found
+    assert at.exists() and not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_directory_that_holds_a_model_but_no_run_needs_overwrite(world, tmp_path, capsys):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "mine").write_text("kept")
+    for flag in ([], ["--resume"]):
+        assert "already holds model" in error_of(capsys, "--config", run_config(world, tmp_path), *flag)
+    assert (tmp_path / "out" / "model" / "mine").read_text() == "kept"
+
+
+def test_an_output_directory_that_is_a_file_is_refused(world, tmp_path, capsys):
+    config = run_config(world, tmp_path)
+    (tmp_path / "out").write_text("mine")
+    assert str(tmp_path / "out") in error_of(capsys, "--config", config)
+
+
+def test_a_refused_run_leaves_the_output_of_a_former_one(world, act_run, tmp_path, capsys):
+    """Its model must not be removed before the new run has read all that it needs."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    folder = copy_of(act_run[0], tmp_path, {"policy_model_config": {"model_path": str(tmp_path / "model")}})
+    error_of(capsys, "--config", folder / "run.json", "--overwrite")
+    assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
+
+
+def test_a_run_that_could_not_start_does_not_claim_its_output_directory(world, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    config = run_config(world, tmp_path, evaluated=False)
+    error_of(capsys, "--config", config, "--policy_model_config.model_path", tmp_path / "model")
+    assert run("--config", config) == 0
+
+
+def test_removing_a_link_keeps_what_it_points_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    gemma.remove_tree(tmp_path / "link")
+    assert not (tmp_path / "link").exists() and (tmp_path / "there" / "file").read_text() == "kept"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the user got wrong: status 2 and one line
+
+
+def test_a_typo_is_one_line_and_status_2(world, tmp_path):
+    config = run_config(world, tmp_path, learning_rat=1)
+    status, stdout, stderr = run_program(ROOT / "act.py", "--config", config)
+    assert (status, stdout) == (2, "")
+    nearest = "unknown key, the nearest known one is training_config.learning_rate"
+    assert stderr == f"act.py: error: {config}: training_config.learning_rat: {nearest}\n"
+
+
+def test_a_missing_model_is_named(world, tmp_path, capsys):
+    missing = tmp_path / "nothing"
+    found = error_of(capsys, "--config", run_config(world, tmp_path), "--policy_model_config.model_path", missing)
+    assert str(missing) in found
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_missing_file_of_the_model_is_named(world, tmp_path, capsys, missing):
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    config = run_config(world, tmp_path)
+    for task in ("act", "evaluate"):
+        words = ["--task", task, "--policy_model_config.model_path", tmp_path / "model", "--overwrite"]
+        assert str(tmp_path / "model" / missing) in error_of(capsys, "--config", config, *words)
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ('{"messages": [', "invalid JSON"), ('{"turns": []}', "neither messages nor contents"),
+    ("[]", "expected an object"), ("\xff", "not UTF-8"),
+])  # fmt: skip
+def test_a_broken_line_of_data_is_named(world, tmp_path, capsys, line, said):
+    good = (world / "train.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (tmp_path / "bad.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin-1"))
+    config = run_config(world, tmp_path)
+    error = error_of(capsys, "--config", config, "--data_config.train_path", tmp_path / "bad.jsonl")
+    assert f"{tmp_path / 'bad.jsonl'}:2: " in error and said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_empty_data_are_named(world, tmp_path, capsys):
+    config, missing = run_config(world, tmp_path), tmp_path / "none"
+    assert f"{missing}: cannot be read" in error_of(capsys, "--config", config, "--data_config.train_path", missing)
+    nobody = write_lines(tmp_path / "open.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    found = error_of(capsys, "--config", config, "--data_config.train_path", nobody)
+    assert found == f"act.py: error: {nobody}: holds no turn with a complete answer\n"
+    found = error_of(capsys, "--config", tmp_path / "none.json")
+    assert found.startswith(f"act.py: error: {tmp_path / 'none.json'}: cannot be read")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(world, tmp_path, capsys):
+    config = GemmaConfig.from_json(world / "model" / "config.json")
+    Gemma(replace(config, vocab_size=300)).save_pretrained(tmp_path / "model")
+    shutil.copyfile(TINY / "tokenizer.model", tmp_path / "model" / "tokenizer.model")
+    words = ["--policy_model_config.model_path", tmp_path / "model"]
+    assert "vocab_size 300" in error_of(capsys, "--config", run_config(world, tmp_path), *words)
+
+
+def test_ranks_that_cannot_be_split_into_copies_are_refused(world, tmp_path, capsys):
+    error = error_of(capsys, "--config", run_config(world, tmp_path, dp_replicate_size=2))
+    assert "dp_replicate_size is 2, expected a divisor of the number of processes, 1" in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+FIVE_STEPS = {
+    "max_steps": 5, "eval_steps": 3, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "save_steps": 2,
+    "save_total_limit": 0,
+}  # fmt: skip
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture(scope="module")
+def one_rank_run(world, tmp_path_factory):
+    """The folder of a run of 5 steps of 4 examples, sampled on policy."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    assert run("--config", run_config(world, folder, per_device_train_batch_size=4, **FIVE_STEPS)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_rank_run(world, tmp_path_factory):
+    """The same on two ranks, by torchrun."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    config = run_config(world, folder, per_device_train_batch_size=2, **FIVE_STEPS)
+    status, _, stderr = run_program(*TORCHRUN, 2, ROOT / "act.py", "--config", config)
+    assert status == 0, stderr
+    return folder
+
+
+def assert_same_rows(rows, expected):
+    """The same global batches: losses, sampled trajectories and evaluations."""
+    for row, wanted in zip(rows, expected, strict=True):
+        for key in wanted:
+            if key.startswith("act/"):
+                assert row[key] == wanted[key]
+        row.pop("tokens", None), wanted.pop("tokens", None)  # ranks share no prefixes
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    happened = {key for row in rows for key, value in row.items() if key.startswith("act/") and value}
+    assert len(happened) > 1, "more than one outcome"
+
+
+def assert_nearly_same_weights(found, wanted):
+    found, wanted = weights_of(found), weights_of(wanted)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)
+
+
+def assert_as_one_rank(folder, one):
+    assert [row["step"] for row in metrics_of(folder)] == [0, 1, 2, 3, 3, 4, 5, 5]
+    assert_same_rows(metrics_of(folder), metrics_of(one))
+    for name in ("eval_samples.jsonl", "eval_metrics.json"):
+        assert (folder / "out" / name).read_bytes() == (one / "out" / name).read_bytes()
+    assert_nearly_same_weights(folder / "out" / "model", one / "out" / "model")
+
+
+def test_two_ranks_match_one(world, one_rank_run, two_rank_run):
+    assert len(pairs_of(world / "validation.jsonl")) % 2 == 1, "unequal work"
+    assert_as_one_rank(two_rank_run, one_rank_run)
+
+
+@pytest.mark.parametrize("ranks", [2, 4], ids=["replicated", "two-by-two"])
+def test_ranks_with_copies_match_one(world, one_rank_run, tmp_path, ranks):
+    """The first two of the five steps."""
+    options = {"per_device_train_batch_size": 4 // ranks, "dp_replicate_size": 2, **FIVE_STEPS, "max_steps": 2}
+    config = run_config(world, tmp_path, evaluated=False, **options)
+    statuses, said = run_on_ranks(ranks, tmp_path, "--config", config)
+    assert statuses == [0] * ranks, said
+    assert said.count("The model is in") == 1, "one rank speaks"
+    assert_same_rows(metrics_of(tmp_path), training_rows(one_rank_run)[:2])
+    assert_nearly_same_weights(tmp_path / "out" / "model", one_rank_run / "out" / "checkpoints" / "step-2")
+
+
+def test_the_checkpoint_of_two_ranks_goes_on_as_one(world, one_rank_run, two_rank_run, tmp_path):
+    """Its optimiser's state was gathered when it was written, and is read again by whoever holds which rows."""
+    folder = copy_of(two_rank_run, tmp_path)
+    gemma.remove_tree(folder / "out" / "model")  # as if killed after step 4
+    assert run("--config", folder / "run.json", "--resume", "--training_config.per_device_train_batch_size", 4) == 0
+    assert_as_one_rank(folder, one_rank_run)
+
+
+def test_an_unforeseen_error_of_one_rank_is_shown_and_ends_all(tmp_path):
+    """While the other waits for it in a collective, and process groups could only be ended by both (as NCCL's)."""
+    (tmp_path / "fails.py").write_text("""
+import torch, act
+def task(config, overwrite, resume):
+    act.start_processes()
+    if act.dist.get_rank():
+        raise RuntimeError("nobody foresaw this")
+    act.dist.all_reduce(torch.ones(1))
+    act.time.sleep(600)
+act.TASKS["evaluate"] = task
+act.dist.destroy_process_group = lambda: act.time.sleep(600)
+act.run_as_program()
+""")
+    words = ["--config", ROOT / "configs" / "tiny.json", "--task", "evaluate"]
+    status, _, errors = run_program(*TORCHRUN, 2, tmp_path / "fails.py", *words)
+    assert status and "RuntimeError: nobody foresaw this" in errors
