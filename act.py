@@ -9,7 +9,7 @@
 
 Reading order: data.py to the end of Algorithm 1, this file to the end of `train`, gemma.py to the
 end of the decoder. That is the method. What comes after it here are rooms to enter when you change
-what stands in them: text to tokens, evaluation, configuration, processes, models, runs and
+what stands in them: sampling, evaluation, configuration, processes, models, runs and
 checkpoints, helper models, command line.
 
 Where we depart from the paper's Algorithm 2 and from the published research code, and why
@@ -63,7 +63,7 @@ from torch.distributed.tensor import DTensor
 import data
 import gemma
 from data import ANSWER, CLARIFY, HEURISTICS, ROLES, InputError, read_json, write_json
-from gemma import Forest, Gemma, GemmaConfig, KVCache, Tokenizer, generate
+from gemma import Forest, Gemma, GemmaConfig, KVCache, Template, Tokenizer, generate
 
 # --------------------------------------------------------------------------------------------------
 # Algorithm 2: on-policy pairs
@@ -405,96 +405,8 @@ def is_total(key):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text to tokens
-# A prompt format turns messages into tokens; the sampler is the policy's voice in a conversation.
-
-
-class Template:
-    """Text to tokens, message by message, so that dialogues that begin alike begin with the same tokens.
-
-    plain:  <bos>instruction / [context] / context / [conversation] / User: text / Assistant: text, a line each
-    gemma:  <bos><start_of_turn>user / context, blank line, text<end_of_turn> / <start_of_turn>model / text<end_of_turn>
-            token for token what transformers' apply_chat_template gives, white space around a text taken off
-    """
-
-    def __init__(self, tokenizer, prompt_format):
-        self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
-        self.newline = self.encode("\n")
-        if tokenizer.bos_id is None or not self.newline:
-            raise InputError(f"{tokenizer.path}: a prompt needs <bos> and newlines, this vocabulary lacks one of them")
-        if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
-            raise InputError(
-                f"{tokenizer.path}: no pieces '<start_of_turn>' and '<end_of_turn>', which prompt_format 'gemma' needs"
-            )
-        self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
-        self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
-        self.stop_ids = {self.end[-1], tokenizer.eos_id}
-        if self.plain:  # a message is one line; large vocabularies have pieces of several newlines, too
-            self.stop_ids |= {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
-
-    def turn(self, role):
-        return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
-
-    def message(self, role, text):
-        """[(tokens, whether the assistant wrote them), ...] of one message, all its markers included."""
-        text = data.fold(text) if self.plain else text.strip()
-        if self.plain and role == "user":
-            return [(self.encode("User: " + text) + self.newline, False)]
-        if self.plain:
-            return [(self.opening, False), (self.encode(" " + text), True), (self.end, True)]
-        if role == "user":
-            return [(self.turn("user") + self.encode(text) + self.end + self.newline, False)]
-        return [(self.opening, False), (self.encode(text), True), (self.end, True), (self.newline, False)]
-
-    def prompt(self, pair, max_length):
-        """Tokens that ask for the assistant's next message, at most `max_length` where the last user turn allows it.
-
-        A longer prompt loses its oldest turns first, then the head of its context, never the last user turn. The head
-        goes in steps of an eighth of max_length, so that most turns of a dialogue still begin with the same tokens.
-        """
-        turns = [[token for tokens, _ in self.message(*message) for token in tokens] for message in pair.history]
-        if self.plain:
-            before = [self.tokenizer.bos_id, *self.encode(f"{pair.instruction}\n[context]\n")]
-            head, context, after = [], self.encode(pair.context), self.encode("\n[conversation]\n")
-        else:  # no system role: the context stands at the head of the first user turn, one text with its header
-            before, after = [self.tokenizer.bos_id], []
-            head = self.encode("user\n") if pair.context else []
-            context = self.encode(f"user\n{pair.context}\n\n") if pair.context else []
-        room = max_length - len(before) - len(after) - len(self.opening) + len(head)  # the first turn has it too
-        users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
-        kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
-        while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
-            kept = next(i for i in users if i > kept)
-        turns = turns[kept:]
-        excess, step = len(context) + sum(map(len, turns)) - room, max(1, max_length // 8)
-        if excess > 0:
-            context = head + context[len(head) + math.ceil(excess / step) * step :]
-        if not self.plain and context:
-            start = self.turn("user")
-            turns[0], context = start[:1] + context + turns[0][len(start) :], []
-        return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
-
-    def reply(self, messages, ended=True):
-        """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote the token.
-
-        ended: whether the assistant closed its last message, so that an end token is there to be scored.
-        """
-        pieces = [piece for message in messages for piece in self.message(*message)][1:]  # the prompt has the opening
-        while pieces and not pieces[-1][1]:  # nothing after the last reply
-            pieces.pop()
-        if not ended:
-            pieces.pop()
-        tokens = [token for tokens, _ in pieces for token in tokens]
-        return tokens, [int(written) for tokens, written in pieces for _ in tokens]
-
-    def following(self, messages):
-        """All tokens of messages that follow `prompt`, up to the opening of the assistant's next."""
-        pieces = [piece for message in messages for piece in self.message(*message)][1:]
-        return [token for tokens, _ in pieces for token in tokens] + self.opening
-
-    def text(self, tokens):
-        """A response as a message's text."""
-        return self.tokenizer.decode(tokens).strip()
+# Sampling
+# The policy's voice in a conversation.
 
 
 class Sampler:
@@ -1768,7 +1680,7 @@ class AnswerCache:
                     table = "answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
                     self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
                 return self.connection.execute(statement, values).fetchone()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, MemoryError) as error:  # execution_match bounds the memory of all sqlite
                 raise HelperError(f"{self.path}: not usable as the cache of helper models ({error})") from None
 
 

@@ -15,6 +15,7 @@ V vocab_size, P tokens that are scored.
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, read_json, write_json
+from data import InputError, fold, read_json, write_json
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
@@ -693,7 +693,7 @@ def save_model(model, directory, max_shard_bytes):
 def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_000_000):
     """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than one shard may be.
 
-    Sharded tensors are collected one at a time on rank 0, the writer (directory not None), which holds a shard at most.
+    Sharded tensors are gathered one at a time; rank 0, the writer (directory not None), holds a file's worth at most.
     """
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     shards = [[]]
@@ -707,7 +707,8 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
     for file, shard in zip(files, shards, strict=True):
         whole = {}
         for name in shard:
-            tensor = collected(tensors[name].detach())
+            tensor = tensors[name].detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if directory:
                 whole[prefix + name] = tensor.cpu().contiguous()
         if directory:
@@ -719,28 +720,6 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
         write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
-def collected(tensor):
-    """The whole of a sharded tensor on rank 0. The others send their rows, hold no more than these, and get None."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    [dim] = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
-    group = tensor.device_mesh.get_group(dim)
-    part, ranks = tensor.to_local().contiguous(), dist.get_process_group_ranks(group)
-    if len(ranks) == 1:
-        return part
-    if dist.get_rank():
-        if ranks[0] == 0 and len(part):  # not in a copy of the sharded model
-            dist.send(part, dst=0, group=group)
-        return None
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=part.device)
-    for rank, rows in zip(ranks, whole.chunk(len(ranks)), strict=False):  # a short tensor leaves the last ranks none
-        if rank:
-            dist.recv(rows, src=rank, group=group)
-        else:
-            rows.copy_(part)
-    return whole
-
-
 def remove_tree(path):
     """Remove a directory or file, if it is there; of a link only the link."""
     if path.is_symlink() or path.is_file():
@@ -750,8 +729,8 @@ def remove_tree(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-# SentencePiece, with Gemma's control tokens.
+# Tokenizer and prompt formats
+# SentencePiece with Gemma's control tokens; messages to tokens, as "plain" text or in the chat template.
 
 
 class Tokenizer:
@@ -794,6 +773,92 @@ def check_vocabulary(tokenizer, model):
     if len(tokenizer) > model.config.vocab_size:
         limit = f"at most the model's vocab_size {model.config.vocab_size}"
         raise InputError(f"{tokenizer.path}: {len(tokenizer)} pieces, expected {limit}")
+
+
+class Template:
+    """Text to tokens, message by message, so that dialogues that begin alike begin with the same tokens.
+
+    plain:  <bos>instruction / [context] / context / [conversation] / User: text / Assistant: text, a line each
+    gemma:  <bos><start_of_turn>user / context, blank line, text<end_of_turn> / <start_of_turn>model / text<end_of_turn>
+            token for token what transformers' apply_chat_template gives, white space around a text taken off
+    """
+
+    def __init__(self, tokenizer, prompt_format):
+        self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
+        self.newline = self.encode("\n")
+        if tokenizer.bos_id is None or not self.newline:
+            raise InputError(f"{tokenizer.path}: a prompt needs <bos> and newlines, this vocabulary lacks one of them")
+        if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
+            raise InputError(f"{tokenizer.path}: no pieces <start_of_turn> and <end_of_turn>, which 'gemma' needs")
+        self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
+        self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
+        self.stop_ids = {self.end[-1], tokenizer.eos_id}
+        if self.plain:  # a message is one line; large vocabularies have pieces of several newlines, too
+            self.stop_ids |= {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
+
+    def turn(self, role):
+        return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
+
+    def message(self, role, text):
+        """[(tokens, whether the assistant wrote them), ...] of one message, all its markers included."""
+        text = fold(text) if self.plain else text.strip()
+        if self.plain and role == "user":
+            return [(self.encode("User: " + text) + self.newline, False)]
+        if self.plain:
+            return [(self.opening, False), (self.encode(" " + text), True), (self.end, True)]
+        if role == "user":
+            return [(self.turn("user") + self.encode(text) + self.end + self.newline, False)]
+        return [(self.opening, False), (self.encode(text), True), (self.end, True), (self.newline, False)]
+
+    def prompt(self, pair, max_length):
+        """Tokens that ask for the assistant's next message, at most `max_length` where the last user turn allows it.
+
+        A longer prompt loses its oldest turns first, then the head of its context, never the last user turn. The head
+        goes in steps of an eighth of max_length, so that most turns of a dialogue still begin with the same tokens.
+        """
+        turns = [[token for tokens, _ in self.message(*message) for token in tokens] for message in pair.history]
+        if self.plain:
+            before = [self.tokenizer.bos_id, *self.encode(f"{pair.instruction}\n[context]\n")]
+            head, context, after = [], self.encode(pair.context), self.encode("\n[conversation]\n")
+        else:  # no system role: the context stands at the head of the first user turn, one text with its header
+            before, after = [self.tokenizer.bos_id], []
+            head = self.encode("user\n") if pair.context else []
+            context = self.encode(f"user\n{pair.context}\n\n") if pair.context else []
+        room = max_length - len(before) - len(after) - len(self.opening) + len(head)  # the first turn has it too
+        users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
+        kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
+        while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
+            kept = next(i for i in users if i > kept)
+        turns = turns[kept:]
+        excess, step = len(context) + sum(map(len, turns)) - room, max(1, max_length // 8)
+        if excess > 0:
+            context = head + context[len(head) + math.ceil(excess / step) * step :]
+        if not self.plain and context:
+            start = self.turn("user")
+            turns[0], context = start[:1] + context + turns[0][len(start) :], []
+        return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
+
+    def reply(self, messages, ended=True):
+        """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote the token.
+
+        ended: whether the assistant closed its last message, so that an end token is there to be scored.
+        """
+        pieces = [piece for message in messages for piece in self.message(*message)][1:]  # the prompt has the opening
+        while pieces and not pieces[-1][1]:  # nothing after the last reply
+            pieces.pop()
+        if not ended:
+            pieces.pop()
+        tokens = [token for tokens, _ in pieces for token in tokens]
+        return tokens, [int(written) for tokens, written in pieces for _ in tokens]
+
+    def following(self, messages):
+        """All tokens of messages that follow `prompt`, up to the opening of the assistant's next."""
+        pieces = [piece for message in messages for piece in self.message(*message)][1:]
+        return [token for tokens, _ in pieces for token in tokens] + self.opening
+
+    def text(self, tokens):
+        """A response as a message's text."""
+        return self.tokenizer.decode(tokens).strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

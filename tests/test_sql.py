@@ -261,8 +261,8 @@ def test_hostile_predictions_leave_sqlite_as_it_was(tmp_path, monkeypatch):
             assert execution_match(query, "SELECT name FROM items", SHOP) == WRONG
             assert execution_match("SELECT count(*) FROM items", "SELECT 4", SHOP) == SAME_ROWS
         assert other.execute("PRAGMA hard_heap_limit").fetchone() == limit and not list(tmp_path.iterdir())
-        other.execute("CREATE TABLE t AS SELECT hex(randomblob(1000000)) a")  # no limit of ours, no authorizer
-        assert other.execute("SELECT length(a) FROM t").fetchone() == (2_000_000,)
+        other.execute("CREATE TABLE t AS SELECT hex(randomblob(200000)) a")  # no limit of ours, no authorizer
+        assert other.execute("SELECT length(a) FROM t").fetchone() == (400_000,)
 
 
 # -------------------------------------------------------------------------------------------------------------- Spider
