@@ -151,7 +151,10 @@ def in_lockstep(conversations, answers):
 
 
 def on_policy(run, pairs, step, positions):
-    """Algorithm 2 for a batch: its new pairs, and how many had which outcome."""
+    """Algorithm 2 for a batch: its new pairs, how many had which outcome, and what was sampled.
+
+    Samples are (pair before, trajectory, pair after, outcome), one for each example.
+    """
     training, helpers = run.config.training_config, run.helpers
     rules = run.config.data_config.tolerance, training.max_turns, training.simulate_user
     noise = noise_generators(training.seed, step, positions)
@@ -160,11 +163,12 @@ def on_policy(run, pairs, step, positions):
     before = Counter(HELPER_COUNTS)
     results = together(lambda: in_lockstep([act_pair(pair, *rules) for pair in pairs], answers))
     results = [result or (pair, HELPER_FAILED) for pair, result in zip(pairs, results, strict=True)]
+    samples = [(pair, policy.trajectories[i], *results[i]) for i, pair in enumerate(pairs)]
     outcomes = Counter(outcome for _, outcome in results)
     counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
     if helpers.cost:
         counts |= {f"helpers/{key}": HELPER_COUNTS[key] - before[key] for key in COUNTED}
-    return [pair for pair, _ in results], counts
+    return [new for new, _ in results], counts, samples
 
 
 def noise_generators(seed, step, positions):
@@ -360,7 +364,8 @@ def train(config, overwrite=False, resume=False):
             # on-policy pairs (Algorithm 2)
             n = training.sample_frequency
             if config.task == "act" and n and (step + 1) % n == 0:
-                batch, counts = on_policy(run, batch, step, positions)
+                batch, counts, samples = on_policy(run, batch, step, positions)
+                log.rollouts(step + 1, samples)
                 sums.update(counts)
             rolled = time.perf_counter()
 
@@ -501,12 +506,14 @@ class Sampler:
         self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
         self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
         self.cache, self.rows, self.generators = KVCache(), [], generators
+        self.trajectories = {}  # row -> the list that its conversation goes on filling
 
     def __call__(self, rows, trajectories):
         """[(the policy's next message, whether it came to its end)] in each of these rows."""
         if self.rows:
             self.cache.keep([self.rows.index(row) for row in rows])
         self.rows = rows
+        self.trajectories.update(zip(rows, trajectories, strict=True))
         prompts = [
             self.prompts[row] + (self.template.following(said) if said else [])
             for row, said in zip(rows, trajectories, strict=True)
@@ -574,7 +581,8 @@ def sample_of(pair, turn, heuristic):
     inferred_action is None where a helper failed (turn is None): it is then counted, but left out of all means.
     """
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
-    exact, f1 = compare(turn["trajectory"][0][1], pair.gold[0][1]) if turn else (0.0, 0.0)
+    first = (turn["trajectory"][0][1], pair.gold[0][1], pair.context) if turn else None
+    exact, f1 = data.score_of(compare, *first) if turn else (0.0, 0.0)
     source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
     source |= {"target_action": pair.action, "gold_target": pair.target, "gold_questions": len(pair.gold) // 2}
     return {**source, **(turn or FAILED_TURN), "turn_exact_match": float(exact), "turn_f1": float(f1)}
@@ -643,10 +651,11 @@ def changed_conversations(before, after, count=2):
 
 
 class Log:
-    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), and what is said at the end."""
+    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), rollouts.jsonl, report.html."""
 
     def __init__(self, config, start):
-        self.folder, self.first, self.last = Path(config.training_config.output_dir), None, None
+        self.config, self.folder = config, Path(config.training_config.output_dir)
+        self.first, self.last = None, None
         rows = on_main(lambda: whole_rows(self.folder / "metrics.jsonl"))
         self.evaluated = {row["step"] for row in rows if "eval/Accuracy" in row}
         samples = on_main(lambda: whole_rows(self.folder / "eval_samples.jsonl")) if start else []
@@ -654,10 +663,27 @@ class Log:
         if samples:  # resumed: the evaluation before training is on disk
             self.first = summarize(samples), samples
 
-    def step(self, step, metrics):
+    def append(self, name, rows):
         if is_main():
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def step(self, step, metrics):
+        self.append("metrics.jsonl", [{"step": step, **metrics}])
+
+    def rollouts(self, step, samples):
+        """What the policy said in a step, example by example; `score`: of an answer that was judged by a formula."""
+        compare, rows = HEURISTICS.get(self.config.data_config.heuristic), []
+        for pair, said, new, outcome in samples:
+            won_by_asking = not self.config.training_config.simulate_user and pair.action == CLARIFY
+            judged = compare and (outcome == BAD_OUTCOME or outcome == GOOD_OUTCOME and not won_by_asking)
+            replaced = {id(new.chosen): "chosen", id(new.rejected): "rejected"}.get(id(said))
+            row = {key: getattr(pair, key) for key in ("where", "context", "history", "action", "target")}
+            row |= {"trajectory": said, "outcome": outcome, "replaced": replaced}
+            rows.append({"step": step, **row, "score": None})
+            if judged:
+                rows[-1]["score"] = data.score_of(compare, said[-1][1], pair.target, pair.context)[1]
+        self.append("rollouts.jsonl", all_gathered(rows))
 
     def evaluation(self, step, metrics, samples):
         self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
@@ -670,13 +696,40 @@ class Log:
         if self.last and self.first is not self.last:
             print0("\n" + comparison(self.first[0], self.last[0]))
             print0(changed_conversations(self.first[1], self.last[1]))
-        print0(f"\nThe model is in {self.folder / 'model'}, its metrics in {self.folder / 'metrics.jsonl'}")
+        write_report(self.folder)
+        print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {self.folder / 'report.html'}")
 
 
 def write_evaluation(folder, metrics, samples):
     if is_main():
         write_json(folder / "eval_metrics.json", metrics)
         data.write_jsonl(folder / "eval_samples.jsonl", samples)
+    write_report(folder)
+
+
+def write_report(folder):
+    """report.html: the template with what the folder's files hold as JSON in it, each long text once."""
+    template = HERE / "configs" / "report.html"
+    if not is_main() or not template.exists():
+        return
+    texts, held = {}, {}
+
+    def shared(row):
+        long = [key for key in ("context", "history", "gold") if key in row]
+        return row | {key: texts.setdefault(json.dumps(row[key]), len(texts)) for key in long}
+
+    def read(text):
+        return json.loads(text, object_hook=shared, parse_constant=lambda _: None)
+
+    for name in ("config.json", "eval_metrics.json", "metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl"):
+        path = folder / name
+        if path.exists():
+            text = path.read_text(encoding="utf-8")  # of lines, a killed run leaves half a one
+            held[path.stem] = read(text) if path.suffix == ".json" else [read(line) for line in text.split("\n")[:-1]]
+    held = json.dumps(held | {"texts": [json.loads(text) for text in texts]})  # in ASCII, U+2028 is \u2028
+    held = re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", held)
+    before, at, after = template.read_text(encoding="utf-8").partition('<script type="application/json" id="data">')
+    data.write_text(folder / "report.html", [before, at, held, after.removeprefix("null")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1194,10 +1247,11 @@ def checkpoints(output_dir):
 
 
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
-TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "model", "checkpoints")
+TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl", "report.html", "model",
+                  "checkpoints")  # fmt: skip
 WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
     **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
-    "evaluate": ("eval_metrics.json", "eval_samples.jsonl"),
+    "evaluate": ("eval_metrics.json", "eval_samples.jsonl", "report.html"),
     "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
 }
 MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, on how many devices; not what is learnt
@@ -1260,8 +1314,9 @@ def start_output(config, checkpoint=None):
     if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
         gemma.remove_tree(output / "model")
         step = int(checkpoint.name[5:])
-        for name in ("metrics.jsonl", "eval_samples.jsonl"):
-            data.write_jsonl(output / name, [row for row in whole_rows(output / name) if row["step"] <= step])
+        for path in (output / "metrics.jsonl", output / "eval_samples.jsonl", output / "rollouts.jsonl"):
+            if path.exists():
+                data.write_jsonl(path, [row for row in whole_rows(path) if row["step"] <= step])
     else:
         for name in WRITES[config.task]:
             gemma.remove_tree(output / name)
@@ -1314,7 +1369,8 @@ class Helpers:
             ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
             if heuristic == "judge":
                 return [None if right is None else (right, right) for right in self.judge_answers(ends)]
-            return [HEURISTICS[heuristic](answer, pair.target) for pair, answer in ends]
+            compare = HEURISTICS[heuristic]
+            return [data.score_of(compare, answer, pair.target, pair.context) for pair, answer in ends]
 
         classify = self.classify_actions
         return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}

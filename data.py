@@ -6,13 +6,14 @@ The method, in reading order:
     Algorithm 1       `ACTDataset`: every user turn of a conversation becomes a pair (arXiv 2406.00222)
 Rooms to enter when you change what stands in them:
     Files of pairs    records of the published code, Vertex AI's and TRL's preference lines <-> pairs
-    Metrics           DROP F1, CoQA F1, exact match, and how often the right action was taken
+    Metrics           DROP F1, CoQA F1, exact match, rows of SQL queries, and how often the right action was taken
     Helper roles      what a helper model is told, how its answer is read, and the rules that do without one
     Converters        published datasets -> Vertex JSONL
     JSON              an address in every error, files renamed into place
 
     python data.py pacific IN.json OUT.jsonl
     python data.py abg_coqa IN.json OUT.jsonl
+    python data.py spider IN.json DATABASES OUT.jsonl
     python data.py vertex_preferences IN.jsonl OUT.jsonl
     python data.py trl_preferences IN.jsonl OUT.jsonl
 """
@@ -23,12 +24,16 @@ import math
 import os
 import random
 import re
+import sqlite3
 import string
 import sys
+import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -494,7 +499,8 @@ def write_preferences(path, pairs, form):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics
-# How an answer is scored and how actions are compared; a new heuristic goes into HEURISTICS.
+# How an answer is scored and how actions are compared. A new heuristic is a row of HEURISTICS and a function of the
+# predicted answer, the gold one and the pair's context; it returns (exact match, score), or the score alone.
 
 NOT_IN_NUMBERS = str.maketrans("", "", "'\"\\$€£¥%(),[]")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -538,7 +544,7 @@ def drop_words(text):
     return words
 
 
-def drop_f1(predicted, gold):
+def drop_f1(predicted, gold, context=""):
     """(exact match, F1) of two texts, as PACIFIC's and TAT-QA's scorer counts them: sets of words, two decimals.
 
     Rules: github dengyang17/PACIFIC, tatqa_metric.py, get_metrics.
@@ -551,7 +557,7 @@ def drop_f1(predicted, gold):
     return float(said == wanted), float(np.round(f1, 2))
 
 
-def coqa_f1(predicted, gold):
+def coqa_f1(predicted, gold, context=""):
     """(exact match, F1) of two texts as CoQA counts them: repeated words count."""
     said, wanted = (ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split() for text in (predicted, gold))
     common = sum((Counter(said) & Counter(wanted)).values())
@@ -561,13 +567,105 @@ def coqa_f1(predicted, gold):
     return float(said == wanted), 2 * precision * recall / (precision + recall)
 
 
-def exact_match(predicted, gold):
+def exact_match(predicted, gold, context=""):
     """(1.0, 1.0) where the texts are equal but for case and spacing, else (0.0, 0.0)."""
     same = float(predicted.casefold().split() == gold.casefold().split())
     return same, same
 
 
-HEURISTICS = {"drop_f1": drop_f1, "coqa_f1": coqa_f1, "exact_match": exact_match}
+SQL_KINDS = sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE
+SQL_FUNCTIONS = set("""abs avg ceil ceiling coalesce concat count cume_dist date datetime dense_rank exp first_value
+    floor glob group_concat ifnull iif instr julianday lag last_value lead length like ln log lower ltrim max min mod
+    nth_value ntile nullif percent_rank pow power rank replace round row_number rtrim sign sqrt strftime string_agg
+    substr substring sum time total trim trunc typeof unicode unixepoch upper""".split())  # printf can loop for seconds
+SQL_SECONDS, SQL_MEMORY, SQL_TEXT = 0.5, 2**25, 10_000  # of processor time, bytes, characters of a query
+SQL_LIMITS = {"LENGTH": 20_000, "SQL_LENGTH": SQL_TEXT, "COLUMN": 100, "EXPR_DEPTH": 100, "COMPOUND_SELECT": 50,
+              "VDBE_OP": 50_000, "LIKE_PATTERN_LENGTH": 200}  # so that no single step takes long  # fmt: skip
+SQL_QUOTED = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*]|--[^\n]*|/\*.*?\*/""", re.DOTALL)
+SQL_ERRORS = sqlite3.Error, sqlite3.Warning, ValueError, MemoryError  # ValueError: NUL, or half a character
+
+
+def execution_match(predicted, gold, context=""):
+    """(same text, same rows) of two SQL queries on the tables that `context` makes, an SQL script, in sqlite's memory.
+
+    A query may stand in a ```sql block. Same rows: in any order, unless the gold query ends in ORDER BY, whatever the
+    columns are called; same text: but for case, white space and a last semicolon. A prediction that is no single query,
+    or takes too much time or memory, scores 0 and changes nothing. A gold text that asks is no query: `exact_match`.
+    Raises InputError for a context or gold query that fails.
+    """
+    if is_question(gold):
+        return exact_match(predicted, gold)
+    query = sql_of(gold)
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
+        failing, text = "context", context
+        try:
+            database.execute(f"PRAGMA hard_heap_limit = {SQL_MEMORY}")  # of all sqlite in this process, from now on
+            database.execute("PRAGMA temp_store = MEMORY")
+            run_script(database, context)
+            failing, text = "gold query", query
+            wanted = list(rows_of(database, query))
+        except SQL_ERRORS as error:
+            problem = f"the {failing} {fold(text)[:80]!r} fails: {str(error) or 'out of memory'}"
+            raise InputError(f"execution_match: {problem}") from None
+        bare = SQL_QUOTED.sub(" ", query)
+        while bare != (bare := re.sub(r"\([^()]*\)", " ", bare)):
+            pass
+        numbered = enumerate if re.search(r"(?i)\border\s+by\b", bare) else iter
+        missing = Counter(numbered(wanted))
+        try:
+            for row in numbered(rows_of(database, sql_of(predicted))):
+                if not missing[row]:
+                    return 0.0, 0.0
+                missing[row] -= 1
+        except SQL_ERRORS:
+            return 0.0, 0.0
+    said, meant = (" ".join(sql_of(text).casefold().split()).rstrip("; ") for text in (predicted, gold))
+    score = float(not missing.total())
+    return score * (said == meant), score
+
+
+def sql_of(text):
+    """The query in a fenced block, or the whole text."""
+    fenced = re.search(r"```(?:sql|sqlite)?\s(.*?)```", text, re.DOTALL | re.IGNORECASE)
+    return fenced[1] if fenced else text
+
+
+def run_script(database, script, seconds=SQL_SECONDS):
+    """Runs the statements of a script, which reach no file: ATTACH and VACUUM INTO fail."""
+    if sys.version_info < (3, 11):
+        raise InputError("SQL needs Python 3.11, whose sqlite3 can limit what a query takes")
+    database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    end = time.thread_time() + seconds
+    database.set_progress_handler(lambda: time.thread_time() > end, 1000)
+    database.executescript(script)
+
+
+def rows_of(database, query):
+    """Yields the rows of one query, with numbers that are equal to 12 digits made equal. It reads tables only."""
+    end = time.thread_time() + SQL_SECONDS
+
+    def authorize(kind, _, function, *__):
+        known = kind in SQL_KINDS and (kind != sqlite3.SQLITE_FUNCTION or function.lower() in SQL_FUNCTIONS)
+        return sqlite3.SQLITE_OK if known and time.thread_time() < end else sqlite3.SQLITE_DENY
+
+    database.set_authorizer(authorize)
+    database.set_progress_handler(lambda: time.thread_time() > end, 100)
+    for limit, most in SQL_LIMITS.items():
+        database.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{limit}"), most)
+    cursor = database.execute(query if len(query) <= SQL_TEXT else "")
+    if cursor.description is None:
+        raise ValueError("no query, or too long")
+    for row in cursor:
+        yield tuple(float(f"{value:.12g}") if type(value) is float else value for value in row)
+
+
+HEURISTICS = {"drop_f1": drop_f1, "coqa_f1": coqa_f1, "exact_match": exact_match, "execution_match": execution_match}
+
+
+def score_of(heuristic, predicted, gold, context=""):
+    """(exact match, score), also of a heuristic that returns the score alone: its exact match is that of the texts."""
+    scored = heuristic(predicted, gold, context)
+    return scored if isinstance(scored, tuple) else (exact_match(predicted, gold)[0], float(scored))
 
 
 def action_metrics(gold, predicted):
@@ -831,13 +929,45 @@ def convert_abg_coqa(item):
     return {"messages": messages + exchange(reading["clr_ans"], reading["org_ans"])}
 
 
+def convert_spider(item, databases):
+    """An item of Spider's JSON -> a conversation: the script of its database, the question, and the query, which runs.
+
+    Spider has no clarifying questions: mixed with data that has, it shows when not to ask.
+    """
+    script = script_of(Path(databases, item["db_id"]))
+    execution_match(item["query"], item["query"], script)  # raises InputError where it fails
+    return {"messages": [{"role": "system", "content": script}, *exchange(item["question"], item["query"])]}
+
+
+@cache
+def script_of(folder):
+    """An SQL script of the tables of Spider's database in a folder, with the first three rows of each."""
+    names = f"{folder.name}.sqlite", f"{folder.name}.sql", "schema.sql"
+    path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    script, lines, count = path.suffix == ".sql", [], Counter()
+    try:
+        address = ":memory:" if script else f"{path.resolve().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(address, uri=True)) as database:
+            database.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            run_script(database, path.read_text("utf-8") if script else "", math.inf)
+            for statement in database.iterdump():
+                table = statement.partition(" VALUES(")[0]
+                count[table] += 1
+                if table.startswith(("CREATE TABLE", "INSERT INTO")) and "sqlite_" not in table and count[table] <= 3:
+                    lines.append(statement)
+    except (OSError, *SQL_ERRORS) as error:
+        raise InputError(f"{path}: cannot be read as a database ({str(error) or 'out of memory'})") from None
+    return "\n".join(lines)
+
+
 CONVERTERS = {  # name -> (the list of items in the file's JSON, an item -> a conversation)
     "pacific": (lambda file: file, convert_pacific),
     "abg_coqa": (lambda file: file["data"], convert_abg_coqa),
+    "spider": (lambda file: file, convert_spider),
 }
 
 
-def convert_file(name, source, target):
+def convert_file(name, source, target, *more):
     """Writes the conversations of a published file. Raises InputError naming the file and the item that is unlike."""
     items_of, convert = CONVERTERS[name]
     content, at = parse_json(read_bytes(source), source), "the file"
@@ -845,7 +975,7 @@ def convert_file(name, source, target):
     try:
         for i, item in enumerate(items_of(content)):
             at = f"item {i}"
-            conversations.append(parse_conversation(convert(item), f"{source}: {at}"))
+            conversations.append(parse_conversation(convert(item, *more), f"{source}: {at}"))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -961,11 +1091,15 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="data.py", description="Converts published datasets, and files of pairs.")
     parser.add_argument("converter", choices=[*CONVERTERS, "vertex_preferences", "trl_preferences"])
     parser.add_argument("source", help="the file to read")
+    parser.add_argument("databases", nargs="?", help="spider only: the folder with a folder for each database")
     parser.add_argument("target", help="the JSONL file to write")
     given = parser.parse_args(arguments)
+    if (given.converter == "spider") != bool(given.databases):
+        parser.error("expected DATABASES between the two files for spider, and for no other converter")
     try:
         if given.converter in CONVERTERS:
-            print(f"{given.target}: {convert_file(given.converter, given.source, given.target)}")
+            more = [given.databases] if given.databases else []
+            print(f"{given.target}: {convert_file(given.converter, given.source, given.target, *more)}")
         else:
             pairs = read_preferences(given.source)
             write_preferences(given.target, pairs, given.converter.removesuffix("_preferences"))

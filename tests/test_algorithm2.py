@@ -409,7 +409,8 @@ def test_a_batch_on_policy_equals_each_example_alone(world, mesh, plain, pairs, 
     run = run_of(act.build_model(world / "model", mesh, torch.float32), None, plain, training)
     run.config, run.helpers = config, act.build_helpers(config)
     batch, positions, model = pairs[:24], range(100, 124), random_model()
-    found, counts = act.on_policy(run, batch, 5, positions)
+    found, counts, samples = act.on_policy(run, batch, 5, positions)
+    assert [new for *_, new, _ in samples] == found and [pair for pair, *_ in samples] == batch
 
     class Played(Script):
         def policy(self, i, said):

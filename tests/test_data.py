@@ -719,7 +719,7 @@ def test_what_is_skipped_and_labelled_is_said_in_one_line_each(tmp_path, configu
     assert said == [
         f"{path}: the action classifier labelled 1 turns",
         f"{path}: 5 user turns have no answer in the data and were skipped: "
-        f"{path}:1: user turn 1, {path}:2: message 1, {path}:3: message 1, ...",
+        f"{path}:1: user turn 1, {path}:2: user turn 1, {path}:3: user turn 1, ...",
     ]
 
 

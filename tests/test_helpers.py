@@ -1,8 +1,9 @@
-"""Helper models: Gemini's REST API played by a local server that misbehaves, a local Gemma, who plays which role."""
+"""Helper models: two servers' APIs played by a local one that misbehaves, a local Gemma, who plays which role."""
 
 import json
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -26,13 +27,15 @@ from data import ANSWER, CLARIFY, ROLES, InputError, Pair
 from gemma import Gemma, GemmaConfig, Tokenizer
 
 ROOT = Path(__file__).parent.parent
-KEY = "AIza-not-a-real-key_0123456789"
+KEY, OTHER_KEY = "AIza-not-a-real-key_0123456789", "sk-not-a-real-key_9876543210"  # Google's and OpenAI's
+CLIENTS = {"gemini": act.GeminiClient, "openai": act.OpenAIClient}
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """A key, no proxy before the local server, waits that a test can sit out, counters at zero, one thread."""
+    """Both keys, no proxy before the local server, waits that a test can sit out, counters at zero, one thread."""
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", OTHER_KEY)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(act, "FIRST_WAIT", 0.01)
     act.HELPER_COUNTS.clear()
@@ -43,12 +46,17 @@ def surroundings(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A server in Gemini's place
+# A server in Gemini's and OpenAI's place: "[KEY]" in what it says becomes the key with which it was called
 
 
-def reply_with(text, **candidate):
+def gemini_reply(text, **candidate):
     content = {"role": "model", "parts": [{"text": text}]}
     return {"candidates": [{"content": content, "finishReason": "STOP", **candidate}]}
+
+
+def openai_reply(text, finish="stop", **message):
+    message = {"role": "assistant", "content": text, "refusal": None, **message}
+    return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": finish}]}
 
 
 def failure_with(message, **error):
@@ -56,47 +64,118 @@ def failure_with(message, **error):
 
 
 RETRY_INFO = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34s"}]
-ECHO = f"API key {KEY} is not valid.\nPass a valid one."  # some servers put the key into what they say
+ECHO = "API key [KEY] is not valid.\nPass a valid one."  # some servers put the key into what they say
 THOUGHT = {"text": "hm", "thought": True}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 REPLIES = {  # name -> (status, headers, JSON)
     "429": (429, {}, failure_with("quota exceeded")),
     "429 with Retry-After": (429, {"Retry-After": "7"}, failure_with("quota exceeded")),
     "429 with RetryInfo": (429, {}, failure_with("quota exceeded", details=RETRY_INFO)),
     "429 for an hour": (429, {"Retry-After": "3600"}, failure_with("quota exceeded")),
     "429 until a date": (429, {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}, ["not an error object"]),
+    "429 for 400 digits": (429, {"Retry-After": "9" * 400}, failure_with("quota exceeded", details="soon")),
+    "429 with a list": (429, {}, failure_with("quota exceeded", details=[{"retryDelay": ["a"]}])),
     "500": (500, {}, failure_with("internal")),
     "503": (503, {}, "overloaded"),
     "400": (400, {}, failure_with(ECHO)),
     "401": (401, {}, failure_with("no credentials")),
     "403": (403, {}, failure_with(ECHO)),
     "404": (404, {}, failure_with("models/nobody is not found")),
+    "404 as Ollama says it": (404, {}, {"error": 'model "nobody" not found'}),
     "redirect": (302, {"Location": "http://127.0.0.1:9/elsewhere"}, {}),
+    "odd redirect": (302, {"Location": "http://[::1/elsewhere"}, {}),
     "list": (200, {}, []),
-    "odd candidates": (200, {}, {"candidates": {"text": "no list"}}),
-    "no candidates": (200, {}, {"candidates": []}),
-    "blocked prompt": (200, {}, {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}),
-    "SAFETY": (200, {}, reply_with("half a sent", finishReason="SAFETY")),
-    "RECITATION": (200, {}, {"candidates": [{"finishReason": "RECITATION"}]}),
-    "empty text": (200, {}, reply_with("")),
-    "blank text": (200, {}, reply_with(" \n")),
-    "all thought": (200, {}, reply_with("", finishReason="MAX_TOKENS", content={"parts": [THOUGHT]})),
-    "MAX_TOKENS": (200, {}, reply_with("cut off", finishReason="MAX_TOKENS")),
-    "parts": (200, {}, reply_with("", content={"parts": [THOUGHT, {"text": "two "}, {"text": "parts"}]})),
-    "half a character": (200, {}, reply_with("odd \ud83d end")),
-    "key in the answer": (200, {}, reply_with(f"your key is {KEY}")),
-    "key in the reason": (200, {}, {"promptFeedback": {"blockReason": KEY}}),
+    "empty object": (200, {}, {}),
+}
+REPLIES_OF = {  # dialect -> name -> JSON
+    "gemini": {
+        "odd candidates": {"candidates": {"text": "no list"}},
+        "null for a text": gemini_reply(None),
+        "no candidates": {"candidates": []},
+        "blocked prompt": {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}},
+        "SAFETY": gemini_reply("half a sent", finishReason="SAFETY"),
+        "RECITATION": {"candidates": [{"finishReason": "RECITATION"}]},
+        "empty text": gemini_reply(""),
+        "blank text": gemini_reply(" \n"),
+        "all thought": gemini_reply("", finishReason="MAX_TOKENS", content={"parts": [THOUGHT]}),
+        "MAX_TOKENS": gemini_reply("cut off", finishReason="MAX_TOKENS"),
+        "parts": gemini_reply("", content={"parts": [THOUGHT, {"text": "two "}, {"text": "parts"}]}),
+        "half a character": gemini_reply("odd \ud83d end"),
+        "key in the answer": gemini_reply("your key is [KEY]"),
+        "key in the reason": {"promptFeedback": {"blockReason": "[KEY]"}},
+    },
+    "openai": {
+        "odd choices": {"choices": {"text": "no list"}},
+        "a text in place of a message": {"choices": [{"message": "hi", "finish_reason": "stop"}]},
+        "a list of contents": openai_reply([{"type": "text", "text": "hi"}]),
+        "a number for content": openai_reply(42),
+        "no choices": {"choices": []},
+        "null for choices": {"choices": None},
+        "no message": {"choices": [{"finish_reason": "stop"}]},
+        "blocked prompt": openai_reply("half a sent", "content_filter"),
+        "refusal": openai_reply(None, refusal="I would rather not."),
+        "tool calls": openai_reply(None, "tool_calls", tool_calls=[CALL]),
+        "tool calls that claim to stop": openai_reply(None, tool_calls=[CALL]),
+        "all reasoning": openai_reply("", "length", reasoning_content="hm"),
+        "empty text": openai_reply(""),
+        "blank text": openai_reply(" \n"),
+        "length": openai_reply("cut off", "length"),
+        "null for finish_reason": openai_reply("as old servers say it", None),
+        "reasoning": openai_reply("done", reasoning_content="hm"),
+        "no finish_reason": {"choices": [{"message": {"content": "bare"}}]},
+        "half a character": openai_reply("odd \ud83d end"),
+        "key in the answer": openai_reply("your key is [KEY]"),
+        "key in the reason": openai_reply("", "[KEY]"),
+    },
+}
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+POURED = {  # name -> (status, headers, what is sent, how often)
+    "endless body": (200, {}, b" " * 65536, None),
+    "endless body of an error": (503, {}, b" " * 65536, None),
+    "10 MB with an error": (503, {"Content-Length": "10000000"}, b"[" * 100_000, 100),
+    "nested 100,000 deep": (200, {"Content-Length": "100000"}, b"[" * 100_000, 1),
+    "objects nested 100,000 deep": (200, {"Content-Length": "500000"}, b'{"a":' * 100_000, 1),
+    "nested 100,000 deep in an error": (503, {"Content-Length": "100000"}, b"[" * 100_000, 1),
+    "a number of 1,000,000 digits": (200, {"Content-Length": "1000000"}, b"9" * 1_000_000, 1),
+    "a length of 20 digits": (200, {"Content-Length": "9" * 20}, b"{}", 1),
+    "a length of 5,000 digits": (200, {"Content-Length": "9" * 5000}, b"{", 1),
+    "a length below zero": (200, {"Content-Length": "-1"}, b"{", 1),
+    "endless chunks": (None, CHUNKED, b"10000\r\n" + b"x" * 65536 + b"\r\n", None),
+    "chunks that break off": (None, CHUNKED, b"10\r\n" + b"x" * 16 + b"\r\n", 3),
+    "a chunk of odd length": (None, CHUNKED, b"-5\r\nxxxxx\r\nzz\r\n", 1),
+    "endless headers": (None, OK, b"X-Flood: " + b"x" * 1000 + b"\r\n", None),
+    "a header without end": (None, OK + b"X-Flood: ", b"x" * 65536, None),
+    "a status line without end": (None, b"HTTP/1.1 ", b"2" * 65536, None),
+}
+DRIPPED = {  # name -> (what comes first, what then comes, one byte at a time)
+    "dripping body": (OK + b"Content-Length: 100000\r\n\r\n", b" "),
+    "dripping body of an error": (b"HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\n", b" "),
+    "dripping chunks": (CHUNKED, b"1\r\nx\r\n"),
+    "dripping chunk length": (CHUNKED, b"0"),
+    "dripping headers": (OK, b"X-Drip: x\r\n"),
+    "dripping status line": (b"", b"HTTP/1.1"),
+}
+FLOODS = {  # name -> (what comes first, what then comes without end); none of it need be kept
+    "endless trailers": (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000),
+    "endless preliminaries": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
 }
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["contents"][0]["parts"][0]["text"]
         headers = {name.lower(): value for name, value in self.headers.items()}
+        dialect = "gemini" if self.path.endswith(":generateContent") else "openai"
+        self.key = headers.get("x-goog-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         with self.server.lock:
             self.server.requests.append((self.path, headers, body))
             behaviour = self.server.script.pop(0) if self.server.script else "good"
         time.sleep(self.server.delay)
+        reply_with = gemini_reply if dialect == "gemini" else openai_reply
+        if behaviour == "good":
+            text = self.server.answer(prompt_in(body))  # None: blocked
+            behaviour = behaviour if text else "blocked prompt"
         if behaviour == "hang":
             self.server.over.wait(5)
         elif behaviour == "reset":  # closed with a reset instead of an end
@@ -108,18 +187,41 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, {"Content-Length": "1000"}, json.dumps(reply_with("half")).encode())
         elif behaviour == "invalid JSON":
             self.send(200, {}, b'{"candidates": [{"content": ')
+        elif behaviour == "not UTF-8":
+            self.send(200, {}, json.dumps(reply_with("half")).encode("utf-16")[:-1])
         elif behaviour == "not HTTP":
-            self.wfile.write(f"{KEY} to you too\r\n\r\n".encode())
+            self.wfile.write(f"{self.key} to you too\r\n\r\n".encode())
+        elif behaviour in POURED:
+            status, headers, piece, times = POURED[behaviour]
+            self.send(status, headers, b"") if status else self.wfile.write(headers)
+            self.pour(piece, times)
+        elif behaviour in FLOODS:
+            self.wfile.write(FLOODS[behaviour][0])
+            self.pour(FLOODS[behaviour][1], None)
+        elif behaviour in DRIPPED:
+            self.wfile.write(DRIPPED[behaviour][0])
+            while not self.server.over.is_set():
+                for byte in DRIPPED[behaviour][1]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
+        elif behaviour == "good":
+            self.send(200, {}, json.dumps(reply_with(text)).encode())
         else:
-            status, headers, reply = REPLIES.get(behaviour) or (200, {}, reply_with(self.server.answer(prompt)))
-            self.send(status, headers, json.dumps(reply).encode())
+            found = REPLIES.get(behaviour) or (200, {}, REPLIES_OF[dialect][behaviour])
+            self.send(*found[:2], json.dumps(found[2]).replace("[KEY]", self.key).encode())
 
     def send(self, status, headers, body):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in ({"Content-Length": str(len(body))} | headers if body else headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def pour(self, piece, times):
+        while times != 0 and not self.server.over.is_set():
+            self.wfile.write(piece)
+            self.server.poured += len(piece)
+            times = times and times - 1
 
     def log_message(self, *_):
         pass
@@ -132,17 +234,24 @@ class Server(ThreadingHTTPServer):
         pass  # a client that has hung up
 
 
-@pytest.fixture
-def server():
+def prompt_in(body):
+    return body["contents"][0]["parts"][0]["text"] if "contents" in body else body["messages"][0]["content"]
+
+
+def a_server():
     server = Server(("127.0.0.1", 0), Handler)
     server.lock, server.over = threading.Lock(), threading.Event()
-    server.requests, server.script, server.delay = [], [], 0.0
+    server.requests, server.script, server.delay, server.poured = [], [], 0.0, 0
     server.answer = lambda prompt: f"answer to {prompt}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.004,), daemon=True).start()
     yield server
     server.over.set()
     server.shutdown()
     server.server_close()
+
+
+server, other_server = pytest.fixture(a_server, name="server"), pytest.fixture(a_server, name="other_server")
 
 
 @pytest.fixture
@@ -150,11 +259,28 @@ def configured(server, tmp_path):
     """HelperConfig for that server, with changes."""
 
     def make(**changes):
-        address = f"http://127.0.0.1:{server.server_port}"
-        fields = {"model_id": "gemini-test", "base_url": address, "cache_path": str(tmp_path / "cache.sqlite")}
+        address = server.address + "/v1" * (changes.get("backend") == "openai")
+        fields = {"model_id": "a-model", "base_url": address, "cache_path": str(tmp_path / "cache.sqlite")}
         return act.HelperConfig(**{**fields, "timeout": 5.0, **changes})
 
     return make
+
+
+@pytest.fixture(params=CLIENTS)
+def dialect(request):
+    return request.param
+
+
+@pytest.fixture
+def client_of(dialect, configured):
+    """A client that speaks to the server in this dialect."""
+    return lambda **changes: CLIENTS[dialect](configured(backend=dialect, **changes), ("\nUser:",))
+
+
+def in_each(names):
+    """Parameters (dialect, behaviour) from {dialect: names of behaviours}."""
+    cases = [(dialect, name) for dialect, of_dialect in names.items() for name in of_dialect]
+    return pytest.mark.parametrize(("dialect", "behaviour"), cases, indirect=["dialect"])
 
 
 def counts(**expected):
@@ -164,7 +290,7 @@ def counts(**expected):
 
 def line_of(raised):
     text = str(raised.value)
-    assert "\n" not in text and KEY not in text
+    assert "\n" not in text and len(text) < 500 and KEY not in text and OTHER_KEY not in text
     return text
 
 
@@ -172,75 +298,88 @@ def line_of(raised):
 # What each misbehaviour leads to
 
 AGAIN = (
-    "429", "429 with RetryInfo", "429 until a date", "500", "503", "reset", "hang up", "hang", "half an answer",
-    "invalid JSON", "not HTTP", "list", "odd candidates",
+    "429", "429 with RetryInfo", "429 until a date", "429 for 400 digits", "429 with a list", "500", "503", "reset",
+    "hang up", "hang", "half an answer", "invalid JSON", "not UTF-8", "not HTTP", "list", "odd redirect",
 )  # fmt: skip
-EMPTY = (
-    "no candidates", "blocked prompt", "SAFETY", "RECITATION", "empty text", "blank text", "all thought",
-    "key in the reason",
-)  # fmt: skip
+AGAIN = {
+    "gemini": (*AGAIN, "odd candidates", "null for a text"),
+    "openai": (*AGAIN, "odd choices", "a text in place of a message", "a list of contents", "a number for content"),
+}
+EMPTY = {
+    "gemini": (
+        "no candidates", "empty object", "blocked prompt", "SAFETY", "RECITATION", "empty text", "blank text",
+        "all thought", "key in the reason",
+    ),
+    "openai": (
+        "no choices", "null for choices", "empty object", "no message", "blocked prompt", "refusal", "tool calls",
+        "tool calls that claim to stop", "all reasoning", "empty text", "blank text", "key in the reason",
+    ),
+}  # fmt: skip
 ANSWERED = {
-    "MAX_TOKENS": "cut off",
-    "parts": "two parts",
-    "half a character": "odd ? end",
-    "key in the answer": "your key is [key]",
-}
+    "gemini": {"MAX_TOKENS": "cut off", "parts": "two parts"},
+    "openai": {
+        "length": "cut off", "null for finish_reason": "as old servers say it", "reasoning": "done",
+        "no finish_reason": "bare",
+    },
+}  # fmt: skip
+for of_dialect in ANSWERED.values():
+    of_dialect.update({"half a character": "odd ? end", "key in the answer": "your key is [key]"})
 FATAL = {
-    "400": "gemini-test: HTTP 400: API key [key] is not valid. Pass a valid one.",
-    "401": "gemini-test: HTTP 401: no credentials",
-    "403": "gemini-test: HTTP 403: API key [key] is not valid. Pass a valid one.",
-    "404": "gemini-test: HTTP 404: models/nobody is not found",
-    "redirect": "gemini-test: HTTP 302: Found",
+    "400": "a-model: HTTP 400: API key [key] is not valid. Pass a valid one.",
+    "401": "a-model: HTTP 401: no credentials",
+    "403": "a-model: HTTP 403: API key [key] is not valid. Pass a valid one.",
+    "404": "a-model: HTTP 404: models/nobody is not found",
+    "redirect": "a-model: HTTP 302: Found",
 }
 
 
-@pytest.mark.parametrize("behaviour", AGAIN)
-def test_what_may_pass_is_tried_again(monkeypatch, server, configured, behaviour):
+@in_each(AGAIN)
+def test_what_may_pass_is_tried_again(monkeypatch, server, client_of, behaviour):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     server.script = [behaviour]
-    client = act.GeminiClient(configured(timeout=0.25 if behaviour == "hang" else 5.0))
+    client = client_of(timeout=0.25 if behaviour == "hang" else 5.0)
     assert client(["p"]) == ["answer to p"]
     assert len(server.requests) == 2 and counts(asked=1, retried=1)
 
 
-@pytest.mark.parametrize("behaviour", AGAIN)
-def test_what_does_not_pass_is_given_up_and_not_stored(monkeypatch, server, configured, behaviour):
+@in_each(AGAIN)
+def test_what_does_not_pass_is_given_up_and_not_stored(monkeypatch, server, client_of, behaviour):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     server.script = [behaviour] * 3
-    client = act.GeminiClient(configured(timeout=0.25 if behaviour == "hang" else 5.0, max_retries=2))
+    client = client_of(timeout=0.1 if behaviour == "hang" else 5.0, max_retries=2)
     assert client(["p"]) == [None]
     assert len(server.requests) == 3 and counts(asked=1, retried=2, failed=1)
-    assert client(["p"]) == ["answer to p"], "it was not taken for an answer"
+    assert client_of()(["p"]) == ["answer to p"], "it was not taken for an answer"
 
 
-def test_a_refused_connection_is_tried_again_and_given_up(server, configured):
+def test_a_refused_connection_is_tried_again_and_given_up(client_of):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        client = act.GeminiClient(configured(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}", max_retries=2))
+        client = client_of(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}", max_retries=2)
         assert client(["p"]) == [None]
     assert counts(asked=1, retried=2, failed=1)
 
 
-@pytest.mark.parametrize("behaviour", EMPTY)
-def test_a_blocked_or_empty_answer_is_none_at_once_and_not_stored(server, configured, behaviour):
+@in_each(EMPTY)
+def test_a_blocked_or_empty_answer_is_none_at_once_and_not_stored(server, client_of, behaviour):
     server.script = [behaviour]
-    client = act.GeminiClient(configured())
+    client = client_of()
     assert client(["p"]) == [None]
     assert len(server.requests) == 1 and counts(asked=1, blocked=1)
     assert client(["p"]) == ["answer to p"]
 
 
-@pytest.mark.parametrize("behaviour", ANSWERED)
-def test_unusual_answers_are_answers(server, configured, behaviour):
+@in_each(ANSWERED)
+def test_unusual_answers_are_answers(server, client_of, dialect, behaviour):
     server.script = [behaviour]
-    assert act.GeminiClient(configured())(["p"]) == [ANSWERED[behaviour]]
+    assert client_of()(["p"]) == [ANSWERED[dialect][behaviour]]
     assert counts(asked=1)
 
 
 @pytest.mark.parametrize("behaviour", FATAL)
-def test_a_refused_request_stops_at_once(server, configured, behaviour):
+def test_a_refused_request_stops_at_once(server, client_of, behaviour):
     server.script = [behaviour] * 3
-    client = act.GeminiClient(configured(concurrency=1))
+    client = client_of(concurrency=1)
     with pytest.raises(act.HelperError) as raised:
         client(["p", "q", "r"])
     assert line_of(raised) == FATAL[behaviour]
@@ -250,6 +389,13 @@ def test_a_refused_request_stops_at_once(server, configured, behaviour):
     assert len(server.requests) == 1
 
 
+def test_an_error_that_is_a_text_is_shown(server, client_of):
+    server.script = ["404 as Ollama says it"]
+    with pytest.raises(act.HelperError) as raised:
+        client_of()(["p"])
+    assert line_of(raised) == 'a-model: HTTP 404: model "nobody" not found'
+
+
 @pytest.mark.parametrize(
     ("behaviour", "waits"),
     [
@@ -257,127 +403,244 @@ def test_a_refused_request_stops_at_once(server, configured, behaviour):
         ("429 with Retry-After", [8, 9, 11, 15, 23, 39, 60, 60]),
         ("429 with RetryInfo", [35, 36, 38, 42, 50, 60, 60, 60]),
         ("429 for an hour", [60] * 8),
+        ("429 for 400 digits", [1, 2, 4, 8, 16, 32, 60, 60]),
     ],
 )
-def test_waits_double_and_begin_when_the_server_says_so(monkeypatch, server, configured, behaviour, waits):
+def test_waits_double_and_begin_when_the_server_says_so(monkeypatch, server, client_of, behaviour, waits):
     """The jitter is drawn from 0 up to the doubling wait; here it is always at its upper end."""
     drawn, waited = [], []
     monkeypatch.setattr(act, "FIRST_WAIT", 1.0)
     monkeypatch.setattr(random, "uniform", lambda low, high: drawn.append((low, high)) or high)
     server.script = [behaviour] * 8
-    client = act.GeminiClient(configured(max_retries=8))
+    client = client_of(max_retries=8)
     client.spent.wait = waited.append
     assert client(["p"]) == ["answer to p"]
     assert waited == waits and drawn == [(0, 2**i) for i in range(8)]
 
 
-def test_failures_in_a_row_stop_the_run_and_a_success_between_them_does_not(server, configured):
+def test_failures_in_a_row_stop_the_run_and_a_success_between_them_does_not(server, client_of):
     server.script = ["503", "blocked prompt", "good", "503", "empty text", "503", "good"]
-    client = act.GeminiClient(configured(concurrency=1, max_retries=0, max_failures=3))
+    client = client_of(concurrency=1, max_retries=0, max_failures=3)
     with pytest.raises(act.HelperError) as raised:
         client(["a", "b", "c", "d", "e", "f", "g"])
     why = "HTTP 503: Service Unavailable"
-    assert line_of(raised) == f"3 requests to gemini-test in a row failed, the last one with: {why}"
+    assert line_of(raised) == f"3 requests to a-model in a row failed, the last one with: {why}"
     assert len(server.requests) == 6 and act.HELPER_COUNTS["failed"] == 3 and act.HELPER_COUNTS["blocked"] == 2
-    assert act.GeminiClient(configured())(["c"]) == ["answer to c"]
+    assert client_of()(["c"]) == ["answer to c"]
     assert len(server.requests) == 6, "what was answered before is kept"
 
 
-def test_after_the_stop_nothing_waits_for_calls_that_would_be_tried_again(monkeypatch, server, configured):
+def test_after_the_stop_nothing_waits_for_calls_that_would_be_tried_again(monkeypatch, server, client_of):
     monkeypatch.setattr(act, "FIRST_WAIT", 30.0)
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     server.script = ["503"] * 7 + ["400"]
     began = time.monotonic()
     with pytest.raises(act.HelperError):
-        act.GeminiClient(configured(concurrency=8))([f"{i}" for i in range(8)])
+        client_of(concurrency=8)([f"{i}" for i in range(8)])
     assert time.monotonic() - began < 5
 
 
-def test_after_the_stop_nothing_waits_for_calls_in_flight(server, configured):
+def test_after_the_stop_nothing_waits_for_calls_in_flight(server, client_of):
     server.script, began = ["hang", "400"], time.monotonic()
     with pytest.raises(act.HelperError):
-        act.GeminiClient(configured(concurrency=2))(["a", "b"])
+        client_of(concurrency=2)(["a", "b"])
     assert time.monotonic() - began < 2.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The key, the request, the cache, concurrency
+# Replies without bounds
 
 
-def test_the_key_is_nowhere_but_in_its_header(monkeypatch, server, configured, tmp_path, capfd, caplog):
+def in_time(work, seconds=3.0):
+    """What work() returns or raises, and that it does so in time."""
+    result = []
+
+    def run():
+        try:
+            result.append(work())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert result, f"still at it after {seconds} s"
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+@pytest.mark.parametrize("behaviour", [*POURED, *DRIPPED, *FLOODS])
+def test_a_reply_without_bounds_is_a_failed_call(server, client_of, behaviour):
+    """None at first, then the end of the run in one line; no thread is left for which the process would wait."""
+    server.script, before = [behaviour] * 2, set(threading.enumerate())
+    client = client_of(timeout=5.0 if behaviour in POURED else 0.1, max_retries=0, max_failures=2)
+    assert in_time(lambda: client(["p"])) == [None]
+    assert counts(asked=1, failed=1)
+    with pytest.raises(act.HelperError) as raised:
+        in_time(lambda: client(["q"]))
+    assert line_of(raised).startswith("2 requests to a-model in a row failed, the last one with: ")
+    assert len(server.requests) == 2 and client.cache.get(client.cache_key("p")) is None
+    if behaviour not in FLOODS:
+        assert server.poured < 2 * 20_000_000, "what is read is bounded, and so is what is kept of it"
+    deadline = time.monotonic() + 2
+    while any(not thread.daemon for thread in set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before), "the process could not end"
+
+
+def test_answers_up_to_the_bound_are_read_whole(server, client_of):
+    server.answer = lambda prompt: "é" * 600_000  # 3.6 MB of JSON
+    assert client_of()(["p"]) == ["é" * 600_000]
+    server.answer = lambda prompt: "é" * 700_000
+    assert client_of(max_retries=0)(["q"]) == [None] and counts(asked=2, failed=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The keys, the requests, the cache, concurrency
+
+
+def test_the_key_is_nowhere_but_in_its_header(monkeypatch, server, client_of, dialect, tmp_path, capfd, caplog):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
+    key, header = {"gemini": (KEY, ("x-goog-api-key", KEY)),
+                   "openai": (OTHER_KEY, ("authorization", f"Bearer {OTHER_KEY}"))}[dialect]  # fmt: skip
     server.script = ["key in the answer", "key in the reason", "not HTTP"]
     errors = []
     for behaviour, prompts in [("good", ["a", "b", "c"]), ("400", ["d"]), ("403", ["e"]), ("key in the reason", ["f"])]:
         server.script.append(behaviour)
-        client = act.GeminiClient(configured(concurrency=1, max_retries=1, max_failures=1 if prompts == ["f"] else 20))
+        client = client_of(concurrency=1, max_retries=1, max_failures=1 if prompts == ["f"] else 20)
         try:
-            assert KEY not in repr(client(prompts))
+            assert key not in repr(client(prompts))
         except act.HelperError as error:
             errors.append(error)
     assert len(errors) == 3
     for error in errors:
         while error:
-            assert KEY not in "".join(traceback.format_exception(error)) + repr(error.args)
+            assert key not in "".join(traceback.format_exception(error)) + repr(error.args)
             error = error.__cause__ or error.__context__
     for path, headers, body in server.requests:
-        assert KEY not in path + json.dumps(body) and headers.get("x-goog-api-key") == KEY
-    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+        assert headers.pop(header[0]) == header[1] and key not in path + json.dumps([headers, body])
+    assert all(key.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert (tmp_path / "cache.sqlite").stat().st_size > 0
     said = capfd.readouterr()
-    assert KEY not in said.out + said.err + caplog.text
+    assert key not in said.out + said.err + caplog.text
 
 
-@pytest.mark.parametrize("key", [None, "", "  ", "two words", "line\nbreak", "schlüssel"])
-def test_a_missing_or_odd_key_is_an_error_before_any_call(monkeypatch, configured, key):
-    monkeypatch.delenv("GOOGLE_API_KEY")
+COMMON_HEADERS = {"accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"}
+
+
+def test_nothing_of_one_dialect_is_in_a_request_of_the_other(server, configured):
+    for dialect, client in CLIENTS.items():
+        assert client(configured(backend=dialect), ("\nUser:",))([dialect]) == [f"answer to {dialect}"]
+    google, openai = server.requests
+    assert set(google[1]) == {*COMMON_HEADERS, "x-goog-api-key"} and OTHER_KEY not in json.dumps(google)
+    assert set(google[2]) == {"contents", "generationConfig", "safetySettings"}
+    assert set(openai[1]) == {*COMMON_HEADERS, "authorization"} and KEY not in json.dumps(openai)
+    assert set(openai[2]) == {"model", "messages", "temperature", "max_tokens", "stop"}
+    assert not re.search("(?i)goog|gemini", json.dumps([openai[0], *openai[1].items(), {**openai[2], "messages": 0}]))
+
+
+ODD_KEYS = "two words", "line\nbreak", "schlüssel"
+
+
+@pytest.mark.parametrize("key", [None, "", "  ", *ODD_KEYS])
+@pytest.mark.parametrize("local", [True, False])
+def test_a_missing_or_odd_key_is_an_error_before_any_call(monkeypatch, server, client_of, dialect, key, local):
+    """Only a server of one's own that speaks as OpenAI does is called without, and then there is no header for it."""
+    name = {"gemini": "GOOGLE_API_KEY", "openai": "OPENAI_API_KEY"}[dialect]
+    monkeypatch.delenv(name)
     if key is not None:
-        monkeypatch.setenv("GOOGLE_API_KEY", key)
-    with pytest.raises(InputError, match="^GOOGLE_API_KEY .*'gemini-test'$") as raised:
-        act.GeminiClient(configured())
+        monkeypatch.setenv(name, key)
+    changes = {} if local else {"base_url": ""}
+    if local and dialect == "openai" and key not in ODD_KEYS:
+        assert client_of(**changes)(["p"]) == ["answer to p"]
+        [(path, headers, _)] = server.requests
+        assert path == "/v1/chat/completions" and set(headers) == COMMON_HEADERS
+        return
+    with pytest.raises(InputError, match=f"^{name} .*'a-model'$") as raised:
+        client_of(**changes)
     assert not key or not key.strip() or key not in str(raised.value)
+    assert server.requests == []
 
 
-ODD_URLS = "", "example.org", "file:///etc/hosts", "https://", f"https://example.org/?key={KEY}", f"https://{KEY}@a.org"
+def test_where_no_address_is_given_the_key_goes_to_whom_it_belongs(client_of, dialect):
+    urls = {"gemini": "https://generativelanguage.googleapis.com/v1beta/models/a-model:generateContent",
+            "openai": "https://api.openai.com/v1/chat/completions"}  # fmt: skip
+    assert client_of(base_url="").url == urls[dialect]
+
+
+ODD_URLS = (
+    "example.org", "file:///etc/hosts", "https://", f"https://example.org/?key={KEY}", f"https://{KEY}@a.org",
+    f"http://[::1/{KEY}", f"https://a.org/#{KEY}",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("url", ODD_URLS)
-def test_an_odd_address_is_an_error_that_does_not_repeat_it(configured, url):
+def test_an_odd_address_is_an_error_that_does_not_repeat_it(client_of, url):
     with pytest.raises(InputError, match="^base_url of a helper model: expected http") as raised:
-        act.GeminiClient(configured(base_url=url))
+        client_of(base_url=url)
     assert KEY not in str(raised.value)
 
 
-def test_the_request_has_the_documented_form(server, configured):
+def test_googles_request_has_the_documented_form(server, configured):
     act.GeminiClient(configured(temperature=0.5, max_new_tokens=9), ("\nUser:",))(["Grüße 😀"])
     [(path, headers, body)] = server.requests
-    assert path == "/v1beta/models/gemini-test:generateContent" and headers["content-type"] == "application/json"
+    assert path == "/v1beta/models/a-model:generateContent" and headers["content-type"] == "application/json"
     assert body.pop("contents") == [{"role": "user", "parts": [{"text": "Grüße 😀"}]}]
     sampling = {"temperature": 0.5, "topP": 1.0, "topK": 40, "maxOutputTokens": 9, "stopSequences": ["\nUser:"]}
     assert body.pop("generationConfig") == sampling
     assert {row["threshold"] for row in body.pop("safetySettings")} == {"BLOCK_NONE"} and not body
 
 
-def test_an_answer_is_paid_once_in_this_process_and_the_next(server, configured):
-    config = configured()
-    assert act.GeminiClient(config)(["a", "b", "a", "a"]) == [f"answer to {each}" for each in "abaa"]
+@pytest.mark.parametrize("end", ["", "/"])
+def test_openais_request_has_the_documented_form(server, configured, end):
+    config = configured(temperature=0.5, max_new_tokens=9, model_id="org/a model:8b", base_url=f"{server.address}{end}")
+    act.OpenAIClient(config, ("\nUser:",))(["Grüße 😀"])
+    [(path, headers, body)] = server.requests
+    assert path == "/chat/completions" and headers["content-type"] == "application/json"
+    sampling = {"temperature": 0.5, "max_tokens": 9, "stop": ["\nUser:"]}
+    assert body == {"model": "org/a model:8b", "messages": [{"role": "user", "content": "Grüße 😀"}], **sampling}
+
+
+def test_an_answer_is_paid_once_in_this_process(server, client_of):
+    assert client_of()(["a", "b", "a", "a"]) == [f"answer to {each}" for each in "abaa"]
     assert len(server.requests) == 2 and counts(asked=2)
-    assert act.GeminiClient(config)(["b", "a"]) == ["answer to b", "answer to a"] and counts(asked=2, cached=2)
+    assert client_of()(["b", "a"]) == ["answer to b", "answer to a"] and counts(asked=2, cached=2)
+    assert len(server.requests) == 2
+
+
+def test_an_answer_is_paid_once_in_the_next_process_too(server, configured):
+    config = configured()
+    act.GeminiClient(config)(["a"])
     module = sys.modules[act.GeminiClient.__module__]
     code = """import sys, {} as m
-print(m.GeminiClient(m.HelperConfig(model_id='gemini-test', base_url=sys.argv[1], cache_path=sys.argv[2]))(['a']))"""
+print(m.GeminiClient(m.HelperConfig(model_id='a-model', base_url=sys.argv[1], cache_path=sys.argv[2]))(['a']))"""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(module.__file__).parent}"}
     command = [sys.executable, "-c", code.format(module.__name__), config.base_url, config.cache_path]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.stdout == "['answer to a']\n", result.stderr
-    assert len(server.requests) == 2
+    assert len(server.requests) == 1
 
 
-def test_another_model_or_another_request_is_another_answer(server, configured):
-    others = {"model_id": "gemini-other"}, {"temperature": 0.5}, {"max_new_tokens": 5}
+def test_another_model_or_another_request_is_another_answer(server, client_of):
+    others = {"model_id": "another"}, {"temperature": 0.5}, {"max_new_tokens": 5}
     for changes in ({}, *others, {"concurrency": 2, "timeout": 4.0}):
-        act.GeminiClient(configured(**changes))(["a"])
+        client_of(**changes)(["a"])
     assert len(server.requests) == 4, "how a call is made does not matter, what is asked does"
+
+
+def test_another_server_or_dialect_gives_another_answer(server, other_server, dialect, client_of, configured):
+    """Each of them may call another model by the same name."""
+    end = "/v1" * (dialect == "openai")
+    server.answer, other_server.answer = (lambda prompt: "from here"), (lambda prompt: "from there")
+    for _ in range(2):
+        assert client_of()(["a"]) == ["from here"]
+        assert client_of(base_url=other_server.address + end)(["a"]) == ["from there"]
+        assert client_of(base_url=server.address + end + "/")(["a"]) == ["from here"], "the same address"
+    assert (len(server.requests), len(other_server.requests)) == (1, 1) and counts(asked=2, cached=4)
+    server.answer = lambda prompt: "in other words"
+    [other] = set(CLIENTS) - {dialect}
+    assert CLIENTS[other](configured(backend=other), ("\nUser:",))(["a"]) == ["in other words"]
 
 
 def test_threads_share_one_cache_file(tmp_path):
@@ -464,35 +727,44 @@ def test_a_batch_does_what_each_conversation_does_alone_also_where_helpers_fail(
         def reply(pair, said):
             return draw(["2019", "2018", None], pair.target, len(said), "user")
 
+        def score(pair, said):
+            right = float(said[-1][1].strip() == pair.target)
+            return draw([(right, right)] * 5 + [None], pair.target, len(said), "judge")
+
         def conversations(pairs=pairs):
-            return [act.act_pair(pair, lambda text, gold: float(text.strip() == gold), 0.5, 3) for pair in pairs]
+            return [act.act_pair(pair, 0.5, 3) for pair in pairs]
 
         def of_rows(one, pairs=pairs):
             return lambda rows, asked: [one(pairs[row], said) for row, said in zip(rows, asked, strict=True)]
 
         expected = [
             alone(conversation, respond=lambda said, pair=pair: respond(pair, said), classify=classify,
-                  simulate=lambda said, pair=pair: reply(pair, said))
+                  simulate=lambda said, pair=pair: reply(pair, said), score=lambda said, pair=pair: score(pair, said))
             for pair, conversation in zip(pairs, conversations(), strict=True)
         ]  # fmt: skip
-        helpers = of_rows(respond), lambda rows, texts: list(map(classify, texts)), of_rows(reply)
-        assert act.in_lockstep(conversations(), *helpers) == expected
+        answers = {"respond": of_rows(respond), "classify": lambda rows, texts: list(map(classify, texts)),
+                   "simulate": of_rows(reply), "score": of_rows(score)}  # fmt: skip
+        assert act.in_lockstep(conversations(), answers) == expected
         seen.update(result and result[1] for result in expected)
     assert seen == {None, *act.OUTCOMES} - {act.HELPER_FAILED}
 
 
-def batch_of(monkeypatch, helpers, pairs, respond):
-    """`on_policy` for a batch in which respond(pair, trajectory) plays the policy, on one rank."""
-    monkeypatch.setattr(act, "all_gathered", list)
-    monkeypatch.setattr(act, "unsharded", lambda *_: None)
-    training, files = act.TrainingConfig(), act.DataConfig(heuristic="exact_match")
+def with_policy(monkeypatch, respond):
+    """respond(pair, trajectory) plays the policy, on one rank."""
 
-    def sampler(model, template, pairs, training, noise):
-        assert len(noise) == len(pairs)
+    def sampler(model, template, pairs, training, noise=None):
+        assert noise is None or len(noise) == len(pairs)
         return lambda rows, asked: [(respond(pairs[row], said), True) for row, said in zip(rows, asked, strict=True)]
 
     monkeypatch.setattr(act, "Sampler", sampler)
-    config = replace(Config(), data_config=files, training_config=training)
+    monkeypatch.setattr(act, "all_gathered", list)
+    monkeypatch.setattr(act, "unsharded", lambda *_: None)
+
+
+def batch_of(monkeypatch, helpers, pairs, respond, heuristic="exact_match"):
+    """`on_policy` for a batch."""
+    with_policy(monkeypatch, respond)
+    config = replace(Config(), data_config=act.DataConfig(heuristic=heuristic))
     run = SimpleNamespace(config=config, helpers=helpers, policy=None, template=None)
     return act.on_policy(run, pairs, 0, range(len(pairs)))
 
@@ -540,8 +812,8 @@ def test_sixteen_rollouts_take_as_long_as_their_longest_chain_of_calls(server, c
     for attempt in range(3):  # a busy machine may spoil one
         helpers = helpers_of(configured, cache_path=str(tmp_path / f"{attempt}.sqlite"))
         began, before = time.monotonic(), len(server.requests)
-        conversations = [act.act_pair(pair, lambda text, gold: text == gold, 0.5, 3) for pair in pairs]
-        results = act.in_lockstep(conversations, respond, helpers.classify, helpers.users_of(pairs))
+        answers = {"respond": respond, **helpers.answers(pairs, "exact_match")}
+        results = act.in_lockstep([act.act_pair(pair, 0.5, 3) for pair in pairs], answers)
         seconds.append(time.monotonic() - began)
         assert results == [(pair, act.GOOD_OUTCOME) for pair in pairs] and len(server.requests) - before == 64
         if seconds[-1] <= 1.25 * 1.2:
@@ -611,14 +883,27 @@ def test_a_user_by_rule_knows_the_gold_trajectory_and_needs_no_intent(server, co
 
 def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
     pairs = [a_pair("a"), a_pair("b"), a_pair("c", ANSWER), a_pair("d", ANSWER)]
-    played = [
-        (pairs[0].gold, [CLARIFY, ANSWER], pairs[0].target),  # all right
-        None,  # the user said nothing
-        ([("model", "wrong")], [ANSWER], "wrong"),
-        None,  # nobody knows whether the response is an answer
+    said = [
+        [pairs[0].gold[0][1], pairs[0].target],  # all right
+        [pairs[1].gold[0][1]],  # the user says nothing to it
+        ["wrong"],
+        ["nobody knows whether this is an answer"],
     ]
-    samples = [act.scored_turn(pair, each, data.exact_match) for pair, each in zip(pairs, played, strict=True)]
+    actions = {text: ANSWER for texts in said for text in texts[-1:]} | {said[0][0]: CLARIFY, said[1][0]: CLARIFY}
+    actions[said[3][0]] = None
+
+    def simulate(requests):
+        return [None if pair is pairs[1] else "2019" for pair, _, _ in requests]
+
+    def respond(rows, trajectories):
+        return [(said[row][len(each) // 2], True) for row, each in zip(rows, trajectories, strict=True)]
+
+    helpers = act.Helpers(lambda texts: [actions[text] for text in texts], data.rule_intents, simulate, None)
+    answers = {"respond": respond, **helpers.answers(pairs, "exact_match")}
+    played = act.in_lockstep([act.play_turn(pair, 3) for pair in pairs], answers)
+    samples = [act.sample_of(pair, turn, "exact_match") for pair, turn in zip(pairs, played, strict=True)]
     assert [sample["inferred_action"] for sample in samples] == [CLARIFY, None, ANSWER, None]
+    assert len({tuple(sample) for sample in samples}) == 1, "the same keys, in the same order"
     metrics = act.summarize(samples)
     assert metrics["Helper Failures"] == 2
     assert [metrics[f"{name} Turns"] for name in ("Trajectory-level", "Turn-Level", "Post-Clarification")] == [2, 2, 1]
@@ -627,10 +912,107 @@ def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
 
 
 def test_gold_actions_fall_back_to_the_rule():
-    helpers = act.Helpers(lambda texts: [None, None, ANSWER], None, None, None)
-    assert helpers.label_actions(["Who?", "He.", "Why?"]) == [CLARIFY, ANSWER, ANSWER]
-    assert helpers.classify([0, 1, 2], ["Who?", "He.", "Why?"]) == [None, None, ANSWER], "the policy's do not"
+    helpers, texts = act.Helpers(lambda texts: [None, None, ANSWER], None, None, None), ["Who?", "He.", "Why?"]
+    assert helpers.label_actions(texts) == [CLARIFY, ANSWER, ANSWER]
+    classify = helpers.answers([], "drop_f1")["classify"]
+    assert classify([0, 1, 2], texts) == [None, None, ANSWER], "the policy's do not"
 
+
+def test_what_a_conversation_asks_for_is_answered_by_the_heuristic_that_is_set():
+    answers = act.Helpers(None, None, None, None).answers([a_pair("a"), a_pair("b")], "exact_match")
+    assert set(answers) == {"classify", "simulate", "score"}
+    said = [[("model", "Which?"), ("user", "2019"), ("model", text)] for text in ("A IS 42", "a is 42")]
+    assert answers["score"]([0], said[:1]) == [(1.0, 1.0)] and answers["score"]([0, 1], said) == [(1, 1), (0, 0)]
+    drop = act.Helpers(None, None, None, None).answers([a_pair("a")], "drop_f1")["score"]
+    assert drop([0], [[("model", "a is 41 and more")]]) == [data.drop_f1("a is 41 and more", "a is 42")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge
+
+
+def as_judge(prompt):
+    """Whether the answer ends with the reference's last word; of some, nothing that can be used."""
+    gold, answer = re.search(r".*\nReference: ([^\n]*)\nAnswer: ([^\n]*)\nVerdict:\Z", prompt, re.DOTALL).groups()
+    if "blocked" in answer:
+        return None
+    if "unclear" in answer:
+        return "It could be RIGHT or WRONG."
+    return "**RIGHT**" if answer.split()[-1] == gold.split()[-1] else "Verdict: Wrong."
+
+
+def judge_of(configured, **changes):
+    """A model judges; all else is by rule."""
+    return act.build_helpers(replace(Config(), judge_model_config=configured(**changes)))
+
+
+@pytest.mark.parametrize("dialect", CLIENTS)
+def test_a_batch_is_judged_by_a_model(monkeypatch, server, configured, dialect):
+    """RIGHT wins, WRONG loses, and where there is no verdict the pair stays; only answers are judged, side by side."""
+    server.answer = as_judge
+    pairs = [a_pair("a"), a_pair("b"), *(a_pair(name, ANSWER) for name in "cdefg")]
+    finals = ["It would be 42", "It would be 41", "That was 42", "Sorry, 41", "unclear", "blocked", "Which 42?"]
+    helpers, rounds = judge_of(configured, backend=dialect), []
+    assert helpers.cost
+    counted = replace(helpers, judge_answers=lambda ends: rounds.append(len(ends)) or helpers.judge_answers(ends))
+
+    def respond(pair, said):
+        return pair.gold[0][1] if pair.action == CLARIFY and not said else finals[pairs.index(pair)]
+
+    found, numbers = batch_of(monkeypatch, counted, pairs, respond, heuristic="judge")
+    said = [[*pair.gold[:-1], ("model", final)] for pair, final in zip(pairs, finals, strict=True)]
+    assert found[0] == replace(pairs[0], chosen=said[0]) and found[1] == replace(pairs[1], rejected=said[1])
+    assert found[2] == replace(pairs[2], chosen=said[2]) and found[3] == replace(pairs[3], rejected=said[3])
+    assert found[4] is pairs[4] and found[5] is pairs[5] and found[6] == replace(pairs[6], rejected=said[6])
+    outcomes = {"good_outcome": 2, "bad_outcome": 2, "helper_failed": 2, "wrong_action": 1}
+    calls = {"helpers/asked": 6, "helpers/blocked": 1, "helpers/unusable": 1}
+    expected = {f"act/{name}": number for name, number in outcomes.items()} | calls
+    assert {name: number for name, number in numbers.items() if number} == expected
+    assert rounds == [4, 2], "those that answer at once together, then those that asked first"
+
+
+def test_a_judge_that_gives_up_stops_the_batch(monkeypatch, server, configured):
+    server.script = ["400"]
+    with pytest.raises(act.HelperError) as raised:
+        batch_of(monkeypatch, judge_of(configured), [a_pair("a", ANSWER)], as_gold, heuristic="judge")
+    assert line_of(raised) == FATAL["400"]
+
+
+def test_evaluation_with_a_judge(monkeypatch, server, configured):
+    """What it finds right is an exact match; first replies are still compared by DROP F1, turns without verdict not."""
+    server.answer = as_judge
+    pairs = [a_pair("a"), *(a_pair(name, ANSWER) for name in "bcd"), a_pair("e")]
+    finals = ["surely 42", "b is 42", "c is 41", "unclear", None]
+    with_policy(monkeypatch, lambda pair, said: finals[pairs.index(pair)] if said or pair.action == ANSWER else
+                pair.gold[0][1])  # fmt: skip
+    monkeypatch.setattr(act.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(act.dist, "get_world_size", lambda: 1)
+    finals[4] = "Which of them?"  # asks on
+    training = act.TrainingConfig(per_device_eval_batch_size=2, max_turns=2)
+    config = replace(Config(), data_config=act.DataConfig(heuristic="judge"), training_config=training)
+    metrics, samples = act.evaluate_pairs(None, None, pairs, judge_of(configured), config)
+    assert [sample["f1"] for sample in samples] == [sample["exact_match"] for sample in samples] == [1, 1, 0, 0, 0]
+    assert [sample["inferred_action"] for sample in samples] == [CLARIFY, ANSWER, ANSWER, None, CLARIFY]
+    firsts = [pairs[0].gold[0][1], *finals[1:3], None, pairs[4].gold[0][1]]
+    for sample, pair, first in zip(samples, pairs, firsts, strict=True):
+        expected = data.drop_f1(first, pair.gold[0][1]) if first else (0.0, 0.0)
+        assert (sample["turn_exact_match"], sample["turn_f1"]) == expected
+    assert metrics["Helper Failures"] == 1 and metrics["Trajectory-level Turns"] == 4
+    assert metrics["Trajectory-level Exact Match"] == metrics["Trajectory-level DROP F1"] == 0.5
+    assert counts(asked=4, unusable=1), "who never answers is not judged"
+
+
+def test_a_judge_must_be_a_model(configured):
+    config = replace(Config(), policy_model_config=PolicyModelConfig("x"),
+                     data_config=act.DataConfig(train_path="x", heuristic="judge"))  # fmt: skip
+    with pytest.raises(InputError, match="^c.json: heuristic is 'judge', expected a judge_model_config.backend that"):
+        act.check_config(config, "c.json")
+    act.check_config(replace(config, judge_model_config=configured(backend="openai")), "c.json")
+    assert act.build_helpers(Config()).judge_answers is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Roles in conversation with a server
 
 PAIR = Pair(
     "", [("user", "Who won in 2018?"), ("model", "Ada."), ("user", "How many\npoints?")], CLARIFY,
@@ -654,7 +1036,7 @@ def test_questions_of_a_model_become_losing_sides(server, configured):
     helpers = helpers_of(configured)
     pairs = data.ACTDataset([*rows, {"messages": other}], CLARIFY, 2, helpers.write_questions).prepare_datasets()
     assert {pair.rejected[0] for pair in pairs if pair.action == ANSWER} == {("model", "Which year?")}
-    prompts = [body["contents"][0]["parts"][0]["text"] for _, _, body in server.requests]
+    prompts = [prompt_in(body) for _, _, body in server.requests]
     asking = "Assistant (asks a clarifying question):"
     assert prompts and all(prompt.endswith(f"\n{asking}") and prompt.count(asking) in (2, 3) for prompt in prompts)
     assert any(f"{asking} Whom {{do}} you mean?\n\n" in prompt for prompt in prompts)
@@ -675,10 +1057,11 @@ def test_what_cannot_be_read_is_counted_and_becomes_nothing(server, configured):
     assert helpers.classify_actions(["a", "b"]) == [None, None] and helpers.summarize_intents([PAIR]) == [None]
     assert helpers.simulate_users([(PAIR, PAIR.gold[:1], "intent")]) == [None]
     assert helpers.write_questions([request]) == [None]
-    assert counts(asked=5, unusable=5)
+    assert helpers.judge_answers([(PAIR, "7")]) == [None]
+    assert counts(asked=6, unusable=6)
     server.script = ["blocked prompt"]
     assert helpers_of(configured, temperature=1.0).write_questions([request]) == [None]
-    assert act.HELPER_COUNTS["blocked"] == 1 and act.HELPER_COUNTS["unusable"] == 5
+    assert act.HELPER_COUNTS["blocked"] == 1 and act.HELPER_COUNTS["unusable"] == 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -759,18 +1142,18 @@ def test_roles_that_name_one_checkpoint_share_it(monkeypatch, gemma_directory):
     shared = replace(local, model_path="reference")
     config = replace(Config(), action_model_config=local, intent_model_config=local)
     config = replace(config, user_simulator_config=shared, preference_model_config=shared)
-    referred = []
-    helpers = act.build_helpers(config, lambda: referred.append(1) or load(config, str(gemma_directory)))
-    assert loaded == [str(gemma_directory)] and referred == [1] and helpers.cost
+    config = replace(config, policy_model_config=PolicyModelConfig(str(gemma_directory)))
+    helpers = act.build_helpers(config)
+    assert loaded == [str(gemma_directory), "reference"] and helpers.cost
     assert len(helpers.classify_actions(["a", "b"])) == 2
     assert len(helpers.simulate_users([(PAIR, PAIR.gold[:1], "x")])) == 1
-    act.build_helpers(replace(config, policy_model_config=PolicyModelConfig(str(gemma_directory))))
-    assert loaded[1:] == [str(gemma_directory), "reference"], "without a reference at hand, its file is read"
+    assert len(act.build_helpers(replace(config, judge_model_config=shared)).judge_answers([(PAIR, "7")])) == 1
 
 
 def test_a_model_id_means_gemini_and_nothing_means_rule(configured):
-    fields = {}, {"model_id": "g"}, {"backend": "rule", "model_id": "g"}, {"backend": "gemma", "model_id": "g"}
-    assert [act.backend_of(act.HelperConfig(**each)) for each in fields] == ["rule", "gemini", "rule", "gemma"]
+    fields = {}, {"model_id": "g"}, *({"backend": name, "model_id": "g"} for name in ("rule", "gemma", "openai"))
+    backends = ["rule", "gemini", "rule", "gemma", "openai"]
+    assert [act.backend_of(act.HelperConfig(**each)) for each in fields] == backends
     rules = act.build_helpers(Config())
     found = rules.classify_actions, rules.summarize_intents, rules.simulate_users, rules.write_questions
     assert found == (data.rule_actions, data.rule_intents, data.rule_users, data.rule_questions) and not rules.cost
@@ -785,7 +1168,7 @@ def test_who_makes_files_of_pairs_casts_no_user(configured):
     assert helpers.write_questions != data.rule_questions and helpers.classify_actions != data.rule_actions
 
 
-@pytest.mark.parametrize(("backend", "key"), [("gemma", "model_path"), ("gemini", "model_id")])
+@pytest.mark.parametrize(("backend", "key"), [("gemma", "model_path"), ("gemini", "model_id"), ("openai", "model_id")])
 def test_a_back_end_without_its_model_is_an_error_that_names_the_key(backend, key):
     config = replace(Config(), user_simulator_config=act.HelperConfig(backend=backend))
     with pytest.raises(InputError, match=f"^user_simulator_config.{key} is missing, backend '{backend}' needs it$"):
@@ -802,13 +1185,14 @@ def test_a_role_is_told_what_the_file_of_its_prompt_says(server, configured, tmp
     role, path = ROLES[name], tmp_path / "prompt.txt"
     path.write_text(" {{x}} {other} {" + "}\n{".join(role.names) + "}{0}\n\n", encoding="utf-8")
     helpers = act.build_helpers(replace(Config(), **{name: configured(prompt_path=str(path))}))
-    odd = "{response} {conversation} {intent} {examples} {other} \\1 \\g<0>?"
+    odd = "{response} {conversation} {intent} {examples} {gold} {answer} {other} \\1 \\g<0>?"
     pair = Pair("", [("user", odd)], CLARIFY, *[[("model", odd), ("user", odd), ("model", "x")]] * 3, "x")
     played, request = {
         "action_model_config": (helpers.classify_actions, odd),
         "user_simulator_config": (helpers.simulate_users, (pair, [("model", odd)], odd)),
         "intent_model_config": (helpers.summarize_intents, pair),
         "preference_model_config": (helpers.write_questions, (pair, [pair])),
+        "judge_model_config": (helpers.judge_answers, (pair, odd)),
     }[name]
     if name == "intent_model_config":  # cast only where the user is no rule
         played = act.build_helpers(replace(Config(), **{name: configured(prompt_path=str(path))},
@@ -817,7 +1201,7 @@ def test_a_role_is_told_what_the_file_of_its_prompt_says(server, configured, tmp
     [(_, _, body)] = server.requests
     filled = role.fields(request)
     want = " {{x}} {other} " + "\n".join(filled[each] for each in role.names) + "{0}\n"
-    assert body["contents"][0]["parts"][0]["text"] == want and odd in want
+    assert prompt_in(body) == want and odd in want
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -845,7 +1229,7 @@ def test_shipped_prompts_are_found_from_any_directory(monkeypatch, server, confi
     helpers_of(configured).classify_actions(["Who?"])
     [(_, _, body)] = server.requests
     shipped = (ROOT / "configs/prompts/action.txt").read_text(encoding="utf-8")
-    assert body["contents"][0]["parts"][0]["text"] == shipped.removesuffix("\n").replace("{response}", "Who?")
+    assert prompt_in(body) == shipped.removesuffix("\n").replace("{response}", "Who?")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

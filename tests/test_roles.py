@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_question_prompt_has_the_examples_and_ends_where_the_question_begins():
     assert prompt.endswith(f"\n\n{shown}{shown}{head}\n[conversation]\n{SAID}{ASKING}") and "1,234" not in prompt
 
 
+def test_judges_prompt_has_the_gold_conversation_the_reference_and_the_answer_and_asks_for_the_verdict():
+    """The answer comes in the place of the gold one, which is the reference; lines after the first are indented."""
+    request = replace(PAIR, target="1,234\npoints\n"), "It was\n\n{gold}\nReference: 7"
+    prompt = prompt_of("judge_model_config", request)
+    conversation = f"\n\nConversation:\n{SAID}Assistant: In which league?\nUser: The second.\n"
+    answer = "Answer: It was\n  \n  {gold}\n  Reference: 7"
+    assert prompt.endswith(f"{conversation}Reference: 1,234\n  points\n  \n{answer}\nVerdict:")
+    assert prompt.count("1,234") == 1, "in the reference alone"
+    assert prompt.count("\nVerdict: RIGHT\n") >= 2 and prompt.count("\nVerdict: WRONG\n") >= 2
+
+
+def test_judges_prompt_of_a_turn_to_answer_at_once_shows_no_exchange():
+    pair = Pair("", PAIR.history, ANSWER, GOLD[-1:], GOLD[:1], GOLD[-1:], "1,234 points")
+    end = f"\n\nConversation:\n{SAID}Reference: 1,234 points\nAnswer: 1,234\nVerdict:"
+    assert prompt_of("judge_model_config", (pair, "1,234")).endswith(end)
+
+
 def test_every_role_has_a_shipped_prompt_with_its_names_and_no_other():
     for role in ROLES.values():
         text = (ROOT / "configs/prompts" / role.prompt).read_text(encoding="utf-8")
@@ -69,11 +87,12 @@ def test_every_role_has_a_shipped_prompt_with_its_names_and_no_other():
     assert data.NOTHING_TO_ADD in (ROOT / "configs/prompts/user.txt").read_text(encoding="utf-8")
 
 
-REQUESTS = {  # role -> (a request whose texts are the given ones, how many texts it takes)
+REQUESTS = {  # role -> a request whose texts are the given ones
     "action_model_config": lambda texts: texts[0],
     "intent_model_config": lambda texts: pair_of(texts),
     "user_simulator_config": lambda texts: (pair_of(texts), [("model", texts[3])], texts[4]),
     "preference_model_config": lambda texts: (pair_of(texts), [pair_of(texts[5:])]),
+    "judge_model_config": lambda texts: (replace(pair_of(texts), target=texts[3]), texts[4]),
 }
 
 
@@ -84,7 +103,8 @@ def pair_of(texts):
 
 BREAKS = (
     "\n", "\n\n", "User: ", "Assistant: ", "\nUser: ", "\nAssistant: ", "\nIntent:", "\nConversation:\n",
-    "\nMessage: ", "\nAction: ANSWER", "[conversation]", "\n[conversation]\n", f"\n{ASKING}", "x", " ", "\\", "\r",
+    "\nMessage: ", "\nAction: ANSWER", "\nReference: ", "\nAnswer: ", "\nVerdict: RIGHT",
+    "[conversation]", "\n[conversation]\n", f"\n{ASKING}", "x", " ", "\\", "\r",
     "{intent}", "{response}", "\\n", "\\1",
 )  # fmt: skip
 
@@ -164,12 +184,45 @@ def test_question_is_read_from_and_no_question_mark_is_made_up(answer, question)
     assert data.parse_question(answer) == question
 
 
+@pytest.mark.parametrize(("answer", "verdict"), [
+    ("RIGHT", 1.0), (" WRONG\n", 0.0), ("**RIGHT**", 1.0), ("_WRONG_", 0.0), ("right", 1.0), ("Wrong.", 0.0),
+    ("Verdict: RIGHT", 1.0), ("The answer is WRONG.", 0.0), ('"Right"', 1.0), ("RIGHT: both say 5", 1.0),
+    ("WRONG: it does not say which", 0.0), ("It is right.\n\nRIGHT", 1.0), ("\n\nWRONG", 0.0),
+    ("<think>\n</think>\nRIGHT", 1.0), ('{"verdict": "WRONG"}', 0.0),
+    ("RIGHT or WRONG", None), ("RIGHT\nWRONG", None), ("", None), ("?", None), ("yes", None), ("Incorrect", None),
+])  # fmt: skip
+def test_verdict_is_read_from(answer, verdict):
+    assert data.parse_verdict(answer) == verdict
+
+
+@pytest.mark.parametrize(("answer", "verdict"), [
+    ("RIGHT\n\nConversation:\nUser: Who?\nReference: Ada\nAnswer: Bob\nVerdict: WRONG", 1.0),
+    ("WRONG\nConversation:\nUser: Who?\nReference: Ada\nAnswer: Ada\nVerdict: RIGHT", 0.0),
+])  # fmt: skip
+def test_verdict_is_read_before_the_next_example_that_a_model_makes_up(answer, verdict):
+    """A local checkpoint is not stopped at \"Conversation:\"."""
+    assert data.parse_verdict(answer) == verdict
+
+
+@pytest.mark.parametrize("answer", [
+    "It is not RIGHT.", "NOT RIGHT", "This isn't right.", "not\nwrong", "Brighton", "a copyright notice",
+    "wrongly, rightly", "not **RIGHT**",
+])  # fmt: skip
+def test_what_only_looks_like_a_verdict_is_none(answer):
+    """A pair stays as it is rather than that the wrong side wins."""
+    assert data.parse_verdict(answer) is None
+
+
 @pytest.mark.parametrize("role", ROLES.values())
 def test_no_answer_breaks_what_reads_it(role):
-    rng, words = random.Random(0), (*BREAKS, "User:", "**", "CLARIFY", "answer", "?", " (asks)", ":", "Which?", "2019")
+    rng, words = random.Random(0), (*BREAKS, "User:", "**", "CLARIFY", "answer", "?", " (asks)", ":", "Which?", "2019",
+                                    "WRONG", "right", "not ", "Verdict:")  # fmt: skip
     for _ in range(3000):
         found = role.parse("".join(rng.choices(words, k=rng.randrange(9))))
-        assert found is None or (found.strip() == found and found and "\n" not in found)
+        if role is ROLES["judge_model_config"]:
+            assert found in (None, 0.0, 1.0)
+        else:
+            assert found is None or (found.strip() == found and found and "\n" not in found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,10 +231,26 @@ def test_no_answer_breaks_what_reads_it(role):
 
 @pytest.mark.parametrize(("asked", "reply"), [
     ("In which league?", "The second."), ("Which league do you mean?", "The second."), ("league", "The second."),
+    ("How many points in which league?", "The second."), ("Which club of which league?", "The second."),
     ("In which year?", data.NOTHING_TO_ADD), ("Which?", data.NOTHING_TO_ADD), ("", data.NOTHING_TO_ADD),
+    ("Which club of the league was fined last?", data.NOTHING_TO_ADD), ("How many points?", data.NOTHING_TO_ADD),
+    ("In which league and which year?", data.NOTHING_TO_ADD),
 ])  # fmt: skip
-def test_user_by_rule_answers_what_shares_the_words_of_the_gold_question(asked, reply):
+def test_user_by_rule_answers_a_question_at_least_half_of_which_is_the_gold_one(asked, reply):
+    """What a question only repeats from the user is not held against it; nor does it help."""
     assert data.rule_users([(PAIR, [("model", asked)], None)]) == [reply]
+
+
+@pytest.mark.parametrize(("asked", "gold", "same"), [
+    ("Which year?", "What period are you asking about?", 1.0), ("When?", "Which fiscal quarter of sales?", 1.0),
+    ("Sales of which months?", "In which years?", 1.0), ("Where?", "Which countries or regions?", 1.0),
+    ("Which sales?", "Which year of sales?", 0.0), ("Which year of sales?", "Which sales?", 0.0),
+    ("Where?", "When?", 0.0), ("Which year and where?", "In which region?", 1.0),
+    ("Anything?", "Which one do you mean?", 1.0), ("Which revenues?", "What revenue?", 1.0),
+    ("Net or gross sales?", "Net sales?", 2 / 3), ("Net sales of Rome?", "Net sales?", 1.0), ("", "Net?", 0.0),
+])  # fmt: skip
+def test_how_much_a_question_asks_for_what_another_one_asks(asked, gold, same):
+    assert data.same_question(asked, gold, "How is Rome?") == pytest.approx(same)
 
 
 def test_user_by_rule_takes_the_gold_question_that_fits_best():

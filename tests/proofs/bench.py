@@ -348,7 +348,7 @@ def act_step(work):
 
     def step():
         began = clock()
-        batch, _ = work.act.on_policy(run, pairs, len(spent), range(len(pairs)))
+        batch, *_ = work.act.on_policy(run, pairs, len(spent), range(len(pairs)))
         rolled = clock()
         work.update(run, batch)
         spent.append((rolled - began, clock() - rolled, work.step_flops(batch)[0]))
