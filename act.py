@@ -1517,9 +1517,13 @@ class HelperClient:
     def __init__(self, config, stop=()):
         self.config, self.stop = config, list(stop)
         base = config.base_url or self.home
-        address = urlsplit(base)
-        if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
-            raise InputError("base_url of a helper model: expected http(s)://HOST, with neither '?' nor '@'")
+        try:
+            address = urlsplit(base)
+            fits = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        except ValueError:  # "http://[::1", "http://host:port"
+            fits = False
+        if not fits or re.search("[?#@]", base):
+            raise InputError("base_url of a helper model: expected http(s)://HOST, with none of '?', '#' and '@'")
         self.key = os.environ.get(self.key_name, "").strip()
         if not re.fullmatch("[!-~]*", self.key) or not (self.key or (config.base_url and self.key_is_optional)):
             problem = "holds a blank or a character beyond ASCII" if self.key else "is not set"
@@ -1590,6 +1594,7 @@ class HelperClient:
         try:
             with OPENER.open(request, timeout=self.config.timeout) as response:
                 text, why = self.text_of(json.loads(self.read(response)))
+                text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
         except urllib.error.HTTPError as error:
             raise self.http_failure(error) from None
         except (OSError, http.client.HTTPException) as error:
@@ -1598,15 +1603,15 @@ class HelperClient:
             raise CallFailed("its reply is not the JSON of an answer") from None
         if not text.strip():
             return None, self.one_line(why)
-        text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
         return text.replace(self.key, "[key]") if self.key else text, ""
 
     def http_failure(self, error):
         """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
         message, waits = error.reason, [error.headers.get("Retry-After", "")]
         try:
-            report = json.loads(self.read(error))["error"]
-            message = report["message"]
+            with error:
+                report = json.loads(self.read(error))["error"]
+            message = report if isinstance(report, str) else report["message"]
             waits += [str(detail.get("retryDelay", ""))[:-1] for detail in report.get("details", [])]  # "27s"
         except (OSError, http.client.HTTPException, CallFailed, *UNREADABLE):
             pass  # the status says enough
@@ -1615,12 +1620,12 @@ class HelperClient:
         return CallFailed(self.one_line(f"HTTP {error.code}: {message}"), wait, final)
 
     def read(self, response, limit=4_000_000):
-        """The bytes of a reply: a bounded number of them, in a bounded time. Raises CallFailed."""
-        body, deadline = b"", time.monotonic() + self.config.timeout
+        """The bytes of a reply, a bounded number of them. Raises CallFailed."""
+        body = b""
         while chunk := response.read1(65536):
             body += chunk
-            if len(body) > limit or time.monotonic() > deadline:
-                raise CallFailed("its reply is too long or takes too long")
+            if len(body) > limit:
+                raise CallFailed("its reply is too long")
         if getattr(response, "length", None):  # what Content-Length promised and did not come
             raise CallFailed("its reply breaks off")
         return body
@@ -1701,7 +1706,42 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-OPENER = urllib.request.build_opener(NoRedirects)
+class TimedReply(http.client.HTTPResponse):
+    """A reply that must have come, to its end, within the timeout: http.client grants as much to each piece of it."""
+
+    def __init__(self, connection, *arguments, **options):
+        super().__init__(connection, *arguments, **options)
+        stream, deadline = self.fp.raw, time.monotonic() + connection.gettimeout()
+
+        def readinto(buffer):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            connection.settimeout(left)
+            return type(stream).readinto(stream, buffer)
+
+        stream.readinto = readinto
+
+
+class Timed:
+    def do_open(self, connect, request, **options):
+        def connected(*arguments, **more):
+            connection = connect(*arguments, **more)
+            connection.response_class = TimedReply
+            return connection
+
+        return super().do_open(connected, request, **options)
+
+
+class TimedHTTP(Timed, urllib.request.HTTPHandler):
+    pass
+
+
+class TimedHTTPS(Timed, urllib.request.HTTPSHandler):
+    pass
+
+
+OPENER = urllib.request.build_opener(NoRedirects, TimedHTTP, TimedHTTPS)
 
 
 class AnswerCache:

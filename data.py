@@ -812,9 +812,10 @@ def judge_fields(request):
 
 
 def parse_verdict(answer):
-    """1.0 for RIGHT, 0.0 for WRONG, None where neither or both are written."""
-    found = set(re.findall("RIGHT|WRONG", answer.upper()))
-    return float(found == {"RIGHT"}) if len(found) == 1 else None
+    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right", up to what looks like a next example."""
+    answer = re.split(r"\n\s*CONVERSATION:", answer.upper())[0]
+    found = set(re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer))
+    return {("", "RIGHT"): 1.0, ("", "WRONG"): 0.0}.get(found.pop()) if len(found) == 1 else None
 
 
 def parse_action(answer):

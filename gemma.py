@@ -38,12 +38,11 @@ from torch.utils.checkpoint import checkpoint
 from data import InputError, read_json, write_json
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
-NEVER = float("-inf")
 
 
 @dataclass
 class GemmaConfig:
-    """The fields of Hugging Face's config.json that change what is computed, by their names there."""
+    """The fields of Hugging Face's config.json that change what is computed, as named there."""
 
     vocab_size: int
     hidden_size: int
@@ -74,7 +73,8 @@ class GemmaConfig:
         self.sliding_window_pattern = self.sliding_window_pattern or (6 if gemma3 else 2)
         if self.layer_types is None and isinstance(self.num_hidden_layers, int):
             numbers = range(1, 1 + self.num_hidden_layers)
-            self.layer_types = [LOCAL if i % self.sliding_window_pattern else GLOBAL for i in numbers]
+            every = self.sliding_window_pattern
+            self.layer_types = [LOCAL if i % every else GLOBAL for i in numbers]
 
     @staticmethod
     def from_json(path):
@@ -93,13 +93,13 @@ class GemmaConfig:
 class Forest:
     """Token sequences laid out so that what they share is computed once.
 
-    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side by
-    side into rows, as long as the longest of them or up to half longer, where that leaves less empty.
-    Inside a row a trie lies in depth-first order, so the descendants of the token in slot s are the
-    slots s+1 .. ends[s]-1, and the token in slot t may attend to slot s exactly if s <= t < ends[s].
+    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side
+    by side into rows, as long as the longest of them or up to half longer, where that leaves less
+    empty. Inside a row a trie lies in depth-first order, so the descendants of the token in slot s
+    are the slots s+1 .. ends[s]-1: the token in slot t may attend to slot s if s <= t < ends[s].
 
     tokens, positions, ends: int64 [B, T]; positions count along each branch.
-    paths[i] = (row, slots of sequence i in order); padding: the fraction of slots that hold nothing.
+    paths[i] = (row, slots of sequence i in order); padding: the fraction of slots without a token.
     """
 
     def __init__(self, sequences):
@@ -273,8 +273,8 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(C, eps)
         self.checkpointing = False  # recompute activations in the backward pass, or keep them
 
-    def forward(self, x, *args):
-        return recomputed(self._forward, x, *args) if self.checkpointing else self._forward(x, *args)
+    def forward(self, *args):
+        return recomputed(self._forward, *args) if self.checkpointing else self._forward(*args)
 
     def _forward(self, x, angles, masks, cache=None, at=None):
         # Norms on both sides: what a block adds to the residual stream is normalised too.
@@ -292,7 +292,7 @@ def soft_capped(logits, softcap):
 
 
 class Gemma(nn.Module):
-    """The decoder, its output head tied to the embedding. Initialised at random (global generator)."""
+    """The decoder, its output head tied to the embedding. A new one is initialised at random."""
 
     def __init__(self, config):
         super().__init__()
@@ -332,16 +332,15 @@ class Gemma(nn.Module):
 
     def forward(self, tokens):
         """int64 [B, T] -> float32 logits [B, T, V]; every row starts at position 0."""
-        assert tokens.ndim == 2 and tokens.dtype == torch.int64, (
-            f"tokens: int64 [batch, time], not {tokens.dtype} {list(tokens.shape)}"
-        )
+        kind = tokens.dtype, tokens.ndim
+        assert kind == (torch.int64, 2), f"tokens: int64 [B, T], not {kind[0]} {list(tokens.shape)}"
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         ends = torch.full_like(tokens, tokens.shape[1])
         masks = tree_masks(positions, ends, self.config.sliding_window)
         return self.logits(self.hidden(tokens, positions, masks))
 
     def logps(self, forest, rows, slots, targets):
-        """Log-probabilities, float32 [P], of `targets` as predicted in (`rows`, `slots`); int64 [P]."""
+        """Log-probabilities, float32 [P], of targets predicted in (rows, slots), all int64 [P]."""
         masks = tree_masks(forest.positions, forest.ends, self.config.sliding_window)
         hidden = self.hidden(forest.tokens, forest.positions, masks, at=(rows, slots))
         softcap = self.config.final_logit_softcapping
@@ -396,7 +395,7 @@ def read_config(path):
         by_kind = rope if isinstance(rope, dict) and (GLOBAL in rope or LOCAL in rope) else {GLOBAL: rope}
         for kind, name in THETAS.items():
             scheme = by_kind.get(kind, {})
-            if not isinstance(scheme, dict) or scheme.get("rope_type", "default") != "default":
+            if not isinstance(scheme, dict) or scheme.get("rope_type", scheme.get("type", "default")) != "default":
                 raise InputError(f"{path}: {key} is {rope!r}, expected an object with rope_type 'default'")
             raw[name] = scheme.get("rope_theta", raw.get(name))
     raw.setdefault("sliding_window_pattern", raw.get("_sliding_window_pattern"))
@@ -415,7 +414,8 @@ def read_config(path):
         if f.type not in (str, list | None) and (value is not None or f.default is not None):
             real, lowest = f.type in (float, float | None), 0 if f.name.endswith("_token_id") else 1e-12
             numbers = value if f.type == int | list and isinstance(value, list) else [value]
-            right = all(type(n) is int or real and type(n) is float for n in numbers) and min(numbers, default=1) >= lowest
+            right = all(type(n) is int or real and type(n) is float for n in numbers)
+            right = right and min(numbers, default=1) >= lowest
             must(f.name, right, f"a {'number' if real else 'whole number'} above 0")
     config = GemmaConfig(**given)
     heads, layers, types = config.num_attention_heads, config.num_hidden_layers, config.layer_types
@@ -448,29 +448,27 @@ def config_json(config, dtype):
 
 
 def tree_masks(positions, ends, window):
-    """Who sees whom in a Forest, {GLOBAL, LOCAL: mask}, in the form that `attend` takes on the device of `positions`."""
+    """Who sees whom in a Forest, {GLOBAL, LOCAL: mask}, in the form that `attend` takes on its device."""
     return tree_block_masks(positions, ends, window) if positions.is_cuda else tree_blocks(positions, ends, window)
 
 
 def tree_block_masks(positions, ends, window):
-    """Flex attention's BlockMasks of a Forest."""
-
     def ancestor(batch, head, query, key):
         return (key <= query) & (query < ends[batch, key])
 
     def near(batch, head, query, key):
         return ancestor(batch, head, query, key) & (positions[batch, query] - positions[batch, key] < window)
 
-    (B, T), device = positions.shape, positions.device
-    return {kind: create_block_mask(sees, B, None, T, T, device=device) for kind, sees in ((GLOBAL, ancestor), (LOCAL, near))}
+    (B, T), sees = positions.shape, {GLOBAL: ancestor, LOCAL: near}
+    return {kind: create_block_mask(sees[kind], B, None, T, T, device=positions.device) for kind in sees}
 
 
 def tree_blocks(positions, ends, window, size=128):
-    """Who sees whom in a Forest, by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, mask)]}.
+    """The same by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, bias)]}. positions, ends: int64 [B, T].
 
-    positions, ends int64 [B, T]; queries, keys: slices of t and s slots; mask bool [B, t, s]. A token sees its ancestors and
-    itself; in a window layer only window - 1 positions back. Keys end with a block's last query and begin with the first key
-    that any of its queries sees.
+    queries, keys: slices of t and s slots; bias [B, t, s]: 0, or -inf where a key is hidden. A token sees its ancestors
+    and itself; in a window layer only window - 1 positions back. Keys end with a block's last query and begin with the
+    first key that any of its queries sees.
     """
     blocks, T = {GLOBAL: [], LOCAL: []}, positions.shape[1]
     slots = torch.arange(T, device=positions.device)
@@ -481,42 +479,40 @@ def tree_blocks(positions, ends, window, size=128):
         near = positions[:, queries, None] - positions[:, None, :stop] < window
         for kind, seen in ((GLOBAL, visible), (LOCAL, visible & near)):
             first = int(seen.flatten(0, 1).any(0).int().argmax())
-            blocks[kind].append((queries, slice(first, stop), seen[:, :, first:]))
+            blocks[kind].append((queries, slice(first, stop), hiding(seen[:, :, first:])))
     return blocks
 
 
+def hiding(seen):
+    """What is added to scores, float32, from who is seen."""
+    return torch.where(seen, 0.0, float("-inf"))
+
+
 def attend(q, k, v, mask, scale, softcap):
-    """Attention of q [B, N, T, D] over k, v [B, K, S, D]: [B, N, T, D]. mask: a BlockMask or blocks, as `tree_masks` makes them.
+    """Attention of q [B, N, T, D] over k, v [B, K, S, D]: [B, N, T, D]. mask: BlockMask or blocks, of `tree_masks`.
 
     Blocks are as fast as F.scaled_dot_product_attention on them, and faster than it on all at once, which cannot skip
     what a trie or a window hides (270M, 1550 tokens, forward and backward: 0.11 s a layer against 0.14 and 0.20 s).
     """
     if isinstance(mask, BlockMask):
         return flex_attend(q, k, v, mask, scale, softcap)
-    blocks = [
-        attend_block(q[:, :, queries], k[:, :, keys], v[:, :, keys], seen, scale, softcap) for queries, keys, seen in mask
-    ]
-    return torch.cat(blocks, 2)
+    q, out = q * scale, []
+    for queries, keys, bias in mask:
+        out.append(attend_block(q[:, :, queries], k[:, :, keys], v[:, :, keys], bias, softcap))
+    return torch.cat(out, 2)
 
 
-def recomputed(function, *args):
-    """function(*args), computed again in the backward pass instead of keeping what it holds in between."""
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def attend_block(q, k, v, seen, scale, softcap):
-    """The same for one mask, bool [B, T, S]. The query heads of a key head are stacked, so that keys are not expanded."""
+def attend_block(q, k, v, bias, softcap):
+    """The same under one bias [B, T, S]. The query heads of a key head are stacked: keys are not expanded."""
     (B, N, T, D), K = q.shape, k.shape[1]
-    scores = (q * scale).reshape(B, K, -1, D) @ k.transpose(-1, -2)
-    scores = soft_capped(scores, softcap).view(B, N, T, -1).masked_fill(~seen[:, None], NEVER)
+    scores = q.reshape(B, K, N // K * T, D) @ k.transpose(-1, -2)
+    scores = soft_capped(scores, softcap).view(B, N, T, -1) + bias[:, None]
     weights = scores.softmax(-1).to(v.dtype).view(B, K, N // K * T, -1)
     return (weights @ v).view(B, N, T, D)
 
 
 def flex_attend(q, k, v, mask, scale, softcap):
-    """The same by one fused kernel, on a GPU. Blocks of the BlockMask that nothing sees are not computed."""
+    """The same by one fused kernel, on a GPU. Blocks that nothing sees are not computed."""
     kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
 
     def cap(score, batch, head, query, key):
@@ -526,10 +522,10 @@ def flex_attend(q, k, v, mask, scale, softcap):
 
 
 def compiled(function, **options):
-    """The function as torch.compile makes it, again for each kind of batch: grad or none, one row or more, one block of keys or more.
+    """The function as torch.compile makes it, again for each kind of batch: grad or none, one row or more, and so on.
 
-    Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in memory. And it would make
-    tensors of the caps, which flex attention cannot compile.
+    Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in memory. And it would
+    make tensors of the caps, which flex attention cannot compile.
     """
     if torch._dynamo.config.recompile_limit < 64:  # in each thread: autograd has its own
         torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
@@ -541,7 +537,7 @@ compile_once = cache(torch.compile)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Large products
-# What one line of PyTorch says and takes too long or too much memory: a few rows by a large weight, the whole vocabulary.
+# What a line of PyTorch says, too slowly or with too much memory: a few rows by a large weight, all of the vocabulary.
 
 
 class Linear(nn.Linear):
@@ -557,15 +553,16 @@ class Linear(nn.Linear):
 def product(x, weight):
     """x [..., inputs] times weight [outputs, inputs] transposed: [..., outputs].
 
-    4 to 15 rows, as in decoding, by blocks of a large weight, on a CPU in float32: F.linear takes up to 2.5 times as long (MKL),
-    a rollout of 8 rows 14 % longer (48 M parameters).
+    4 to 15 rows, as in decoding, by blocks of a large weight, on a CPU in float32: F.linear takes up to 2.5 times as
+    long (MKL), which makes a rollout of 8 rows 15 % longer (48 M parameters).
     """
     (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
     weight = weight.to(x.dtype)
-    large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and outputs % block == 0
-    if not (large and 3 < rows < 16):
+    slow = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and 3 < rows < 16
+    if not slow or outputs % block:
         return F.linear(x, weight)
-    parts = x.reshape(rows, inputs).expand(outputs // block, rows, inputs) @ weight.view(-1, block, inputs).transpose(1, 2)
+    blocks = weight.view(-1, block, inputs).transpose(1, 2)
+    parts = x.reshape(rows, inputs).expand(len(blocks), rows, inputs) @ blocks  # [outputs / 32, rows, 32]
     return parts.transpose(0, 1).reshape(*x.shape[:-1], outputs)
 
 
@@ -578,29 +575,35 @@ def rounded(number, dtype):
 def token_logps(hidden, embedding, targets, softcap):
     """Log-probabilities, float32 [P], of targets [P] from hidden states [P, C] and embedding [V, C].
 
-    The log-normaliser is taken over parts of the vocabulary, each computed again in the backward pass: no more than a part
-    of the logits [P, V] is held at once, and the embedding's gradient is made of parts that are written once. At V = 262,144
-    twice as fast as by chunks of P, each of which would add up to a whole gradient [V, C].
+    The log-normaliser is taken over parts of the vocabulary, each computed again in the backward pass: only a part of
+    the logits [P, V] is held at once, and each part of the embedding's gradient is computed once. At V = 262,144 twice
+    as fast as by chunks of P, each of which would add to a whole gradient [V, C].
     """
-
     dtype = hidden.dtype
 
     def normaliser(hidden, part):
         return soft_capped(hidden.to(dtype) @ part.to(dtype).T, softcap).logsumexp(-1)
 
-    hidden = hidden.float()  # so that gradients of the parts add up in float32
-    parts = embedding.split(max(1, LOGITS_HELD[hidden.device.type] // len(hidden)))
+    hidden = hidden.float()  # so that its gradients from the parts add up in float32
+    parts = embedding.split(max(1, LOGITS_HELD[hidden.device.type] // max(1, len(hidden))))
     norms = torch.stack([recomputed(normaliser, hidden, part) for part in parts]).logsumexp(0)
-    scores = (hidden * lookup(targets, embedding).to(dtype)).sum(-1).to(dtype)  # as exact as those in the normaliser
+    scores = (hidden * lookup(targets, embedding).to(dtype)).sum(-1).to(dtype)  # rounded as those in the norms
     return soft_capped(scores, softcap) - norms
 
 
-LOGITS_HELD = {"cpu": 2**21, "cuda": 2**27}  # on a CPU what its cache holds
+LOGITS_HELD = {"cpu": 2**20, "cuda": 2**27}  # on a CPU what its cache holds
 
 
 def lookup(tokens, embedding):
-    """Rows of an embedding. Their gradient is sparse, and goes into that of the output head without a dense one of its own."""
+    """Rows of an embedding. Their gradient is sparse: beside the output head's, the lookup makes no dense one."""
     return F.embedding(tokens, embedding, sparse=torch.is_grad_enabled())
+
+
+def recomputed(function, *args):
+    """function(*args), computed again in the backward pass instead of keeping what it holds in between."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -609,7 +612,7 @@ def lookup(tokens, embedding):
 
 
 def local_slice(parameter):
-    """(this rank's part of a parameter, the rows of the whole that it holds). Parts are cut along dimension 0, as fully_shard does."""
+    """(this rank's part of a parameter, which rows of the whole these are). fully_shard cuts along dimension 0."""
     if not isinstance(parameter, DTensor):
         return parameter, slice(0, parameter.shape[0] if parameter.ndim else 1)
     start, stop = 0, parameter.shape[0]
@@ -622,7 +625,7 @@ def local_slice(parameter):
 
 
 def load_safetensors(tensors, directory, stem="model", prefix=""):
-    """Fill `tensors` (name -> tensor or DTensor, of which only this rank's rows are read) from STEM.safetensors or its shards.
+    """Fill `tensors`, name -> tensor (of a DTensor this rank's rows), from STEM.safetensors or its shards.
 
     Raises InputError that lists all missing, unexpected and mis-shaped tensors together.
     """
@@ -639,8 +642,8 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
                 raise InputError(f"{directory / name}: not readable as safetensors ({error})") from None
             found.update({key.removeprefix(prefix): (file, key) for key in file.keys()})
         if "lm_head.weight" in found and "embed_tokens.weight" in found:  # some writers store the tied head once more
-            head, embedding = (file.get_tensor(key) for file, key in (found["lm_head.weight"], found["embed_tokens.weight"]))
-            if torch.equal(head, embedding):
+            tied = found["lm_head.weight"], found["embed_tokens.weight"]
+            if torch.equal(*(file.get_tensor(key) for file, key in tied)):
                 del found["lm_head.weight"]
         shapes = {name: list(file.get_slice(key).get_shape()) for name, (file, key) in found.items()}
         problems = [f"missing {name}" for name in tensors if name not in found]
@@ -690,7 +693,7 @@ def save_model(model, directory, max_shard_bytes):
 def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_000_000):
     """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than one shard may be.
 
-    Sharded tensors are collected one at a time on rank 0, the writer (directory not None), which holds a shard of them at most.
+    Sharded tensors are collected one at a time on rank 0, the writer (directory not None), which holds a shard at most.
     """
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     shards = [[]]
@@ -717,10 +720,11 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
 
 
 def collected(tensor):
-    """The whole of a sharded tensor on rank 0. The others send their rows, hold nothing more than them, and get None."""
+    """The whole of a sharded tensor on rank 0. The others send their rows, hold no more than these, and get None."""
     if not isinstance(tensor, DTensor):
         return tensor
-    [group] = [tensor.device_mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    [dim] = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    group = tensor.device_mesh.get_group(dim)
     part, ranks = tensor.to_local().contiguous(), dist.get_process_group_ranks(group)
     if len(ranks) == 1:
         return part
@@ -729,7 +733,7 @@ def collected(tensor):
             dist.send(part, dst=0, group=group)
         return None
     whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=part.device)
-    for rank, rows in zip(ranks, whole.chunk(len(ranks)), strict=False):  # no rows are left for the last ranks of a short tensor
+    for rank, rows in zip(ranks, whole.chunk(len(ranks)), strict=False):  # a short tensor leaves the last ranks none
         if rank:
             dist.recv(rows, src=rank, group=group)
         else:
@@ -810,7 +814,7 @@ class KVCache:
         self.steps = {}  # on a GPU: number of rows -> CapturedStep
 
     def prefill(self, model, prompts, room):
-        """Fill an empty cache, with room for more tokens; what prompts share is computed once. Returns logits [B, V]."""
+        """Fill an empty cache, what prompts share computed once, with room for more. Returns the next logits [B, V]."""
         device = model.embed_tokens.weight.device
         forest = Forest(prompts).to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -832,7 +836,7 @@ class KVCache:
         return model.logits(hidden)
 
     def rewind(self, prompts):
-        """Make each row hold a beginning of its prompt, forgetting what differs. Returns each row's remaining tokens."""
+        """Make each row hold a beginning of its prompt, forgetting what differs. Returns what is left, a list a row."""
         tails = []
         for row, prompt in enumerate(self.order):
             held = common_prefix(self.tokens[row], prompts[prompt][:-1])
@@ -857,7 +861,7 @@ class KVCache:
         if T == 1 and self._captures():
             return self._decode(model, [new, [[start] for start in held]])
         device = self.keys[0].device
-        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # zeros: beyond what is held
+        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # zeros: unused slots
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
         last = torch.tensor([len(tail) - 1 for tail in new], device=device)
         first = max(0, min(held) - model.config.sliding_window + 1)
@@ -869,7 +873,7 @@ class KVCache:
         return self.keys[0].is_cuda
 
     def _decode(self, model, inputs):
-        """A step of one token a row by a graph recorded for 4, 16, 64, ... rows or all; those that are done go along."""
+        """A step of one token a row by a graph for 4, 16, 64, ... rows or all; rows that are done go along."""
         active, rows = len(inputs[0]), 4
         while rows < active:
             rows *= 4
@@ -901,16 +905,16 @@ class KVCache:
 
 
 def extend(model, keys, values, tokens, positions, last, spans):
-    """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows; logits [B, V] after token `last` [B] of each.
+    """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows; logits [B, V] after each one's token `last` [B].
 
-    keys, values: a tensor [B, K, S, D] for each layer; spans {GLOBAL, LOCAL: a slice with all slots that any token sees}.
+    keys, values: a tensor [B, K, S, D] for each layer; spans {GLOBAL, LOCAL: a slice of all slots that any token sees}.
     """
     device, window, masks = tokens.device, model.config.sliding_window, {}
     rows, slots = torch.arange(len(tokens), device=device)[:, None], torch.arange(keys[0].shape[2], device=device)
     for kind, span in spans.items():
         distance = positions[:, :, None] - slots[span]
         seen = (distance >= 0) & (distance < window) if kind == LOCAL else distance >= 0
-        masks[kind] = [(slice(None), slice(None), seen)]
+        masks[kind] = [(slice(None), slice(None), hiding(seen))]
 
     def write(layer, k, v):
         for store, x in ((keys[layer], k), (values[layer], v)):
@@ -922,7 +926,7 @@ def extend(model, keys, values, tokens, positions, last, spans):
 
 
 class CapturedStep:
-    """`extend` by one token a row, compiled and recorded as a CUDA graph: one launch a step, not one for each kernel."""
+    """`extend` by one token a row, compiled and recorded as a CUDA graph: one launch a step, not one a kernel."""
 
     def __init__(self, model, keys, values, inputs):
         """inputs: tokens and positions, int64 [2, B, 1]."""
@@ -949,11 +953,11 @@ def generate(
 ):
     """Continue token lists of different lengths; returns the new tokens of each, without the stop token.
 
-    A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one whose stop token would have
-    come next counts as cut). temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row's result does
-    not depend on the other rows: each draws its own noise, from `generator[i]` if that is a list, else from a stream made
-    for row i from `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt
-    i, only the tokens that its row does not hold yet are processed. Rows that finish leave the batch.
+    A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one whose stop token would
+    have come next counts as cut). temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row's
+    result does not depend on the other rows: each draws its own noise, from `generator[i]` if that is a list, else from
+    a stream made for row i from `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is
+    continued: of prompt i, only the tokens that its row does not hold yet are processed. Finished rows leave the batch.
     """
     if not all(prompts):
         raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")
@@ -1021,7 +1025,7 @@ def candidates(logits, top_k, top_p, guess=1024):
             best, ids = logits.sort(descending=True)
         before = (best - total).exp().cumsum(-1) - (best - total).exp()
         before[..., 0] = -1  # the most likely token always stays
-        best = best.masked_fill(before >= top_p, NEVER)
+        best = best.masked_fill(before >= top_p, float("-inf"))
     return best, ids
 
 

@@ -314,8 +314,10 @@ def test_what_a_gemma3_saves_says_everything_in_both_dialects(model, tmp_path):
     ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling"),
     ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}, "rope_parameters"),
     ({"rope_parameters": {"sliding_attention": 5}}, "rope_parameters"), ({"rope_parameters": 5}, "rope_parameters"),
-    ({"rope_parameters": None, "rope_theta": "1e6"}, "rope_theta"), ({"rope_local_base_freq": 0, "rope_parameters": None}, "rope_local_base_freq"),
-    ({"use_bidirectional_attention": True}, "use_bidirectional_attention"), ({"layer_types": None, "_sliding_window_pattern": "six"}, "pattern"),
+    ({"rope_parameters": None, "rope_theta": "1e6"}, "rope_theta"),
+    ({"rope_parameters": None, "rope_local_base_freq": 0}, "rope_local_base_freq"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ({"layer_types": None, "_sliding_window_pattern": "six"}, "pattern"),
 ])
 def test_what_a_gemma3_cannot_be_is_said_with_the_file(copied, change, said):
     edit_config(copied, **change)

@@ -766,7 +766,7 @@ def batch_of(monkeypatch, helpers, pairs, respond, heuristic="exact_match"):
     with_policy(monkeypatch, respond)
     config = replace(Config(), data_config=act.DataConfig(heuristic=heuristic))
     run = SimpleNamespace(config=config, helpers=helpers, policy=None, template=None)
-    return act.on_policy(run, pairs, 0, range(len(pairs)))
+    return act.on_policy(run, pairs, 0, range(len(pairs)))[:2]
 
 
 def as_gold(pair, said):

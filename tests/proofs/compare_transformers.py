@@ -2,9 +2,9 @@
 
     pip install transformers && python tests/proofs/compare_transformers.py [MODEL_DIR]
 
-For several shapes and seeds of Gemma 2 and of Gemma 3 it prints one line each: max |logit difference|, the largest difference of a gradient relative to
-the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are equal, and
-whether transformers loads what our `save_pretrained` wrote, in one file and in shards, back to its own logits.
+For several shapes and seeds of Gemma 2 and of Gemma 3 it prints one line each: max |logit difference|, the largest difference of a
+gradient relative to the largest entry of that gradient (over every weight), whether greedy continuations of four ragged prompts are
+equal, and whether transformers loads what our `save_pretrained` wrote, in one file and in shards, back to its own logits.
 A MODEL_DIR holds a real checkpoint (Gemma 3 270M, say) with its tokenizer.model: its logits on a text and its greedy continuations
 are compared in float32. Ends with status 1 when any of these is over its limit. tests/golden/make_gemma2.py and make_gemma3.py hold
 the random models.
