@@ -754,7 +754,13 @@ def with_policy(monkeypatch, respond):
 
     def sampler(model, template, pairs, training, noise=None):
         assert noise is None or len(noise) == len(pairs)
-        return lambda rows, asked: [(respond(pairs[row], said), True) for row, said in zip(rows, asked, strict=True)]
+
+        def say(rows, asked):
+            say.trajectories.update(zip(rows, asked, strict=True))
+            return [(respond(pairs[row], said), True) for row, said in zip(rows, asked, strict=True)]
+
+        say.trajectories = {}
+        return say
 
     monkeypatch.setattr(act, "Sampler", sampler)
     monkeypatch.setattr(act, "all_gathered", list)
