@@ -226,7 +226,7 @@ class ACTDataset:
         return conversations
 
     def reject_questions(self, pairs, owners):
-        """Where answering is right, a question becomes `rejected`. owners: each pair's conversation."""
+        """Where answering is right, a question becomes `rejected`; owners: whose each is."""
         pool = [i for i, pair in enumerate(pairs) if pair.action == CLARIFY]
         # ascending: the examples of a conversation are one range of the pool
         pool_owners = [owners[i] for i in pool]
