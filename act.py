@@ -47,6 +47,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -103,12 +104,12 @@ def act_pair(pair, tolerance, max_turns, simulate_user=True):
         y, action, ended = yield from respond(trajectory)  #     trajectory += y ~ pi
     if not ended:
         return contrast(pair, trajectory, CUT_OFF)
-    if action == CLARIFY:
+    if action == CLARIFY:  # nobody was simulated
         return contrast(pair, trajectory, GOOD_OUTCOME)
-    _, score = yield "score", trajectory                   # if H(y, g) > epsilon:
-    if score > tolerance:                                  #     y_w = trajectory
-        return contrast(pair, trajectory, GOOD_OUTCOME)    # else:
-    return contrast(pair, trajectory, BAD_OUTCOME)         #     y_l = trajectory
+    _, score = yield "score", trajectory                   # H(y, g)
+    if score > tolerance:                                  # if H(y, g) > epsilon:
+        return contrast(pair, trajectory, GOOD_OUTCOME)    #     y_w = trajectory
+    return contrast(pair, trajectory, BAD_OUTCOME)         # else: y_l = trajectory
 
 
 def respond(trajectory):
@@ -186,14 +187,12 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
              beta, label_smoothing=0.0, loss_type="sigmoid"):  # fmt: skip
     """Losses of preference pairs; all arguments and results float32 [batch].
 
-    With the margin m = log(pi(y_w)/ref(y_w)) - log(pi(y_l)/ref(y_l)): "sigmoid" is DPO, -log
-    sigmoid(beta m)
-    (arXiv 2305.18290, equation 7), with `label_smoothing` the share of pairs taken to be the wrong
-    way round
-    (conservative DPO); "hinge" is max(0, 1 - beta m) (SLiC, arXiv 2305.10425); "ipo" is (m - 1 / (2
-    beta))^2
-    (arXiv 2310.12036, equation 17). Returns (losses, chosen_rewards, rejected_rewards), rewards
-    being beta times the log-ratios.
+    With the margin m = log(pi(y_w) / ref(y_w)) - log(pi(y_l) / ref(y_l)):
+        sigmoid   -log sigmoid(beta m), DPO (arXiv 2305.18290, equation 7); `label_smoothing` is
+                  the share of pairs taken to be the wrong way round (conservative DPO)
+        hinge     max(0, 1 - beta m), SLiC (arXiv 2305.10425)
+        ipo       (m - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17)
+    Returns (losses, chosen_rewards, rejected_rewards), rewards being beta times the log-ratios.
     """
     chosen_ratios = policy_chosen_logps - reference_chosen_logps
     rejected_ratios = policy_rejected_logps - reference_rejected_logps
@@ -324,6 +323,8 @@ def clip_and_step(policy, optimizer, max_grad_norm, lr):
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not norm.isfinite():  # the same on all ranks; the parameters are still good
+        raise RunStopped(f"the gradient's norm is {norm.item()}, expected a number")
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
     for group in optimizer.param_groups:
@@ -390,11 +391,11 @@ def train(config, overwrite=False, resume=False):
 
             if training.save_steps and done % training.save_steps == 0 and done < run.steps:
                 save_checkpoint(run, done)
-    except HelperError as error:
+    except RunStopped as error:
         if done == run.start:
             raise
         save_checkpoint(run, done)
-        raise HelperError(f"{error}; saved, --resume goes on from step {done}") from None
+        raise RunStopped(f"{error}; saved, --resume goes on from step {done}") from None
     save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
     log.finish()
 
@@ -496,7 +497,8 @@ def sample_of(pair, turn, heuristic):
     first = (turn["trajectory"][0][1], pair.gold[0][1], pair.context) if turn else None
     exact, f1 = data.score_of(compare, *first) if turn else (0.0, 0.0)
     source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
-    source |= {"target_action": pair.action, "gold_target": pair.target, "gold_questions": len(pair.gold) // 2}
+    source |= {"target_action": pair.action, "gold_target": pair.target}
+    source |= {"gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY)}
     return {**source, **(turn or FAILED_TURN), "turn_exact_match": float(exact), "turn_f1": float(f1)}
 
 
@@ -667,7 +669,7 @@ class HelperConfig:
     batch_size: int = 16  # gemma: prompts that are continued together
     concurrency: int = 16  # servers: calls in flight
     max_retries: int = 5  # servers: of one call, after 429, 5xx, resets, time-outs and half answers
-    max_failures: int = 20  # servers: calls in a row, failed or blocked, after which the run saves and stops
+    max_failures: int = 20  # answers in a row, failed, blocked or unusable, after which the run saves and stops
     timeout: float = 60.0  # servers: seconds of one call
     cache_path: str = "helper_cache.sqlite"  # servers: answers already paid for; "" keeps none
 
@@ -697,7 +699,7 @@ class TrainingConfig:
     num_train_epochs: float = 2.0  # passes over the training turns
     max_steps: int = -1  # above 0 it replaces num_train_epochs
     eval_steps: int = 0  # 0: evaluate before the first and after the last step only
-    logging_steps: int = 1  # a line of metrics.jsonl every n steps
+    logging_steps: int = 1  # a line of metrics.jsonl every n steps, of that step
     save_steps: int = 0  # a checkpoint every n steps; 0: only the final model
     save_total_limit: int = 1  # checkpoints kept; 0 keeps all
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
@@ -720,7 +722,7 @@ class TrainingConfig:
     temperature: float = 1.0  # of the policy's samples in training; evaluation is greedy
     top_k: int = 0  # sample among the k most likely tokens only; 0: all
     top_p: float = 1.0  # sample among the most likely tokens that together have this probability
-    max_turns: int = 3  # responses of one simulated trajectory
+    max_turns: int = 3  # responses of one simulated trajectory; with 1, every question loses
 
 
 @dataclass(frozen=True)
@@ -805,8 +807,11 @@ def build_section(cls, raw, path, prefix, where):
         if key in RENAMED:
             raise InputError(f"{at}: no longer a key, write {RENAMED[key]} instead")
         if key not in types:
-            near = get_close_matches(key, types, 1, 0) or [""]
-            raise InputError(f"{at}: unknown key, the nearest known one is {prefix}{near[0]}")
+            known = {name: prefix + name for name in types}
+            if not prefix and not isinstance(value, dict):  # a section may have been left out
+                known |= {name.rpartition(".")[2]: name for name in flat(asdict(Config()))} | known
+            near = get_close_matches(key, known, 1, 0)[0]
+            raise InputError(f"{at}: unknown key, the nearest known one is {known[near]}")
         if is_dataclass(types[key]):
             values[key] = build_section(types[key], value, path, f"{prefix}{key}.", where)
         else:
@@ -847,6 +852,7 @@ def check_config(config, path):
          "action_labels is 'classifier', but is_preference is set, and files of pairs hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
          f"action_labels is 'random', which changes pairs, not gold replies: not with {balance}"),
+        (files.tolerance >= 1, f"tolerance is {files.tolerance}, expected less than 1: a trajectory wins above it"),
         (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
         (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
@@ -884,7 +890,8 @@ def start_processes():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=hours, **alone)
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -948,15 +955,15 @@ def on_main(function, *arguments):
 
 
 def together(work):
-    """work() on every rank; where a helper gives up on one, HelperError on all, so that none waits for another."""
+    """work() on every rank; where a helper gives up on one, RunStopped on all, so that none waits for another."""
     result, errors = None, []
     try:
         result = work()
-    except HelperError as error:
+    except (RunStopped, InputError) as error:
         errors = [str(error)]
     errors = all_gathered(errors)
     if errors:
-        raise HelperError(errors[0])
+        raise RunStopped(errors[0])
     return result
 
 
@@ -1088,6 +1095,9 @@ def load_pairs(config, helpers):
     questions = split_over_ranks("writing question", helpers.write_questions)
     classify = split_over_ranks("classifying reply", helpers.label_actions)
     pairs, validation = data.get_datasets_from_config(config, questions, classify, print0)
+    if sum(HELPER_COUNTS.values()):
+        counts = ", ".join(f"{HELPER_COUNTS[key]} {key}" for key in COUNTED)
+        print0(f"helper models: {counts}; where one gave nothing, the rule took its place")
     texts = [text for pair in pairs + validation for _, text in (pair.history[-1], pair.gold[0])]
     broken = sum(len(text.strip().splitlines()) > 1 for text in texts)
     if broken and config.data_config.prompt_format == "plain":
@@ -1169,7 +1179,7 @@ WRITES = {  # the files of output_dir that a task writes, and removes before it 
 MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, on how many devices; not what is learnt
     "max_steps", "num_train_epochs", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "output_dir",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "timeout", "concurrency", "max_retries", "max_failures", "base_url", "cache_path",
 }  # fmt: skip
 
 
@@ -1206,6 +1216,9 @@ def resume_from(output, config):
     for key in then.keys() - now.keys():
         raise InputError(f"--resume: {former} has {key}, no key of this version, expected --overwrite to start again")
     then = defaults | then  # keys that are newer than that run had their defaults
+    for key in (key for key in now if key.rpartition(".")[2] in INPUT_PATHS and then[key]):
+        if Path(located(then[key])).absolute() == Path(now[key]).absolute():  # from another working directory
+            then[key] = now[key]
     changed = [key for key, value in now.items() if then.get(key) != value]
     for key in changed:
         if key.rpartition(".")[2] not in MAY_CHANGE:
@@ -1254,8 +1267,12 @@ HELPER_COUNTS = Counter()  # of these, since the start                         u
 COUNTS_LOCK = threading.Lock()
 
 
-class HelperError(RuntimeError):
-    """A helper model cannot be used any longer: one line, for the user. The run saves and stops."""
+class RunStopped(RuntimeError):
+    """The run cannot go on: one line, for the user. It saves and stops."""
+
+
+class HelperError(RunStopped):
+    """A helper model cannot be used any longer."""
 
 
 def count(what, number=1):
@@ -1277,12 +1294,17 @@ class Helpers:
     def answers(self, pairs, heuristic):
         """What `in_lockstep` may ask for besides the policy's responses, about these pairs."""
 
+        def score_of(pair, answer):
+            try:
+                return data.score_of(HEURISTICS[heuristic], answer, pair.target, pair.context)
+            except InputError as error:  # of a gold query that fails, say
+                raise InputError(f"{pair.where}: {error}") from None
+
         def score(rows, trajectories):
             ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
             if heuristic == "judge":
                 return [None if right is None else (right, right) for right in self.judge_answers(ends)]
-            compare = HEURISTICS[heuristic]
-            return [data.score_of(compare, answer, pair.target, pair.context) for pair, answer in ends]
+            return [score_of(pair, answer) for pair, answer in ends]
 
         classify = self.classify_actions
         return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}
@@ -1326,9 +1348,9 @@ def build_helpers(config):
             raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
         prompt = read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role)
         if backend == "gemma":
-            return played(gemma_asker(*load(helper.model_path), helper), role, prompt)
+            return played(gemma_asker(*load(helper.model_path), helper), role, prompt, helper.max_failures)
         client = GeminiClient if backend == "gemini" else OpenAIClient
-        return played(client(helper, role.stop), role, prompt)
+        return played(client(helper, role.stop), role, prompt, helper.max_failures)
 
     user_is_rule = backend_of(config.user_simulator_config) == "rule"  # it knows the gold trajectory and no intent
     return Helpers(
@@ -1357,8 +1379,9 @@ def read_prompt(path, role):
     return prompt
 
 
-def played(ask, role, prompt):
-    """A role: requests -> results, None where the model gave nothing usable."""
+def played(ask, role, prompt, max_failures):
+    """A role: requests -> results, None where the model gave nothing usable; HelperError if that goes on and on."""
+    in_a_row = 0
 
     def filled(request):
         texts = role.fields(request)
@@ -1367,7 +1390,13 @@ def played(ask, role, prompt):
     def play(requests):
         answers = ask([filled(request) for request in requests])
         results = [None if answer is None else role.parse(answer) for answer in answers]
-        count("unusable", sum(r is None and answer is not None for r, answer in zip(results, answers, strict=True)))
+        nonlocal in_a_row
+        for result, answer in zip(results, answers, strict=True):
+            unusable = result is None and answer is not None
+            count("unusable", unusable)
+            in_a_row = in_a_row + 1 if unusable else 0 if answer is not None else in_a_row
+            if in_a_row >= max_failures:
+                raise HelperError(f"{in_a_row} answers to {role.prompt} in a row were of no use, like {answer[:80]!r}")
         return results
 
     return play
@@ -1671,6 +1700,8 @@ class AnswerCache:
 
     def execute(self, statement, values):
         """The first row of the result. Each statement is a transaction of its own, and waits for other processes."""
+        if not self.path:
+            return None
         with self.lock:
             try:
                 if self.connection is None:
@@ -1725,6 +1756,13 @@ def generate_preference(config, overwrite=False, resume=False):
 
 
 TASKS = {"act": train, "sft": train, "dpo": train, "evaluate": evaluate, "generate_preference": generate_preference}
+TASK_HELP = {
+    "act": "train on pairs that are sampled from the policy as it is (Algorithm 2)",
+    "sft": "train on the gold replies",
+    "dpo": "train on the pairs of Algorithm 1, nothing sampled",
+    "evaluate": "the metrics of policy_model_config.model_path on data_config.validation_path",
+    "generate_preference": "write the pairs of Algorithm 1, for Gemini, TRL and other programs too",
+}
 USAGE = "expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite"
 
 
@@ -1744,7 +1782,10 @@ def parse_arguments(arguments):
                 raise InputError(f"{word}: --{name} takes no value")
             flags.add(name)
             continue
-        if not equals and not rest:
+        near = get_close_matches(name, ("resume", "overwrite", "config"), 1, 0.75)
+        if near and name != "config":
+            raise InputError(f"{word}: unknown, did you mean --{near[0]}?")
+        if not equals and (not rest or rest[0].startswith("--")):
             raise InputError(f"--{name}: a value is missing")
         overrides[name] = value if equals else rest.pop(0)
     path = overrides.pop("config", None)
@@ -1757,7 +1798,7 @@ def parse_arguments(arguments):
 
 def help_text():
     """The header's commands, the tasks, the flags, and every key as the dataclasses above give it."""
-    tasks = [f"  {name:20} {task.__doc__.splitlines()[0]}" for name, task in TASKS.items()]
+    tasks = [f"  {name:20} {about}" for name, about in TASK_HELP.items()]
     lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:"]
     lines += ["  --resume             go on from the newest checkpoint of output_dir"]
     lines += ["  --overwrite          start again in an output_dir that holds a run"]
@@ -1772,6 +1813,7 @@ def help_text():
 
 def main(arguments=None):
     """Run what the command line says; returns the exit status."""
+    config = None
     try:
         path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(path, overrides)
@@ -1785,13 +1827,15 @@ def main(arguments=None):
             time.sleep(2)
         print(f"act.py: error: {error}" + (f" (local rank {rank})" if rank else ""), file=sys.stderr, flush=True)
         return 2
-    except HelperError as error:
+    except RunStopped as error:
         if is_main():
             print(f"act.py: stopped: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
+        saved = checkpoints(config.training_config.output_dir) if config else []
         if is_main():
-            print("\nact.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+            hint = f"; --resume goes on from {saved[-1].name}" if saved else ""
+            print(f"\nact.py: interrupted{hint}", file=sys.stderr, flush=True)
         return 130
     finally:
         if dist.is_initialized() and dist.get_world_size() == 1:  # with more it could wait for ranks that wait for it

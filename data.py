@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +102,9 @@ def parse_turn(turn, where, form, system_allowed=False):
     if role == "user" and not text.strip():
         raise InputError(f"{where} is a user turn without text")
     message = {"role": role, "content": text}
+    for key in turn.keys() - {"role", "content", "parts", "requires_clarification"}:
+        if get_close_matches(key, ["requires_clarification"], 1, 0.8):
+            raise InputError(f"{where} has {key!r}, expected 'requires_clarification'")
     if "requires_clarification" in turn:
         if role != "user":
             problem = f"has requires_clarification and role {role!r}, expected it on user turns"
@@ -490,6 +494,8 @@ def read_preferences(path, report=print):
     pairs, skipped = [], 0
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
+        if ("messages" in row or "contents" in row) and "completions" not in row:
+            raise InputError(f"{where}: holds a conversation, expected a pair: is_preference is set")
         if "completions" in row:
             pairs.append(parse_vertex_preference(row, where))
         elif "prompt" in row and "input_text" not in row:
@@ -500,6 +506,9 @@ def read_preferences(path, report=print):
             pairs.append(parse_record(row, where))
     if skipped:
         report(f"{path}: {skipped} records without an answer were skipped")
+    alone = sum(pair.action == CLARIFY and len(pair.gold) == 1 for pair in pairs)
+    if alone:
+        report(f"{path}: {alone} clarifying turns come without the user's reply: a rule cannot play that user")
     if not pairs:
         raise InputError(f"{path}: holds no preference pair, expected at least one line of JSON")
     return pairs

@@ -69,7 +69,7 @@ class GemmaConfig:
     def __post_init__(self):
         gemma3 = self.model_type == "gemma3_text"
         self.rope_theta = self.rope_theta or (1e6 if gemma3 else 1e4)
-        self.rope_local_base_freq = self.rope_local_base_freq or 1e4 if gemma3 else self.rope_theta
+        self.rope_local_base_freq = (self.rope_local_base_freq or 1e4) if gemma3 else self.rope_theta
         self.sliding_window_pattern = self.sliding_window_pattern or (6 if gemma3 else 2)
         if self.layer_types is None and isinstance(self.num_hidden_layers, int):
             numbers = range(1, 1 + self.num_hidden_layers)
