@@ -3,11 +3,11 @@
 The method, in reading order:
     Conversations     `read_vertex_jsonl`: what a conversation and its messages are
     Pairs             `Pair`: one user turn and the two ways of going on that the loss compares
-    Algorithm 1       `ACTDataset`: every user turn of a conversation becomes a pair (arXiv 2406.00222)
+    Algorithm 1       `ACTDataset`: every user turn becomes a pair (arXiv 2406.00222)
 Rooms to enter when you change what stands in them:
-    Files of pairs    records of the published code, Vertex AI's and TRL's preference lines <-> pairs
-    Metrics           DROP F1, CoQA F1, exact match, rows of SQL queries, and how often the right action was taken
-    Helper roles      what a helper model is told, how its answer is read, and the rules that do without one
+    Files of pairs    records of the published code, Vertex AI's and TRL's lines <-> pairs
+    Metrics           DROP F1, CoQA F1, exact match, rows of SQL queries, F1 of actions
+    Helper roles      what a helper model is told, how it is read; rules that need no model
     Converters        published datasets -> Vertex JSONL
     JSON              an address in every error, files renamed into place
 
@@ -39,34 +39,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-CLARIFY, ANSWER = "CLARIFY", "ANSWER"  # the two actions of the paper: ask a clarifying question, or answer
+CLARIFY, ANSWER = "CLARIFY", "ANSWER"  # the paper's actions: ask a clarifying question, or answer
 OTHER = {CLARIFY: ANSWER, ANSWER: CLARIFY}
 INSTRUCTION = "Answer the user's question, or ask a clarifying question if it is ambiguous."
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: one line that says where, what was found and what was expected."""
+    """Something the user gave is wrong: one line with where, what was found, what was expected."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Conversations
 
 
 def read_vertex_jsonl(path):
     """Reads either of Vertex AI's two forms of conversation, one a line. Raises InputError.
 
-    Returns a list of {"messages": [{"role": "system" | "user" | "model", "content": str}], "where": "train.jsonl:17"}.
-    System only comes first; a user message has "requires_clarification": bool, the gold action of the reply, where the
-    file says so. Texts are left as they are.
+    Returns a list of {"messages": [{"role": "system" | "user" | "model", "content": str}],
+    "where": "train.jsonl:17"}. System only comes first; a user message has
+    "requires_clarification": bool, the gold action of the reply, where the file says so. Texts are
+    left as they are.
     """
-    conversations = [parse_conversation(row, f"{path}:{number}") for number, row in read_jsonl(path)]
+    rows = read_jsonl(path)
+    conversations = [parse_conversation(row, f"{path}:{number}") for number, row in rows]
     if not conversations:
         raise InputError(f"{path}: holds no conversation, expected at least one line of JSON")
     return conversations
 
 
 def parse_conversation(row, where):
-    """One line of either form. `where` is its address, "train.jsonl:17", with which every error begins."""
+    """One line of either form. `where`: its address, "train.jsonl:17", with which errors begin."""
     forms = [key for key in ("messages", "contents") if key in row]
     if len(forms) != 1:
         found = " and ".join(forms) or "neither messages nor contents"
@@ -77,7 +79,9 @@ def parse_conversation(row, where):
     systems = [key for key in ("systemInstruction", "system_instruction") if key in row]
     if len(systems) > 1:
         raise InputError(f"{where}: has {' and '.join(systems)}, expected one of them")
-    messages = [{"role": "system", "content": parts_text(row[key], f"{where}: {key}")} for key in systems]
+    messages = [
+        {"role": "system", "content": parts_text(row[key], f"{where}: {key}")} for key in systems
+    ]
     for i, turn in enumerate(require(row, form, f"{where}: ", list)):
         system_allowed = form == "messages" and i == 0 and not systems
         messages.append(parse_turn(turn, f"{where}: {form}[{i}]", form, system_allowed))
@@ -99,7 +103,8 @@ def parse_turn(turn, where, form, system_allowed=False):
     message = {"role": role, "content": text}
     if "requires_clarification" in turn:
         if role != "user":
-            raise InputError(f"{where} has requires_clarification and role {role!r}, expected it on user turns only")
+            problem = f"has requires_clarification and role {role!r}, expected it on user turns"
+            raise InputError(f"{where} {problem}")
         message["requires_clarification"] = require(turn, "requires_clarification", where, bool)
     return message
 
@@ -108,14 +113,15 @@ def parts_text(content, where):
     """The text of {"parts": [{"text": ...}, ...]}, joined without a separator, as Vertex does."""
     texts = []
     for i, part in enumerate(require(content, "parts", where, list)):
-        other = sorted(set(expect(part, f"{where}.parts[{i}]", dict)) - {"text"})
+        at = f"{where}.parts[{i}]"
+        other = sorted(set(expect(part, at, dict)) - {"text"})
         if other:
-            raise InputError(f"{where}.parts[{i}] has {other[0]!r}, expected 'text' alone (only text is supported)")
-        texts.append(require(part, "text", f"{where}.parts[{i}]", str))
+            raise InputError(f"{at} has {other[0]!r}, expected 'text' alone (text only is known)")
+        texts.append(require(part, "text", at, str))
     return "".join(texts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pairs
 
 
@@ -127,7 +133,7 @@ class Pair:
     """
 
     context: str  # what the system message says: paragraphs, tables
-    history: list  # messages up to and including the user turn; with the context, the paper's prompt p
+    history: list  # messages, the last by the user; with the context: the prompt p
     action: str  # a: the gold action
     chosen: list  # y_w: messages of the winning trajectory
     rejected: list  # y_l: messages of the losing one
@@ -139,46 +145,49 @@ class Pair:
 
 
 def dialogues(pairs):
-    """Index lists of consecutive pairs of one dialogue: each history goes on where the one before it stopped."""
+    """Index lists of consecutive pairs of one dialogue: each history goes on from the last."""
     groups = []
     for i, pair in enumerate(pairs):
-        before = pairs[i - 1] if i else None
-        if before and pair.context == before.context and pair.history[: len(before.history)] == before.history:
+        before = pairs[i - 1] if i else pair
+        goes_on = pair.history[: len(before.history)] == before.history
+        if i and goes_on and pair.context == before.context:
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Algorithm 1
 
 
 class ACTDataset:
-    """The paper's Algorithm 1: a Pair for every user turn, from the conversations of `read_vertex_jsonl`.
+    """The paper's Algorithm 1: a Pair for every user turn of the conversations.
 
-    dataset            conversations; with is_preference the finished pairs of `read_preferences`, only balanced here
+    dataset            as `read_vertex_jsonl` gives them; with is_preference the finished pairs of
+                       `read_preferences`, which are only balanced here
     target_label       CLARIFY: the action that the preference model shows where answering is right
     icl_examples       how many examples of such questions the preference model sees (at least one)
-    preference_model   [(Pair, examples: [Pair])] -> [question]; None: the data's own questions (`rule_questions`)
-    class_balance      None, or e.g. {"CLARIFY": 2, "ANSWER": 1}: multiples to draw of each action's pairs
-    action_model       [reply] -> [action], for turns without requires_clarification; None: `rule_actions`
+    preference_model   [(Pair, examples: [Pair])] -> [question]; None: the data's own questions
+    class_balance      None, or e.g. {"CLARIFY": 2, "ANSWER": 1}: multiples of each action's pairs
+    action_model       [reply] -> [action], for turns without a label; None: `rule_actions`
 
-    After `prepare_datasets`: `skipped`, the addresses of turns without an answer in the data; `labelled`, how many
-    turns got their action from action_model. Raises InputError for options out of range.
+    After `prepare_datasets`: `skipped`, the addresses of turns without an answer in the data;
+    `labelled`, how many turns got their action from action_model. Raises InputError.
     """
 
-    def __init__(self, dataset, target_label, icl_examples, preference_model=None, class_balance=None,
-                 is_preference=False, action_model=None, seed=0):  # fmt: skip
+    def __init__(self, dataset, target_label, icl_examples, preference_model=None,
+                 class_balance=None, is_preference=False, action_model=None, seed=0):  # fmt: skip
         if target_label != CLARIFY:
             raise InputError(f"target_label is {target_label!r}, expected {CLARIFY!r}")
         if type(icl_examples) is not int or icl_examples < 0:
             raise InputError(f"icl_examples is {icl_examples!r}, expected a whole number from 0")
         for action, multiple in expect(class_balance or {}, "class_balance", dict).items():
             if action not in OTHER:
-                raise InputError(f"class_balance names {action!r}, expected {CLARIFY!r} or {ANSWER!r}")
+                raise InputError(f"class_balance names {action!r}, expected CLARIFY or ANSWER")
             if type(multiple) not in (int, float) or not math.isfinite(multiple) or multiple < 0:
-                raise InputError(f"class_balance[{action!r}] is {multiple!r}, expected a number from 0")
+                problem = f"is {multiple!r}, expected a number from 0"
+                raise InputError(f"class_balance[{action!r}] {problem}")
         self.dataset, self.is_preference, self.seed = dataset, is_preference, seed
         self.icl_examples, self.class_balance = max(1, icl_examples), class_balance or {}
         self.preference_model = preference_model or rule_questions
@@ -192,32 +201,35 @@ class ACTDataset:
         pairs, owners = [], []
         self.skipped = []
         for owner, messages in enumerate(self.labelled_messages()):
-            new = turn_pairs(messages, self.dataset[owner].get("where", f"conversation {owner + 1}"), self.skipped)
+            where = self.dataset[owner].get("where", f"conversation {owner + 1}")
+            new = turn_pairs(messages, where, self.skipped)
             pairs += new
             owners += [owner] * len(new)
         self.reject_questions(pairs, owners)
         return self.balance(pairs)
 
     def labelled_messages(self):
-        """The messages of each conversation, every user turn that has a reply labelled with that reply's action."""
+        """The messages of each conversation, user turns labelled with the action of their reply."""
         conversations = [[dict(message) for message in row["messages"]] for row in self.dataset]
         turns, replies = [], []
         for messages in conversations:
             for turn, reply in zip(messages, messages[1:], strict=False):
-                if turn["role"] == "user" and reply["role"] == "model" and "requires_clarification" not in turn:
+                answered = turn["role"] == "user" and reply["role"] == "model"
+                if answered and "requires_clarification" not in turn:
                     turns.append(turn)
                     replies.append(reply["content"])
         actions = self.action_model(replies) if replies else []
-        assert len(actions) == len(turns) and set(actions) <= set(OTHER), f"{len(turns)} replies, actions {actions}"
+        assert len(actions) == len(turns) and set(actions) <= set(OTHER), (len(turns), actions)
         for turn, action in zip(turns, actions, strict=True):
             turn["requires_clarification"] = action == CLARIFY
         self.labelled = len(turns)
         return conversations
 
     def reject_questions(self, pairs, owners):
-        """Where answering is right, a clarifying question becomes `rejected`. owners[i]: pairs[i]'s conversation."""
+        """Where answering is right, a question becomes `rejected`; owners: whose each is."""
         pool = [i for i, pair in enumerate(pairs) if pair.action == CLARIFY]
-        pool_owners = [owners[i] for i in pool]  # ascending: a conversation's examples are one range of the pool
+        # ascending: the examples of a conversation are one range of the pool
+        pool_owners = [owners[i] for i in pool]
         requests = []
         for i, pair in enumerate(pairs):
             if pair.action == ANSWER:
@@ -225,21 +237,21 @@ class ACTDataset:
                 drawn = self.draw_examples(len(pool), *own, random.Random(f"{self.seed}/{i}"))
                 requests.append((pair, [pairs[pool[k]] for k in drawn]))
         questions = self.preference_model(requests) if requests else []
-        assert len(questions) == len(requests), f"{len(questions)} questions for {len(requests)} requests"
-        for (pair, _), question, rule in zip(requests, questions, rule_questions(requests), strict=True):
+        rules = rule_questions(requests)
+        for (pair, _), question, rule in zip(requests, questions, rules, strict=True):
             useless = ([], pair.chosen[0][1].split())  # two equal sides would teach nothing
             asked = (text for text in (question or "", rule) if text.split() not in useless)
             pair.rejected = [("model", next(asked, FALLBACK_QUESTION))]
 
     def draw_examples(self, size, start, stop, rng):
-        """Positions in a pool of `size`, without replacement; those from start to stop only where others run out."""
+        """Positions in a pool of `size`; those from start to stop only where others run out."""
         own = stop - start
         count = min(self.icl_examples, size - own)
         drawn = [k if k < start else k + own for k in rng.sample(range(size - own), count)]
         return drawn + rng.sample(range(start, stop), min(self.icl_examples - count, own))
 
     def balance(self, pairs):
-        """Draws round(multiple * count) pairs of each action in class_balance, with replacement; the order stays."""
+        """Draws round(multiple * count) pairs of an action, with replacement; the order stays."""
         if not self.class_balance:
             return list(pairs)
         kept = [i for i, pair in enumerate(pairs) if pair.action not in self.class_balance]
@@ -251,7 +263,7 @@ class ACTDataset:
 
 
 def turn_pairs(messages, where, skipped):
-    """A Pair for every user turn that the data answer in the end; of the others the address is added to `skipped`.
+    """A Pair for every user turn that is answered in the end; addresses of others go to `skipped`.
 
     The `rejected` of an ANSWER turn is left empty: a preference model writes it.
     """
@@ -267,15 +279,16 @@ def turn_pairs(messages, where, skipped):
             skipped.append(f"{where}: user turn {sum(role == 'user' for role, _ in said[: i + 1])}")
             continue
         action = CLARIFY if message["requires_clarification"] else ANSWER
-        gold = said[i + 1 : end + 1]  # a question, the user's reply, perhaps more of both, the answer; or the answer
+        gold = said[i + 1 : end + 1]  # [question, the user's reply, ...] answer
         rejected = gold[-1:] if action == CLARIFY else []  # answering at once
-        pairs.append(Pair(context, said[: i + 1], action, gold, rejected, gold, gold[-1][1], where=where))
+        history, target = said[: i + 1], gold[-1][1]
+        pairs.append(Pair(context, history, action, gold, rejected, gold, target, where=where))
     return pairs
 
 
 def answer_index(messages, i):
-    """Where the gold trajectory of the user turn `i` ends: its first reply that answers. None where the data stop."""
-    while i + 1 < len(messages) and messages[i]["role"] == "user" and messages[i + 1]["role"] == "model":
+    """Where the gold trajectory of the user turn `i` ends: at its first answer, or None."""
+    while [message["role"] for message in messages[i : i + 2]] == ["user", "model"]:
         if not messages[i + 1]["content"].strip():
             return None
         if not messages[i]["requires_clarification"]:
@@ -285,19 +298,21 @@ def answer_index(messages, i):
 
 
 def random_actions(pairs, seed):
-    """A coin's action for each turn: where it is not the gold one, the two sides change places (an ablation)."""
-    coins = [random.Random(f"{seed}/random_actions/{i}").random() < 0.5 for i in range(len(pairs))]
-    return [
-        replace(pair, action=OTHER[pair.action], chosen=pair.rejected, rejected=pair.chosen) if coin else pair
-        for pair, coin in zip(pairs, coins, strict=True)
-    ]
+    """A coin's action for each turn; if it is not the gold one, the sides swap (ablation)."""
+    drawn = []
+    for i, pair in enumerate(pairs):
+        swapped = {"action": OTHER[pair.action], "chosen": pair.rejected, "rejected": pair.chosen}
+        coin = random.Random(f"{seed}/random_actions/{i}").random() < 0.5
+        drawn.append(replace(pair, **swapped) if coin else pair)
+    return drawn
 
 
 def get_datasets_from_config(config, preference_model=None, action_model=None, report=print):
-    """(training pairs, validation pairs); [] for a path that is not set. report: called with each line worth saying.
+    """(training pairs, validation pairs); [] for a path that is not set. report: takes a line.
 
-    Only the training pairs are balanced (`class_balance`) and take their actions from elsewhere (`action_labels`).
-    A losing question is asked for only where it is used: in training on pairs, and in files of pairs.
+    Only training pairs are balanced (`class_balance`) and may take their actions from elsewhere
+    (`action_labels`). A losing question is asked for only where it is used: in training on pairs,
+    and in files of pairs.
     """
     training, files = config.training_config, config.data_config
     written = config.task == "generate_preference"
@@ -315,8 +330,9 @@ def get_datasets_from_config(config, preference_model=None, action_model=None, r
         if dataset.labelled:
             report(f"{path}: the action classifier labelled {dataset.labelled} turns")
         if dataset.skipped:
-            report(f"{path}: {len(dataset.skipped)} user turns have no answer in the data and were skipped: "
-                   f"{', '.join(dataset.skipped[:3])}{', ...' if len(dataset.skipped) > 3 else ''}")  # fmt: skip
+            shown = ", ".join(dataset.skipped[:3]) + (", ..." if len(dataset.skipped) > 3 else "")
+            count = f"{len(dataset.skipped)} user turns have no answer in the data"
+            report(f"{path}: {count} and were skipped: {shown}")
         return random_actions(pairs, training.seed) if action_labels == "random" else pairs
 
     asks = preference_model if written or config.task in ("act", "dpo") else None

@@ -376,6 +376,21 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
     assert len(spoken) > 3, "they should differ"
 
 
+def test_a_later_turn_computes_only_what_was_said_since(plain, pairs, monkeypatch):
+    """Each row goes on from its own cache: not a token of its prompt is read again."""
+    read, rewind = [], act.KVCache.rewind
+    monkeypatch.setattr(act.KVCache, "rewind", lambda *args: read.append(rewind(*args)) or read[-1])
+    sampler = Sampler(random_model(), plain, pairs[:9], training_of())
+    said = {row: [(role, "rome.") for role in ("model", "user")] for row in range(9)}
+    sampler(range(9), [[] for _ in range(9)])
+    for rows in ([1, 4, 5, 8], [4, 8]):  # those that finish leave the batch
+        sampler(rows, [said[row] for row in rows])
+        for row, tail in zip(rows, read.pop(), strict=True):
+            assert 0 < len(tail) <= len(plain.following(said[row]))
+        for row in rows:
+            said[row] = said[row] * 2
+
+
 def test_noise_is_keyed_by_seed_step_and_position():
     def draw(generators):
         return [torch.rand(1, generator=generator).item() for generator in generators]

@@ -52,6 +52,7 @@ PUBLISHED = [
 ]  # fmt: skip
 DEFAULTS = act.TrainingConfig()
 OUTCOMES = ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "cut_off", "same_text", "helper_failed")
+EVALUATION_FILES = {"eval_metrics.json", "eval_samples.jsonl", "report.html"}
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
 
 
@@ -67,8 +68,7 @@ def test_an_act_run_leaves_its_files(act_run):
     folder, status, stdout, stderr = act_run
     assert (status, stderr) == (0, ""), stderr
     out = folder / "out"
-    files = {"config.json", "metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl", "report.html"}
-    assert names_in(out) == files | {"model"}
+    assert names_in(out) == {"config.json", "metrics.jsonl", "rollouts.jsonl", *EVALUATION_FILES, "model"}
     assert names_in(out / "model") == MODEL_FILES
     assert load_config(out / "config.json") == load_config(folder / "run.json")
     assert "step 0 to 2" in stdout and str(out / "model") in stdout and "Trajectory-level Exact Match" in stdout
@@ -241,8 +241,7 @@ def test_an_evaluation_alone_equals_that_of_the_run(world, act_run, tmp_path, ca
     assert run("--config", config, *trained) == 0
     found = json.loads((tmp_path / "out" / "eval_metrics.json").read_text())
     assert found == json.loads((act_run[0] / "out" / "eval_metrics.json").read_text())
-    files = {"config.json", "eval_metrics.json", "eval_samples.jsonl", "report.html"}
-    assert names_in(tmp_path / "out") == files
+    assert names_in(tmp_path / "out") == {"config.json", *EVALUATION_FILES}
     last = [row for row in rows_of(act_run[0] / "out" / "eval_samples.jsonl") if row.pop("step") == 2]
     assert rows_of(tmp_path / "out" / "eval_samples.jsonl") == last
     shown = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(found) :])
@@ -356,7 +355,7 @@ def assert_resumes_exactly(whole, folder):
     assert run("--config", folder / "run.json", "--resume") == 0
     assert metrics_of(folder) == metrics_of(whole)
     assert_same_weights(folder / "out" / "model", whole / "out" / "model")
-    for name in ("eval_metrics.json", "eval_samples.jsonl"):
+    for name in ("eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl"):
         assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
     assert [path.name for path in (folder / "out" / "checkpoints").iterdir()] == ["step-4"]
 
@@ -691,7 +690,7 @@ def assert_nearly_same_weights(found, wanted):
 def assert_as_one_rank(folder, one):
     assert [row["step"] for row in metrics_of(folder)] == [0, 1, 2, 3, 3, 4, 5, 5]
     assert_same_rows(metrics_of(folder), metrics_of(one))
-    for name in ("eval_samples.jsonl", "eval_metrics.json"):
+    for name in ("eval_samples.jsonl", "eval_metrics.json", "rollouts.jsonl"):
         assert (folder / "out" / name).read_bytes() == (one / "out" / name).read_bytes()
     assert_nearly_same_weights(folder / "out" / "model", one / "out" / "model")
 
