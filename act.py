@@ -1379,7 +1379,7 @@ def read_prompt(path, role):
     return prompt
 
 
-def played(ask, role, prompt, max_failures):
+def played(ask, role, prompt, max_failures=20):
     """A role: requests -> results, None where the model gave nothing usable; HelperError if that goes on and on."""
     in_a_row = 0
 

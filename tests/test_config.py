@@ -42,8 +42,8 @@ def test_a_file_overrides_the_defaults_and_the_command_line_the_file(tmp_path):
     assert config.task == "dpo" and act.backend_of(config.action_model_config) == "rule"
     expected = TrainingConfig(beta=1.0, seed=8, learning_rate=1e-6, class_balance={"CLARIFY": 2}, bf16=True)
     assert config.training_config == expected and type(config.training_config.beta) is float
-    config = load_config(path, [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "1")])
-    assert (config.training_config.output_dir, config.task, config.data_config.tolerance) == ("a b", "sft", 1.0)
+    config = load_config(path, [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "0")])
+    assert (config.training_config.output_dir, config.task, config.data_config.tolerance) == ("a b", "sft", 0.0)
 
 
 def test_overrides_from_python_are_values_not_texts(tmp_path):

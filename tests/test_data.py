@@ -950,7 +950,7 @@ def test_command_line_refuses_bad_structure_in_one_line(tmp_path, capsys, conver
 def test_command_line_refuses_a_file_that_holds_no_pairs(tmp_path, capsys, form):
     path = write(tmp_path, SALES)
     assert data.main([f"{form}_preferences", str(path), str(tmp_path / "out.jsonl")]) == 2
-    assert capsys.readouterr().err == f"data.py: error: {path}:1: input_text is missing\n"
+    assert capsys.readouterr().err == f"data.py: error: {path}:1: holds a conversation, expected a pair: is_preference is set\n"
 
 
 def test_command_line_names_the_line_of_broken_json(tmp_path):

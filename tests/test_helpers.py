@@ -970,7 +970,7 @@ def test_a_batch_is_judged_by_a_model(monkeypatch, server, configured, dialect):
 
 def test_a_judge_that_gives_up_stops_the_batch(monkeypatch, server, configured):
     server.script = ["400"]
-    with pytest.raises(act.HelperError) as raised:
+    with pytest.raises(act.RunStopped) as raised:
         batch_of(monkeypatch, judge_of(configured), [a_pair("a", ANSWER)], as_gold, heuristic="judge")
     assert line_of(raised) == FATAL["400"]
 
@@ -1248,7 +1248,7 @@ def on_ranks(monkeypatch, world, work):
         here.rank = rank
         try:
             return work(rank)
-        except act.HelperError as error:
+        except act.RunStopped as error:
             return error
 
     monkeypatch.setattr(act, "all_gathered", all_gathered)
@@ -1279,3 +1279,13 @@ def test_a_helper_that_gives_up_on_one_rank_stops_all(monkeypatch):
     errors = on_ranks(monkeypatch, 3, lambda rank: act.together(lambda: work(rank)))
     assert [str(error) for error in errors] == ["rank 1 is refused"] * 3
     assert on_ranks(monkeypatch, 3, lambda rank: act.together(lambda: rank)) == [0, 1, 2]
+
+
+def test_answers_that_are_of_no_use_stop_the_run_and_a_useful_one_between_them_does_not(server, configured):
+    """A model that never says what it is asked for would leave every pair as it was, and look like a run."""
+    server.answer = lambda prompt: "Sure thing." if "odd" in prompt else "ANSWER"
+    helpers = act.build_helpers(replace(Config(), action_model_config=configured(max_failures=3)))
+    assert helpers.classify_actions(["odd 1", "odd 2", "fine", "odd 3", "odd 4"]) == [None, None, ANSWER, None, None]
+    with pytest.raises(act.HelperError) as raised:
+        helpers.classify_actions(["odd 5"])
+    assert line_of(raised) == "3 answers to action.txt in a row were of no use, like 'Sure thing.'"

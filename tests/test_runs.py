@@ -737,3 +737,25 @@ act.run_as_program()
     words = ["--config", ROOT / "configs" / "tiny.json", "--task", "evaluate"]
     status, _, errors = run_program(*TORCHRUN, 2, tmp_path / "fails.py", *words)
     assert status and "RuntimeError: nobody foresaw this" in errors
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_with_its_parameters_still_good(world, tmp_path, monkeypatch, capsys):
+    """Before the optimiser's step: what is saved is the last good state, and --resume goes on from it."""
+    step, calls = act.preference_step, []
+
+    def poisoned(run, *rest):
+        result = step(run, *rest)
+        calls.append(1)
+        if len(calls) == 3:
+            run.policy.norm.weight.grad[0] = math.nan
+        return result
+
+    config = run_config(world, tmp_path, "dpo", max_steps=4, save_steps=2)
+    monkeypatch.setattr(act, "preference_step", poisoned)
+    assert run("--config", config) == 1
+    said = capsys.readouterr().err
+    assert said == "act.py: stopped: the gradient's norm is nan, expected a number; saved, --resume goes on from step 2\n"
+    assert not (tmp_path / "out" / "model").exists()
+    assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out" / "checkpoints" / "step-2").values())
+    assert run("--config", config, "--resume") == 0
+    assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4]
