@@ -678,6 +678,7 @@ class HelperConfig:
 class DataConfig:
     train_path: str = ""  # JSONL: conversations, or pairs where is_preference is set
     validation_path: str = ""  # the same, for the evaluations; "": none
+    validation_split: float = 0.0  # without a validation_path: the share of the training conversations held out for it
     prompt_format: Literal["plain", "gemma"] = "plain"  # "plain": User: / Assistant: lines; "gemma": its chat template
     heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # the task's score of a final answer; see judge_model_config
     tolerance: float = 0.9  # a trajectory wins if its score is above this
@@ -852,6 +853,7 @@ def check_config(config, path):
          "action_labels is 'classifier', but is_preference is set, and files of pairs hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
          f"action_labels is 'random', which changes pairs, not gold replies: not with {balance}"),
+        (files.validation_split >= 1, f"validation_split is {files.validation_split}, expected a share below 1"),
         (files.tolerance >= 1, f"tolerance is {files.tolerance}, expected less than 1: a trajectory wins above it"),
         (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),

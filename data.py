@@ -321,10 +321,12 @@ def get_datasets_from_config(config, preference_model=None, action_model=None, r
     training, files = config.training_config, config.data_config
     written = config.task == "generate_preference"
 
-    def load(path, preference_model, class_balance=None, action_labels="gold"):
+    def read(path):
         if not path:
             return []
-        rows = read_preferences(path, report) if training.is_preference else read_vertex_jsonl(path)
+        return read_preferences(path, report) if training.is_preference else read_vertex_jsonl(path)
+
+    def prepare(path, rows, preference_model, class_balance=None, action_labels="gold"):
         if action_labels == "classifier":
             for message in (message for row in rows for message in row["messages"]):
                 message.pop("requires_clarification", None)
@@ -339,10 +341,26 @@ def get_datasets_from_config(config, preference_model=None, action_model=None, r
             report(f"{path}: {count} and were skipped: {shown}")
         return random_actions(pairs, training.seed) if action_labels == "random" else pairs
 
+    rows = read("" if config.task == "evaluate" else files.train_path)
+    held = read(files.validation_path)
+    if files.validation_split and not held:
+        rows, held = split_conversations(rows, files.validation_split, training.seed)
+        report(f"{files.train_path}: {files.validation_split:.0%} is held out for validation")
     asks = preference_model if written or config.task in ("act", "dpo") else None
-    path = "" if config.task == "evaluate" else files.train_path
-    train = load(path, asks, training.class_balance, training.action_labels)
-    return train, load(files.validation_path, preference_model if written else None)
+    train = prepare(files.train_path, rows, asks, training.class_balance, training.action_labels)
+    where = files.validation_path or files.train_path
+    return train, prepare(where, held, preference_model if written else None)
+
+
+def split_conversations(rows, share, seed):
+    """(rows to train on, rows held out): a share of the conversations, or of the pairs' dialogues."""
+    groups = [[i] for i in range(len(rows))]
+    if rows and isinstance(rows[0], Pair):
+        groups = dialogues(rows)
+    rng = random.Random(f"{seed}/validation_split")
+    held = {i for group in rng.sample(groups, round(share * len(groups))) for i in group}
+    train = [row for i, row in enumerate(rows) if i not in held]
+    return train, [rows[i] for i in sorted(held)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -692,9 +692,9 @@ def test_broken_pair_is_refused_with_file_and_line(tmp_path, row, message):
 def configured():
     """What get_datasets_from_config reads of a configuration; task dpo."""
 
-    def make(train, validation="", task="dpo", **changes):
+    def make(train, validation="", task="dpo", split=0.0, **changes):
         fields = {"icl_examples": 1, "class_balance": None, "is_preference": False, "seed": 0, "action_labels": "gold"}
-        files = SimpleNamespace(train_path=str(train), validation_path=str(validation))
+        files = SimpleNamespace(train_path=str(train), validation_path=str(validation), validation_split=split)
         return SimpleNamespace(task=task, data_config=files, training_config=SimpleNamespace(**{**fields, **changes}))
 
     return make
@@ -734,6 +734,23 @@ def test_losing_questions_are_asked_for_only_where_they_are_used(tmp_path, confi
 
     train, validation = data.get_datasets_from_config(configured(path, path, task), preference, report=calls.append)
     assert calls == [4] * asked and len(validation) == 7 and len(train) == (0 if task == "evaluate" else 7)
+
+
+def test_a_share_of_the_conversations_is_held_out_where_there_is_no_validation_file(tmp_path, configured):
+    odd = [conversation(user(f"q{i}", True), model("which?"), user("x", False), model(f"y{i}")) for i in range(20)]
+    path, said = write(tmp_path, *odd), []
+    train, held = data.get_datasets_from_config(configured(path, split=0.25), report=said.append)
+    assert (len(train), len(held)) == (30, 10) and any("25% is held out" in line for line in said)
+    names = [{pair.history[0][1] for pair in pairs} for pairs in (train, held)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 20, "whole conversations"
+    assert data.get_datasets_from_config(configured(path, split=0.25), report=said.append) == (train, held)
+    other = data.get_datasets_from_config(configured(path, split=0.25, seed=1), report=said.append)[1]
+    assert {pair.history[0][1] for pair in other} != names[1]
+    both = data.get_datasets_from_config(configured(path, path, split=0.25), report=said.append)
+    assert [len(pairs) for pairs in both] == [40, 40], "a file of its own comes first"
+    data.write_preferences(tmp_path / "p.jsonl", train + held, "records")
+    again = data.get_datasets_from_config(configured(tmp_path / "p.jsonl", split=0.25, is_preference=True), report=said.append)
+    assert sorted(map(len, again)) == [10, 30] and all(len(group) == 2 for group in data.dialogues(again[1]))
 
 
 def test_training_actions_come_from_the_file_the_classifier_or_a_coin(tmp_path, configured):
