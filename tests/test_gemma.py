@@ -688,8 +688,7 @@ def two_turns(model, first, second, stops, cache):
     return replies, talk([first[row] + replies[row] + second[row] for row in later], later)
 
 
-@both
-@pytest.mark.parametrize("path", ["CPU", "GPU"])
+@pytest.mark.parametrize(("folder", "path"), [("gemma2", "CPU"), ("gemma3", "CPU"), ("gemma2", "GPU")], indirect=["folder"])
 def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, folder, model, golden, request):
     """Second turns of different lengths, longer and shorter than the window, after replies that ended at different times."""
     first = [(prompt + prompts_of(golden)[2])[:n] for prompt, n in zip(prompts_of(golden) * 2, (30, 3, 12, 21, 5, 9, 17), strict=False)]
