@@ -1261,7 +1261,7 @@ def whole_rows(path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Helper models
-# Who plays ACT's four roles (data.ROLES): a rule, a local Gemma, or a model behind a server. A back end is a function
+# Who plays ACT's roles (data.ROLES): a rule, a local Gemma, or a model behind a server. A back end is a function
 # ask(prompts) -> answers, each a text or None; a new one goes into `build_helpers`.
 
 COUNTED = ("asked", "cached", "retried", "failed", "blocked", "unusable")  # failed: given up; blocked: or empty;
@@ -1284,7 +1284,7 @@ def count(what, number=1):
 
 @dataclass(frozen=True)
 class Helpers:
-    """The four roles: functions from lists to lists. None where a helper model failed, which rules never do."""
+    """The roles: functions from lists to lists. None where a helper model failed, which rules never do."""
 
     classify_actions: Any  # [response] -> [CLARIFY | ANSWER | None]
     summarize_intents: Any  # [Pair] -> [text | None]
@@ -1336,7 +1336,7 @@ class Helpers:
 
 
 def build_helpers(config):
-    """The four roles as the configuration casts them; a checkpoint that several share is loaded once."""
+    """The roles as the configuration casts them; a checkpoint that several share is loaded once."""
     load = cache(lambda path: load_helper(config, path))
 
     def cast(name):

@@ -743,7 +743,7 @@ def mean_or_none(values):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Helper roles
-# What each of ACT's four helpers does, as text: the rule that plays it without a model; what a model is told
+# What each of ACT's helpers does, as text: the rule that plays it without a model; what a model is told
 # (configs/prompts/, or the file that `prompt_path` names) and how its answer is read. Back ends are in act.py.
 
 FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"

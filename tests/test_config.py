@@ -377,3 +377,23 @@ def test_readme_points_to_the_lines_that_hold_the_method():
         assert max(map(len, method)) <= 100, f"{file}: {max(method, key=len)}"
     loop = next(node for node in ast.parse((ROOT / "act.py").read_text()).body if getattr(node, "name", "") == "train")
     assert loop.end_lineno <= 480
+
+
+def test_a_key_without_its_section_and_a_misspelt_flag_name_the_nearest(tmp_path):
+    found = refusal(config_file(tmp_path), {"max_steps": 3})
+    assert found == "--max_steps: unknown key, the nearest known one is training_config.max_steps"
+    for words, said in (
+        (["--config", "a", "--overwritee"], "--overwritee: unknown, did you mean --overwrite?"),
+        (["--confg", "a"], "--confg: unknown, did you mean --config?"),
+        (["--config", "a", "--task", "--resume"], "--task: a value is missing"),
+    ):
+        with pytest.raises(data.InputError, match=re.escape(said)):
+            act.parse_arguments(words)
+
+
+@pytest.mark.parametrize(("key", "said"), [
+    ("data_config.tolerance", "tolerance is 1.0, expected less than 1"),
+    ("data_config.validation_split", "validation_split is 1.0, expected a share below 1"),
+])  # fmt: skip
+def test_values_with_which_nothing_could_win_or_be_learnt_are_refused(tmp_path, key, said):
+    assert said in refusal(config_file(tmp_path), {key: 1})

@@ -123,6 +123,8 @@ BAD_LINES = [
     ('{"messages": [{"role": "user"}]}', "messages[0].content is missing"),
     ('{"messages": [{"content": "Hi"}]}', "messages[0].role is missing"),
     ('{"messages": ["Hi"]}', "messages[0] is a string, expected an object"),
+    ('{"messages": [{"role": "user", "content": "Hi", "require_clarification": true}]}',
+     "messages[0] has 'require_clarification', expected 'requires_clarification'"),
     ('{"messages": "Hi"}', "messages is a string, expected a list"),
     ('{"messages": []}', "messages has no user turn, expected at least one"),
     ('{"messages": [{"role": "user", "content": " \\n"}]}', "messages[0] is a user turn without text"),

@@ -1289,3 +1289,27 @@ def test_answers_that_are_of_no_use_stop_the_run_and_a_useful_one_between_them_d
     with pytest.raises(act.HelperError) as raised:
         helpers.classify_actions(["odd 5"])
     assert line_of(raised) == "3 answers to action.txt in a row were of no use, like 'Sure thing.'"
+
+
+def test_without_a_cache_path_nothing_is_kept(server, configured):
+    for _ in range(2):
+        assert act.GeminiClient(configured(cache_path=""))(["a"]) == ["answer to a"]
+    assert len(server.requests) == 2 and counts(asked=2)
+
+
+def test_bad_input_that_shows_on_one_rank_stops_all(monkeypatch):
+    """A gold query that fails, say: the run saves, and no rank waits for another."""
+
+    def work(rank):
+        if rank == 1:
+            raise InputError("x.jsonl:7: the gold query fails")
+
+    errors = on_ranks(monkeypatch, 3, lambda rank: act.together(lambda: work(rank)))
+    assert [str(error) for error in errors] == ["x.jsonl:7: the gold query fails"] * 3
+
+
+def test_a_gold_query_that_fails_is_named_by_its_line():
+    helpers, pair = act.Helpers(data.rule_actions, None, data.rule_users, None), a_pair("a", ANSWER)
+    pair.target, pair.where, pair.context = "SELECT b FROM t", "x.jsonl:7", "CREATE TABLE t (a)"
+    with pytest.raises(InputError, match=r"^x\.jsonl:7: execution_match: the gold query 'SELECT b FROM t' fails"):
+        helpers.answers([pair], "execution_match")["score"]([0], [[("model", "SELECT a FROM t")]])

@@ -759,3 +759,18 @@ def test_a_gradient_that_is_no_number_stops_the_run_with_its_parameters_still_go
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out" / "checkpoints" / "step-2").values())
     assert run("--config", config, "--resume") == 0
     assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_resumes_from_another_working_directory(tmp_path):
+    """Where the shipped paths are found beside act.py instead of below the directory that one stands in."""
+    given = {"training_config.output_dir": str(tmp_path / "out"), "policy_model_config.model_path": "configs/tiny/sft"}
+    config = load_config(ROOT / "configs" / "tiny.json", given)
+    (tmp_path / "out").mkdir()
+    former = asdict(config)
+    former["policy_model_config"]["model_path"] = "configs/tiny/sft"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(former))
+    moved = replace(config, policy_model_config=replace(config.policy_model_config, model_path=str(ROOT / "configs/tiny/sft")))
+    assert act.resume_from(tmp_path / "out", moved) is None
+    other = replace(config, policy_model_config=replace(config.policy_model_config, model_path=str(ROOT / "configs/tiny/base")))
+    with pytest.raises(data.InputError, match="model_path is"):
+        act.resume_from(tmp_path / "out", other)
