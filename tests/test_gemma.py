@@ -248,7 +248,7 @@ def test_logps_over_parts_of_the_vocabulary_are_those_over_the_whole(monkeypatch
     hidden, embedding = (20 * torch.randn(5, 8, generator=seeded(1))).to(dtype), torch.randn(30, 8, generator=seeded(2)).to(dtype)
     targets, weight = torch.tensor([0, 29, 3, 3, 17]), torch.randn(5, generator=seeded(3))
     results = []
-    for function in (gemma.token_logps, lambda h, e, t, c: gemma.soft_capped(h @ e.T, c).log_softmax(-1).gather(-1, t[:, None])[:, 0]):
+    for function in (lambda h, e, t, c: gemma.TokenLogps.apply(h, e, t, c, []), lambda h, e, t, c: gemma.soft_capped(h @ e.T, c).log_softmax(-1).gather(-1, t[:, None])[:, 0]):
         h, e = hidden.clone().requires_grad_(), embedding.clone().requires_grad_()
         logps = function(h, e, targets, softcap)
         assert logps.dtype == torch.float32 and logps.max() <= 0
