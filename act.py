@@ -29,6 +29,7 @@ Where we depart from the paper's Algorithm 2 and from the published research cod
 """
 
 import ctypes
+import fcntl
 import hashlib
 import http.client
 import inspect
@@ -38,6 +39,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import sys
 import threading
@@ -58,6 +60,7 @@ from urllib.parse import quote, urlsplit
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -325,7 +328,7 @@ def clip_and_step(policy, optimizer, max_grad_norm, lr):
     norm = torch.nn.utils.get_total_norm(grads)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not norm.isfinite():  # the same on all ranks; the parameters are still good
-        raise RunStopped(f"the gradient's norm is {norm.item()}, expected a number")
+        raise NotANumber("the gradient's norm is not a finite number")
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
     for group in optimizer.param_groups:
@@ -375,6 +378,7 @@ def train(config, overwrite=False, resume=False):
             for i in range(0, local, micro):
                 take_step = preference_step if run.reference else sft_step
                 sums.update(take_step(run, batch[i : i + micro], 1 / local))
+            check_finite(sums, NotANumber)  # on all ranks, before anything is learnt from them
             lr = learning_rate(step, run.steps, training)
             grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
             done = step + 1
@@ -392,12 +396,10 @@ def train(config, overwrite=False, resume=False):
 
             if training.save_steps and done % training.save_steps == 0 and done < run.steps:
                 save_checkpoint(run, done)
-    except RunStopped as error:
-        if done == run.start:
-            raise
-        save_checkpoint(run, done)
-        raise RunStopped(f"{error}; saved, --resume goes on from step {done}") from None
-    save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
+            together(stop_if_asked)  # by Ctrl-C or SIGTERM
+    except RunStopped as error:  # a number that is none, a helper that gave up, a signal
+        raise stopped(run, done, error) from None
+    save_final(run)
     log.finish()
 
 
@@ -468,12 +470,14 @@ def play_turn(pair, max_turns):
 def evaluate_pairs(model, template, pairs, helpers, config):
     """Play every turn. Returns (metrics, samples), the same on all ranks."""
     training, heuristic = config.training_config, config.data_config.heuristic
+    check_finite(dict(model.named_parameters()))
     mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
     policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
 
     def play():
         samples = []
         for start in range(0, len(mine), training.per_device_eval_batch_size):
+            stop_if_asked()
             batch = [pairs[i] for i in mine[start : start + training.per_device_eval_batch_size]]
             answers = {"respond": Sampler(policy, template, batch, training), **helpers.answers(batch, heuristic)}
             played = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
@@ -579,9 +583,11 @@ class Log:
             self.first = summarize(samples), samples
 
     def append(self, name, rows):
-        if is_main():
+        def write():
             with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+        on_main(write)
 
     def step(self, step, metrics):
         self.append("metrics.jsonl", [{"step": step, **metrics}])
@@ -605,7 +611,7 @@ class Log:
         self.last = metrics, [{"step": step, **sample} for sample in samples]
         self.first = self.first or self.last
         kept = self.first[1] + (self.last[1] if self.last is not self.first else [])
-        write_evaluation(self.folder, metrics, kept)
+        on_main(write_evaluation, self.folder, metrics, kept)
 
     def finish(self):
         if self.last and self.first is not self.last:
@@ -613,12 +619,15 @@ class Log:
             print0(changed_conversations(self.first[1], self.last[1]))
         write_report(self.folder)
         print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {self.folder / 'report.html'}")
+        best, scores = on_main(best_of, self.config.training_config)
+        if scores:
+            scores = ", ".join(f"step {step} {score:.3f}" for step, score in sorted(scores.items()))
+            print0(f"{self.config.training_config.metric_for_best_model}: {scores}; the best is step {best}")
 
 
 def write_evaluation(folder, metrics, samples):
-    if is_main():
-        write_json(folder / "eval_metrics.json", metrics)
-        data.write_jsonl(folder / "eval_samples.jsonl", samples)
+    write_json(folder / "eval_metrics.json", metrics)
+    data.write_jsonl(folder / "eval_samples.jsonl", samples)
     write_report(folder)
 
 
@@ -703,7 +712,9 @@ class TrainingConfig:
     eval_steps: int = 0  # 0: evaluate before the first and after the last step only
     logging_steps: int = 1  # a line of metrics.jsonl every n steps, of that step
     save_steps: int = 0  # a checkpoint every n steps; 0: only the final model
-    save_total_limit: int = 1  # checkpoints kept; 0 keeps all
+    save_total_limit: int = 1  # checkpoints kept, and the best of those that were evaluated; 0 keeps all
+    metric_for_best_model: Literal[SHOWN[:-1]] = "Trajectory-level DROP F1"  # of an evaluation: says which is the best
+    load_best_model_at_end: bool = False  # model/ is the best checkpoint, where that is better than the last step
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
     dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding stays inside a node
@@ -746,6 +757,7 @@ AT_LEAST_ONE = {
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
 INPUT_PATHS = {"model_path", "train_path", "validation_path", "prompt_path"}
+LOCAL_PATHS = INPUT_PATHS | {"output_dir", "cache_path"}
 RENAMED = {  # keys of earlier versions, and what to write instead
     "do_eval": "an empty data_config.validation_path",
     "judge": "simulate_user: true for 'trajectory', false for 'action' (answers are then judged all the same)",
@@ -825,8 +837,14 @@ def checked_value(key, value, kind, at, typed=False):
     """A value of one key, of its type and in its range. typed: on the command line, where a number may be a name."""
     choices = get_args(kind) if str(kind).startswith("typing.Literal") else ()
     kind = str if choices else kind
-    if kind is float and type(value) is int and abs(value) < 2**53:
+    if value is None and key.endswith("_path"):
+        value = ""
+    if type(value) in (int, float) and not abs(value) < 2**53:
+        raise InputError(f"{at} is {str(value)[:30]}, expected a number below 2**53")
+    if kind is float and type(value) is int:
         value = float(value)
+    if isinstance(value, dict):
+        value = {name: checked_value(name, number, float, f"{at}.{name}") for name, number in value.items()}
     if kind is str and type(value) in (int, float) and typed:
         value = str(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -835,6 +853,10 @@ def checked_value(key, value, kind, at, typed=False):
         near = get_close_matches(value, choices, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise InputError(f"{at} is {value!r}, expected one of {', '.join(filter(None, choices))}{hint}")
+    if kind is str and re.search("[\0\ud800-\udfff]", value):
+        raise InputError(f"{at} is {value!r}, expected text without NUL, in UTF-8")
+    if key in LOCAL_PATHS and ("://" in value or not value and key == "output_dir"):
+        raise InputError(f"{at} is {value!r}, expected a path on this machine")
     if key in AT_LEAST_ONE and value < 1:
         raise InputError(f"{at} is {value}, expected at least 1")
     if type(value) in (int, float) and key not in ANY_NUMBER and not 0 <= value < math.inf:
@@ -857,6 +879,8 @@ def check_config(config, path):
         (files.validation_split >= 1, f"validation_split is {files.validation_split}, expected a share below 1"),
         (files.tolerance >= 1, f"tolerance is {files.tolerance}, expected less than 1: a trajectory wins above it"),
         (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
+        (training.load_best_model_at_end and (training.save_steps or 1) % (training.eval_steps or math.inf),
+         "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"),
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
         (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
         (task != "generate_preference" and not config.policy_model_config.model_path,
@@ -980,6 +1004,41 @@ def together(work):
     return result
 
 
+ASKED = []  # the signal that asks this run to save and stop
+ASKED_TOO = []  # events that are set then, for helper models whose server does not answer
+
+
+def heed_signals(heed=True):
+    """Note a first Ctrl-C or SIGTERM for `stop_if_asked`; the next one, or with heed=False each, ends the process."""
+
+    def note(number, frame):
+        ASKED.append(number)
+        for event in ASKED_TOO:
+            event.set()
+        heed_signals(False)
+        if is_main():
+            os.write(2, b"\nact.py: saves a checkpoint at the end of this step; once more leaves at once\n")
+
+    if heed:
+        ASKED.clear()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note if heed else signal.default_int_handler)
+        signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
+
+
+def stop_if_asked():
+    if ASKED:
+        raise RunStopped("interrupted")
+
+
+def check_finite(values, error=None):
+    """RunStopped on all ranks where one of `values`, numbers or tensors by name, holds an infinity or NaN on one."""
+    held = {name: gemma.local_slice(torch.as_tensor(value))[0] for name, value in values.items()}
+    found = all_gathered([name for name, value in held.items() if not value.isfinite().all()])
+    if found:
+        raise (error or RunStopped)(f"{found[0]} is not a finite number")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 # Sharded over the ranks to train, whole on each of them to sample.
@@ -1059,6 +1118,7 @@ class Run:
     policy: Gemma
     reference: Gemma | None  # None in task sft
     optimizer: torch.optim.Optimizer
+    state: dict  # what a checkpoint says besides its step, and a resumed run must share: examples of a step, files
     start: int  # optimiser steps that a resumed run has behind it
     steps: int  # and how many it shall have at its end
     local: int  # examples of a step on this rank
@@ -1076,6 +1136,10 @@ def prepare(config, overwrite, resume):
     if resume and not checkpoint:
         print0(f"{training.output_dir}: no checkpoint yet, starting from the beginning")
 
+    world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
+    state = {"examples_per_step": local * world, **on_main(fingerprints, config)}
+    start = on_main(start_of, checkpoint, state) if checkpoint else 0
+
     dtype, reference = getattr(torch, config.policy_model_config.dtype), None
     if config.task != "sft":
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
@@ -1086,21 +1150,34 @@ def prepare(config, overwrite, resume):
     policy = build_model(checkpoint or source, mesh, dtype, training.bf16, True, training.gradient_checkpointing)
     gemma.check_vocabulary(tokenizer, policy)
 
-    world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps = math.ceil(training.num_train_epochs * len(pairs) / (local * world))
     steps = training.max_steps if training.max_steps > 0 else steps
-    optimizer, start = make_optimizer(policy, training), 0
+    if start > steps:
+        raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
+    optimizer = make_optimizer(policy, training)
     if checkpoint:
         gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
-        state = read_json(checkpoint / "trainer_state.json")
-        start, former = state.get("step"), state.get("examples_per_step")
-        if former != local * world:
-            raise InputError(f"--resume: a step is of {local * world} examples, expected {former} as in {checkpoint}")
-        if start > steps:
-            raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
-    on_main(start_output, config, checkpoint)
-    return Run(config, device, tokenizer, template, helpers, pairs, validation, policy, reference, optimizer, start,
-               steps, local)  # fmt: skip
+    on_main(start_output, config, resume, overwrite, checkpoint)
+    heed_signals()
+    return Run(config, device, tokenizer, template, helpers, pairs, validation, policy, reference, optimizer, state,
+               start, steps, local)  # fmt: skip
+
+
+def fingerprints(config):
+    """{key: bytes and hash} of the files that decide what is learnt, weights aside."""
+    paths = {key: path for key, path in flat(asdict(config)).items() if key.rpartition(".")[2] in INPUT_PATHS and path}
+    files = {key: data.read_bytes(path) for key, path in paths.items() if not key.endswith("model_path")}
+    return {key: f"{len(raw)} bytes, sha256 {hashlib.sha256(raw).hexdigest()}" for key, raw in files.items()}
+
+
+def start_of(checkpoint, now):
+    """The step of a checkpoint, whose run must have had steps as long as this one's, and the files that it has."""
+    step, path = int(checkpoint.name[5:]), checkpoint / "trainer_state.json"
+    then = read_json(path)
+    for key, value in {"step": step, **now}.items():
+        if then.get(key, value) != value:
+            raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
+    return step
 
 
 def load_pairs(config, helpers):
@@ -1144,8 +1221,9 @@ def optimizer_tensors(model, optimizer):
 def save_model(model, tokenizer, directory, optimizer=None, state=None):
     """The model, its tokenizer and what a resumed run needs, as a directory that appears when it is complete.
 
-    Every rank calls this.
+    Every rank calls this. RunStopped, and nothing written, where a parameter is no number.
     """
+    check_finite(dict(model.named_parameters()))
     partial = directory.with_name(f".{directory.name}.part")
     if is_main():
         gemma.remove_tree(partial)
@@ -1159,38 +1237,88 @@ def save_model(model, tokenizer, directory, optimizer=None, state=None):
                 shutil.copyfile(tokenizer.path.with_name(name), partial / name)
         if state:
             write_json(partial / "trainer_state.json", state)
-        gemma.remove_tree(directory)
+        discard(directory)
         partial.rename(directory)
+
+
+def discard(path):
+    """Remove what is at `path`. Renamed before: whenever the process is killed, all of it is there or nothing."""
+    if os.path.lexists(path):
+        aside = path.with_name(f".{path.name}.old")
+        gemma.remove_tree(aside)
+        path.rename(aside)
+        gemma.remove_tree(aside)
 
 
 def save_checkpoint(run, step):
     """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
     training = run.config.training_config
     directory = Path(training.output_dir) / "checkpoints" / f"step-{step}"
-    state = {"step": step, "examples_per_step": run.local * dist.get_world_size()}
-    save_model(run.policy, run.tokenizer, directory, run.optimizer, state)
+    if not on_main(directory.exists):  # else it is of this very step: there is nothing to be replaced
+        save_model(run.policy, run.tokenizer, directory, run.optimizer, {"step": step, **run.state})
     if is_main() and training.save_total_limit:
-        for old in checkpoints(training.output_dir)[: -training.save_total_limit]:
-            gemma.remove_tree(old)
+        saved = checkpoints(training.output_dir)
+        best, _ = best_of(training, [int(path.name[5:]) for path in saved])
+        for old in saved[: -training.save_total_limit]:
+            if old.name != f"step-{best}":
+                discard(old)
     dist.barrier()
 
 
 def checkpoints(output_dir):
-    """Complete checkpoints, oldest first."""
-    found = [path for path in (Path(output_dir) / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """Complete checkpoints, oldest first: those that hold what is written last."""
+    found = [path.parent for path in (Path(output_dir) / "checkpoints").glob("step-*/trainer_state.json")]
+    return sorted((path for path in found if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
+
+
+def best_of(training, steps=None):
+    """(the best of these steps or of all by metric_for_best_model, the scores); None where none was evaluated."""
+    key, rows = f"eval/{training.metric_for_best_model}", whole_rows(Path(training.output_dir) / "metrics.jsonl")
+    scores = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+    return max(scores.keys() & (scores if steps is None else steps), key=lambda n: (scores[n], n), default=None), scores
+
+
+def stopped(run, done, error):
+    """The error of a run that stops after `done` steps, which are saved where they are sound."""
+    said, saved, training = str(error), "", run.config.training_config
+    if isinstance(error, NotANumber):
+        size, order = run.local * dist.get_world_size(), DataOrder(run.pairs, training.seed)
+        lines = dict.fromkeys(run.pairs[order[i]].where for i in range(done * size, (done + 1) * size))
+        said += f" in step {done + 1}, on {', '.join(lines)}"
+    if done > run.start:
+        try:
+            save_checkpoint(run, done)
+            saved = "saved, "
+        except RunStopped as unsound:
+            saved = f"step {done} is not saved, since {unsound}, "
+    kept = on_main(checkpoints, training.output_dir)
+    return RunStopped(f"{said}; {saved}--resume goes on from step {kept[-1].name[5:] if kept else 0}")
+
+
+def save_final(run):
+    """model/: what the last step left, or with load_best_model_at_end the best checkpoint."""
+    training = run.config.training_config
+    steps = [int(path.name[5:]) for path in checkpoints(training.output_dir)]
+    best = on_main(best_of, training, [*steps, run.steps])[0] if training.load_best_model_at_end else None
+    if best not in (None, run.steps):
+        source = Path(training.output_dir) / "checkpoints" / f"step-{best}"
+        gemma.load_safetensors(dict(run.policy.named_parameters()), source, prefix="model.")
+        print0(f"load_best_model_at_end: the model is that of step {best}")
+    save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
+    heed_signals(False)
 
 
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
-TRAINING_FILES = ("metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl", "report.html", "model",
-                  "checkpoints")  # fmt: skip
-WRITES = {  # the files of output_dir that a task writes, and removes before it starts anew
+TRAINING_FILES = ("config.json", "metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl",
+                  "report.html", "model", "checkpoints")  # fmt: skip
+WRITES = {  # the files of output_dir that a task writes, and removes in this order before it starts anew
     **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
     "evaluate": ("eval_metrics.json", "eval_samples.jsonl", "report.html"),
     "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
 }
 MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, on how many devices; not what is learnt
     "max_steps", "num_train_epochs", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "output_dir",
+    "metric_for_best_model", "load_best_model_at_end",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
     "gradient_checkpointing", "timeout", "concurrency", "max_retries", "max_failures", "base_url", "cache_path",
 }  # fmt: skip
@@ -1204,6 +1332,8 @@ def check_output(config, resume, overwrite):
     output, writes = Path(config.training_config.output_dir), (*WRITES[config.task], "config.json")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: output_dir is a file, expected a directory")
+    if (output / ".lock").exists():
+        lock(output)
     for key, source in flat(asdict(config)).items():
         at = Path(source).resolve() if key.endswith("_path") and source else None
         if at and any((output / name).resolve() in (at, at / "config.json", *at.parents) for name in writes):
@@ -1217,8 +1347,9 @@ def check_output(config, resume, overwrite):
             raise InputError(f"{output}: holds {found}, expected another output_dir for task {config.task!r}")
         return None
     if held and not overwrite and not (resume and former.exists()):
-        found = "a run" if former.exists() else held
-        raise InputError(f"{output}: already holds {found}, expected --resume to continue it or --overwrite to restart")
+        found, ways = ("a run", "--resume to continue it or --overwrite to restart") if former.exists() else (
+            held, "--overwrite to replace it")  # fmt: skip
+        raise InputError(f"{output}: already holds {found}, expected {ways}")
     return resume_from(output, config) if resume and former.exists() else None
 
 
@@ -1245,20 +1376,41 @@ def resume_from(output, config):
     return checkpoint
 
 
-def start_output(config, checkpoint=None):
+def start_output(config, resume=False, overwrite=False, checkpoint=None):
     """Remove what a former run wrote and this one will write again: the first thing that a run changes on disk."""
     output = Path(config.training_config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    (output / ".lock").touch()
+    if check_output(config, resume, overwrite) != checkpoint:  # locks it
+        raise InputError(f"{output}: another run has written to it meanwhile, expected to be the only one")
+    for name in (*WRITES[config.task], "config.json", "checkpoints/.step-*"):  # left where a run was killed
+        for path in output.glob(name if "*" in name else f".{name}.*"):
+            gemma.remove_tree(path)
     if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
-        gemma.remove_tree(output / "model")
-        step = int(checkpoint.name[5:])
-        for path in (output / "metrics.jsonl", output / "eval_samples.jsonl", output / "rollouts.jsonl"):
-            if path.exists():
-                data.write_jsonl(path, [row for row in whole_rows(path) if row["step"] <= step])
+        step, logs = int(checkpoint.name[5:]), ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")
+        rows = {output / name: whole_rows(output / name) for name in logs if (output / name).exists()}
+        discard(output / "model")
+        for path in rows:
+            data.write_jsonl(path, [row for row in rows[path] if row["step"] <= step])
     else:
         for name in WRITES[config.task]:
-            gemma.remove_tree(output / name)
+            discard(output / name)
     write_json(output / "config.json", asdict(config))
+
+
+HELD = []  # the file whose lock says that output_dir is this process's, as long as it lives
+
+
+def lock(output):
+    """Claim an output directory. Raises InputError where another process has it."""
+    HELD[:] = [open(output / ".lock", "a+")]  # which closes the last one
+    try:
+        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        HELD[0].seek(0)
+        raise InputError(f"{output}: process {HELD[0].read()} writes to it, expected one run at a time") from None
+    HELD[0].truncate(0)
+    print(os.getpid(), "on", os.uname().nodename, end="", file=HELD[0], flush=True)
 
 
 def whole_rows(path):
@@ -1282,6 +1434,10 @@ COUNTS_LOCK = threading.Lock()
 
 class RunStopped(RuntimeError):
     """The run cannot go on: one line, for the user. It saves and stops."""
+
+
+class NotANumber(RunStopped):
+    """A loss, a log-probability or a gradient is infinite or NaN."""
 
 
 class HelperError(RunStopped):
@@ -1485,6 +1641,7 @@ class HelperClient:
         self.url, self.cache = base.rstrip("/") + self.path(), answer_cache(config.cache_path)
         self.lock, self.spent = threading.Lock(), threading.Event()
         self.in_a_row, self.error = 0, "interrupted"
+        ASKED_TOO.append(self.spent)
 
     def __call__(self, prompts):
         answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in dict.fromkeys(prompts)}
@@ -1746,9 +1903,9 @@ def evaluate(config, overwrite=False, resume=False):
     dtype = getattr(torch, config.policy_model_config.dtype)
     model = build_model(source, make_mesh(device, training.dp_replicate_size), dtype, trainable=False)
     gemma.check_vocabulary(tokenizer, model)
-    on_main(start_output, config)
+    on_main(start_output, config, resume, overwrite)
     metrics, samples = evaluate_pairs(model, template, pairs, helpers, config)
-    write_evaluation(Path(training.output_dir), metrics, samples)
+    on_main(write_evaluation, Path(training.output_dir), metrics, samples)
     for name, value in metrics.items():
         print0(f"{name:50} {'-' if value is None else round(value, 4)}")
 
@@ -1758,7 +1915,7 @@ def generate_preference(config, overwrite=False, resume=False):
     start_processes()
     on_main(check_output, config, resume, overwrite)
     splits = zip(("train", "validation"), load_pairs(config, build_helpers(config)), strict=True)
-    on_main(start_output, config)
+    on_main(start_output, config, resume, overwrite)
     for name, pairs in splits:
         start = str(Path(config.training_config.output_dir) / name)
         paths = {form: start + ending for form, ending in PAIR_FILES.items()}
@@ -1834,7 +1991,7 @@ def main(arguments=None):
             raise InputError(f"--resume: task '{config.task}' has nothing to resume")
         TASKS[config.task](config, "overwrite" in flags, "resume" in flags)
         dist.destroy_process_group()
-    except InputError as error:
+    except (InputError, OSError, SafetensorError) as error:  # OSError: of a full or read-only disk, say
         rank = int(os.environ.get("LOCAL_RANK", 0))
         if rank:  # mostly the same error on all ranks: the first says it, and torchrun ends the others meanwhile
             time.sleep(2)
@@ -1851,6 +2008,8 @@ def main(arguments=None):
             print(f"\nact.py: interrupted{hint}", file=sys.stderr, flush=True)
         return 130
     finally:
+        heed_signals(False)
+        HELD.clear()
         if dist.is_initialized() and dist.get_world_size() == 1:  # with more it could wait for ranks that wait for it
             dist.destroy_process_group()
     return 0
@@ -1863,6 +2022,7 @@ def run_as_program():
     except Exception:  # nobody foresaw it: here is its traceback; Python's own way out could wait for other ranks
         traceback.print_exc()
         status = 1
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     for thread in threading.enumerate():  # calls in flight are paid for: they end, and their answers are kept
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()

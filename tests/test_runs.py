@@ -57,7 +57,7 @@ MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "to
 
 
 def names_in(folder):
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_resuming_with_what_would_learn_otherwise_is_refused(killed_run, tmp_pat
     for key, value, said in (
         ("training_config.beta", 0.25, "training_config.beta is 0.25, expected 0.5 as in"),
         ("data_config.prompt_format", "gemma", "data_config.prompt_format is 'gemma', expected 'plain' as in"),
-        ("training_config.gradient_accumulation_steps", 2, "a step is of 6 examples, expected 3 as in"),
+        ("training_config.gradient_accumulation_steps", 2, "examples_per_step is 6, expected 3 as in"),
         ("training_config.max_steps", 1, "is beyond the 1 steps of this run"),
         ("task", "dpo", "task is 'dpo', expected 'act' as in"),
     ):
@@ -754,7 +754,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_with_its_parameters_still_go
     monkeypatch.setattr(act, "preference_step", poisoned)
     assert run("--config", config) == 1
     said = capsys.readouterr().err
-    assert said == "act.py: stopped: the gradient's norm is nan, expected a number; saved, --resume goes on from step 2\n"
+    lines = f"{world / 'train.jsonl'}:2, {world / 'train.jsonl'}:1"
+    found = f"the gradient's norm is not a finite number in step 3, on {lines}"
+    assert said == f"act.py: stopped: {found}; saved, --resume goes on from step 2\n"
     assert not (tmp_path / "out" / "model").exists()
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out" / "checkpoints" / "step-2").values())
     assert run("--config", config, "--resume") == 0
