@@ -470,7 +470,6 @@ def play_turn(pair, max_turns):
 def evaluate_pairs(model, template, pairs, helpers, config):
     """Play every turn. Returns (metrics, samples), the same on all ranks."""
     training, heuristic = config.training_config, config.data_config.heuristic
-    check_finite(dict(model.named_parameters()))
     mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
     policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
 
@@ -587,7 +586,7 @@ class Log:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
-        on_main(write)
+        on_main(write)  # a full disk stops all ranks
 
     def step(self, step, metrics):
         self.append("metrics.jsonl", [{"step": step, **metrics}])
@@ -757,7 +756,7 @@ AT_LEAST_ONE = {
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
 INPUT_PATHS = {"model_path", "train_path", "validation_path", "prompt_path"}
-LOCAL_PATHS = INPUT_PATHS | {"output_dir", "cache_path"}
+PATHS = INPUT_PATHS | {"output_dir", "cache_path"}
 RENAMED = {  # keys of earlier versions, and what to write instead
     "do_eval": "an empty data_config.validation_path",
     "judge": "simulate_user: true for 'trajectory', false for 'action' (answers are then judged all the same)",
@@ -839,9 +838,7 @@ def checked_value(key, value, kind, at, typed=False):
     kind = str if choices else kind
     if value is None and key.endswith("_path"):
         value = ""
-    if type(value) in (int, float) and not abs(value) < 2**53:
-        raise InputError(f"{at} is {str(value)[:30]}, expected a number below 2**53")
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if isinstance(value, dict):
         value = {name: checked_value(name, number, float, f"{at}.{name}") for name, number in value.items()}
@@ -853,14 +850,14 @@ def checked_value(key, value, kind, at, typed=False):
         near = get_close_matches(value, choices, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise InputError(f"{at} is {value!r}, expected one of {', '.join(filter(None, choices))}{hint}")
-    if kind is str and re.search("[\0\ud800-\udfff]", value):
-        raise InputError(f"{at} is {value!r}, expected text without NUL, in UTF-8")
-    if key in LOCAL_PATHS and ("://" in value or not value and key == "output_dir"):
-        raise InputError(f"{at} is {value!r}, expected a path on this machine")
+    odd = kind is str and re.search("[\0\ud800-\udfff]" + "|://" * (key in PATHS), value)
+    if odd or value == "" and key == "output_dir":
+        raise InputError(f"{at} is {value!r}, expected {'a path on this machine' if key in PATHS else 'text in UTF-8'}")
     if key in AT_LEAST_ONE and value < 1:
         raise InputError(f"{at} is {value}, expected at least 1")
-    if type(value) in (int, float) and key not in ANY_NUMBER and not 0 <= value < math.inf:
-        raise InputError(f"{at} is {value}, expected a number from 0")
+    lowest = -(2**53) if key in ANY_NUMBER else 0
+    if type(value) in (int, float) and not lowest <= value < 2**53:
+        raise InputError(f"{at} is {value}, expected a number from {lowest}, below 2**53")
     return located(value) if key in INPUT_PATHS else value
 
 
@@ -1005,7 +1002,6 @@ def together(work):
 
 
 ASKED = []  # the signal that asks this run to save and stop
-ASKED_TOO = []  # events that are set then, for helper models whose server does not answer
 
 
 def heed_signals(heed=True):
@@ -1013,8 +1009,6 @@ def heed_signals(heed=True):
 
     def note(number, frame):
         ASKED.append(number)
-        for event in ASKED_TOO:
-            event.set()
         heed_signals(False)
         if is_main():
             os.write(2, b"\nact.py: saves a checkpoint at the end of this step; once more leaves at once\n")
@@ -1077,6 +1071,7 @@ def shard(model, mesh):
 @torch.no_grad()
 def unsharded(model, bf16=False):
     """A whole model to sample from: weights are gathered once for a rollout, in which no rank waits for another."""
+    check_finite(dict(model.named_parameters()))
     with torch.device("meta"):
         whole = Gemma(model.config)
     dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
@@ -1243,9 +1238,9 @@ def save_model(model, tokenizer, directory, optimizer=None, state=None):
 
 def discard(path):
     """Remove what is at `path`. Renamed before: whenever the process is killed, all of it is there or nothing."""
+    aside = path.with_name(f".{path.name}.old")
+    gemma.remove_tree(aside)
     if os.path.lexists(path):
-        aside = path.with_name(f".{path.name}.old")
-        gemma.remove_tree(aside)
         path.rename(aside)
         gemma.remove_tree(aside)
 
@@ -1347,9 +1342,8 @@ def check_output(config, resume, overwrite):
             raise InputError(f"{output}: holds {found}, expected another output_dir for task {config.task!r}")
         return None
     if held and not overwrite and not (resume and former.exists()):
-        found, ways = ("a run", "--resume to continue it or --overwrite to restart") if former.exists() else (
-            held, "--overwrite to replace it")  # fmt: skip
-        raise InputError(f"{output}: already holds {found}, expected {ways}")
+        found, way = ("a run", "--resume to continue it or ") if former.exists() else (held, "")
+        raise InputError(f"{output}: already holds {found}, expected {way}--overwrite to restart")
     return resume_from(output, config) if resume and former.exists() else None
 
 
@@ -1383,9 +1377,8 @@ def start_output(config, resume=False, overwrite=False, checkpoint=None):
     (output / ".lock").touch()
     if check_output(config, resume, overwrite) != checkpoint:  # locks it
         raise InputError(f"{output}: another run has written to it meanwhile, expected to be the only one")
-    for name in (*WRITES[config.task], "config.json", "checkpoints/.step-*"):  # left where a run was killed
-        for path in output.glob(name if "*" in name else f".{name}.*"):
-            gemma.remove_tree(path)
+    for path in output.glob("checkpoints/.step-*"):  # left where a run was killed
+        gemma.remove_tree(path)
     if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
         step, logs = int(checkpoint.name[5:]), ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")
         rows = {output / name: whole_rows(output / name) for name in logs if (output / name).exists()}
@@ -1641,7 +1634,6 @@ class HelperClient:
         self.url, self.cache = base.rstrip("/") + self.path(), answer_cache(config.cache_path)
         self.lock, self.spent = threading.Lock(), threading.Event()
         self.in_a_row, self.error = 0, "interrupted"
-        ASKED_TOO.append(self.spent)
 
     def __call__(self, prompts):
         answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in dict.fromkeys(prompts)}
@@ -1667,7 +1659,7 @@ class HelperClient:
         """The answer to one prompt, stored as soon as it is there, or None; runs in a thread of its own."""
         text, outcome = None, "failed"
         for attempt in range(self.config.max_retries + 1):
-            if self.spent.is_set():
+            if self.spent.is_set() or ASKED:
                 raise HelperError(self.error)
             try:
                 text, why = self.call(prompt)
