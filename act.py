@@ -399,7 +399,7 @@ def train(config, overwrite=False, resume=False):
             together(stop_if_asked)  # by Ctrl-C or SIGTERM
     except RunStopped as error:  # a number that is none, a helper that gave up, a signal
         raise stopped(run, done, error) from None
-    save_final(run)
+    save_trained(run)
     log.finish()
 
 
@@ -664,6 +664,10 @@ def write_report(folder):
 class PolicyModelConfig:
     model_path: str = ""  # directory with config.json, *.safetensors, tokenizer.model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters held between steps; see training_config.bf16
+    lora_r: int = 0  # above 0: the weights are frozen, adapters of this rank are trained, in float32 (LoRA); e.g. 16
+    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_r
+    lora_target_modules: list | None = None  # which projections have adapters; null: all, ["q_proj", ..., "down_proj"]
+    adapter_path: str = ""  # start from adapters in PEFT's layout, as adapter/ of a run; r, alpha and targets are theirs
 
 
 @dataclass(frozen=True)
@@ -755,7 +759,7 @@ AT_LEAST_ONE = {
     "max_new_tokens", "max_turns", "icl_examples", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
-INPUT_PATHS = {"model_path", "train_path", "validation_path", "prompt_path"}
+INPUT_PATHS = {"model_path", "adapter_path", "train_path", "validation_path", "prompt_path"}
 PATHS = INPUT_PATHS | {"output_dir", "cache_path"}
 RENAMED = {  # keys of earlier versions, and what to write instead
     "do_eval": "an empty data_config.validation_path",
@@ -879,6 +883,8 @@ def check_config(config, path):
         (training.load_best_model_at_end and (training.save_steps or 1) % (training.eval_steps or math.inf),
          "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"),
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
+        (not set(config.policy_model_config.lora_target_modules or gemma.PROJECTIONS) <= set(gemma.PROJECTIONS),
+         f"lora_target_modules is {config.policy_model_config.lora_target_modules}, expected some of {gemma.PROJECTIONS}"),
         (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
         (task != "generate_preference" and not config.policy_model_config.model_path,
          f"policy_model_config.model_path {needs}"),
@@ -1046,18 +1052,48 @@ def make_mesh(device, replicas):
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointing=False):
-    """A Gemma sharded over the ranks of a mesh, each of which reads only its part of the checkpoint."""
+def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointing=False, lora=None, start=""):
+    """A Gemma sharded over the ranks of a mesh, each of which reads only its part of the checkpoint.
+
+    lora: LoraConfig of adapters to add; start: the directory of those that it starts from, "" for none.
+    """
     with torch.device("meta"):
         model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
-    model.requires_grad_(trainable)
+        model.requires_grad_(trainable)
+        if lora:
+            gemma.add_adapters(model, lora, bool(start))
     model.set_checkpointing(checkpointing)
     model.compute_dtype = torch.bfloat16 if bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
         shard(model, mesh)
     model.to_empty(device=mesh.device_type)
-    gemma.load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
+    gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")
+    for names in (gemma.ADAPTERS, gemma.STARTS) if start else ():
+        gemma.load_safetensors(gemma.adapters(model, names), start, "adapter_model")
     return model
+
+
+def lora_config(policy):
+    """LoraConfig of a PolicyModelConfig: the adapter's own where one is given; None: full fine-tuning."""
+    if policy.adapter_path:
+        path = Path(policy.adapter_path) / "adapter_config.json"
+        lora = gemma.LoraConfig.from_json(path)
+        if policy.lora_r not in (0, lora.r):
+            raise InputError(f"{path}: r is {lora.r}, expected lora_r {policy.lora_r}; 0 takes the adapter's")
+        return lora
+    targets = policy.lora_target_modules or gemma.PROJECTIONS
+    return gemma.LoraConfig(policy.lora_r, policy.lora_alpha, targets) if policy.lora_r else None
+
+
+class Reference:
+    """The policy as it was before training: with LoRA no second model, but the same without what is trained."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def logps(self, *batch):
+        with gemma.starting_adapters(self.policy):
+            return self.policy.logps(*batch)
 
 
 def shard(model, mesh):
@@ -1074,8 +1110,10 @@ def unsharded(model, bf16=False):
     check_finite(dict(model.named_parameters()))
     with torch.device("meta"):
         whole = Gemma(model.config)
+        if model.lora:
+            gemma.add_adapters(whole, model.lora)
     dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
-    weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    weights = {name: p.to(dtype) for name, p in model.named_parameters() if ".start_" not in name}
     weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
     whole.load_state_dict(weights, assign=True)
     return whole
@@ -1086,8 +1124,9 @@ def make_optimizer(model, training):
     cls, moments, options = torch.optim.RMSprop, ("square_avg",), {}
     if training.optim == "adamw":
         cls, moments, options = torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"fused": True}
-    optimizer = cls(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, **options)
-    for parameter in model.parameters():
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = cls(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, **options)
+    for parameter in parameters:
         state = {key: torch.zeros_like(parameter) for key in moments}
         optimizer.state[parameter] = {"step": torch.tensor(0.0, device=parameter.device), **state}
     return optimizer
@@ -1135,14 +1174,23 @@ def prepare(config, overwrite, resume):
     state = {"examples_per_step": local * world, **on_main(fingerprints, config)}
     start = on_main(start_of, checkpoint, state) if checkpoint else 0
 
-    dtype, reference = getattr(torch, config.policy_model_config.dtype), None
-    if config.task != "sft":
+    dtype, reference, lora = getattr(torch, config.policy_model_config.dtype), None, lora_config(config.policy_model_config)
+    if config.task != "sft" and not lora:
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
     helpers = build_helpers(config)
     pairs, validation = load_pairs(config, helpers)
     if not pairs:
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
-    policy = build_model(checkpoint or source, mesh, dtype, training.bf16, True, training.gradient_checkpointing)
+    held = training.bf16, True, training.gradient_checkpointing
+    if lora:  # a checkpoint holds adapters only
+        policy = build_model(source, mesh, dtype, *held, lora, config.policy_model_config.adapter_path)
+        if checkpoint:
+            gemma.load_safetensors(gemma.adapters(policy), checkpoint, "adapter_model")
+        elif not config.policy_model_config.adapter_path:
+            gemma.init_adapters(policy, training.seed)
+        reference = None if config.task == "sft" else Reference(policy)
+    else:
+        policy = build_model(checkpoint or source, mesh, dtype, *held)
     gemma.check_vocabulary(tokenizer, policy)
 
     steps = math.ceil(training.num_train_epochs * len(pairs) / (local * world))
@@ -1160,8 +1208,8 @@ def prepare(config, overwrite, resume):
 
 def fingerprints(config):
     """{key: bytes and hash} of the files that decide what is learnt, weights aside."""
-    paths = {key: path for key, path in flat(asdict(config)).items() if key.rpartition(".")[2] in INPUT_PATHS and path}
-    files = {key: data.read_bytes(path) for key, path in paths.items() if not key.endswith("model_path")}
+    files = {key: path for key, path in flat(asdict(config)).items() if key.endswith(("train_path", "validation_path", "prompt_path"))}
+    files = {key: data.read_bytes(path) for key, path in files.items() if path}
     return {key: f"{len(raw)} bytes, sha256 {hashlib.sha256(raw).hexdigest()}" for key, raw in files.items()}
 
 
@@ -1209,20 +1257,40 @@ def split_over_ranks(label, answer):
 
 def optimizer_tensors(model, optimizer):
     """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
-    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {f"{key}.{name}": value for name, state in states.items() for key, value in state.items()}
 
 
-def save_model(model, tokenizer, directory, optimizer=None, state=None):
-    """The model, its tokenizer and what a resumed run needs, as a directory that appears when it is complete.
+def save_trained(run):
+    """What a run was for: model/, and with LoRA also adapter/, the adapters that are merged into that model."""
+    training, policy = run.config.training_config, run.policy
+    output, saved = Path(training.output_dir), checkpoints(training.output_dir)
+    best = on_main(best_of, training, [run.steps, *(int(path.name[5:]) for path in saved)])[0]
+    if training.load_best_model_at_end and best not in (None, run.steps):
+        print0(f"load_best_model_at_end: the model is that of step {best}")
+        held = (gemma.adapters(policy), "adapter_model", "") if policy.lora else (
+            gemma.base_weights(policy), "model", "model.")  # fmt: skip
+        gemma.load_safetensors(held[0], output / "checkpoints" / f"step-{best}", *held[1:])
+    if policy.lora:
+        save_model(run, output / "adapter", adapters=True)
+        gemma.merge_adapters(policy)
+    save_model(run, output / "model")
+    heed_signals(False)
 
-    Every rank calls this. RunStopped, and nothing written, where a parameter is no number.
+
+def save_model(run, directory, optimizer=None, state=None, adapters=False):
+    """The model and its tokenizer, or its adapters only, and what a resumed run needs.
+
+    The directory appears when it is complete. Every rank calls this. RunStopped where a parameter is no number.
     """
+    model, tokenizer, partial = run.policy, run.tokenizer, directory.with_name(f".{directory.name}.part")
     check_finite(dict(model.named_parameters()))
-    partial = directory.with_name(f".{directory.name}.part")
     if is_main():
         gemma.remove_tree(partial)
-    model.save_pretrained(partial)
+    if adapters:
+        gemma.save_adapters(model, partial, run.config.policy_model_config.model_path)
+    else:
+        model.save_pretrained(partial)
     if optimizer:
         gemma.save_safetensors(optimizer_tensors(model, optimizer), partial if is_main() else None, "optimizer")
     if is_main():
@@ -1250,7 +1318,8 @@ def save_checkpoint(run, step):
     training = run.config.training_config
     directory = Path(training.output_dir) / "checkpoints" / f"step-{step}"
     if not on_main(directory.exists):  # else it is of this very step: there is nothing to be replaced
-        save_model(run.policy, run.tokenizer, directory, run.optimizer, {"step": step, **run.state})
+        state = {"step": step, **run.state}
+        save_model(run, directory, run.optimizer, state, adapters=run.policy.lora is not None)
     if is_main() and training.save_total_limit:
         saved = checkpoints(training.output_dir)
         best, _ = best_of(training, [int(path.name[5:]) for path in saved])
@@ -1290,22 +1359,9 @@ def stopped(run, done, error):
     return RunStopped(f"{said}; {saved}--resume goes on from step {kept[-1].name[5:] if kept else 0}")
 
 
-def save_final(run):
-    """model/: what the last step left, or with load_best_model_at_end the best checkpoint."""
-    training = run.config.training_config
-    steps = [int(path.name[5:]) for path in checkpoints(training.output_dir)]
-    best = on_main(best_of, training, [*steps, run.steps])[0] if training.load_best_model_at_end else None
-    if best not in (None, run.steps):
-        source = Path(training.output_dir) / "checkpoints" / f"step-{best}"
-        gemma.load_safetensors(dict(run.policy.named_parameters()), source, prefix="model.")
-        print0(f"load_best_model_at_end: the model is that of step {best}")
-    save_model(run.policy, run.tokenizer, Path(training.output_dir) / "model")
-    heed_signals(False)
-
-
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
 TRAINING_FILES = ("config.json", "metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl",
-                  "report.html", "model", "checkpoints")  # fmt: skip
+                  "report.html", "model", "adapter", "checkpoints")  # fmt: skip
 WRITES = {  # the files of output_dir that a task writes, and removes in this order before it starts anew
     **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
     "evaluate": ("eval_metrics.json", "eval_samples.jsonl", "report.html"),
@@ -1893,7 +1949,8 @@ def evaluate(config, overwrite=False, resume=False):
     template, helpers = Template(tokenizer, config.data_config.prompt_format), build_helpers(config)
     _, pairs = load_pairs(config, helpers)
     dtype = getattr(torch, config.policy_model_config.dtype)
-    model = build_model(source, make_mesh(device, training.dp_replicate_size), dtype, trainable=False)
+    policy, mesh = config.policy_model_config, make_mesh(device, training.dp_replicate_size)
+    model = build_model(source, mesh, dtype, trainable=False, lora=lora_config(policy), start=policy.adapter_path)
     gemma.check_vocabulary(tokenizer, model)
     on_main(start_output, config, resume, overwrite)
     metrics, samples = evaluate_pairs(model, template, pairs, helpers, config)

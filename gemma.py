@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -302,6 +303,7 @@ class Gemma(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compute_dtype = None  # of activations and products, where it is not the parameters'
+        self.lora = None  # LoraConfig, where adapters are trained instead of the weights
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -358,7 +360,7 @@ class Gemma(nn.Module):
         with torch.device("meta"):
             model = cls(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
         model.to_empty(device=device)
-        load_safetensors(dict(model.named_parameters()), directory, prefix="model.")
+        load_safetensors(base_weights(model), directory, prefix="model.")
         return model
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
@@ -530,13 +532,18 @@ compile_once = cache(torch.compile)
 
 
 class Linear(nn.Linear):
-    """Without a bias, and by `product`."""
+    """Without a bias, and by `product`; with adapters W x + scale B A x (LoRA, see below)."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
+        for name in ADAPTERS + STARTS:
+            self.register_parameter(name, None)
+        self.names, self.scale = ADAPTERS, 0.0
 
     def forward(self, x):
-        return product(x, self.weight)
+        out, (A, B) = product(x, self.weight), self.names
+        A, B = getattr(self, A), getattr(self, B)
+        return out if A is None else out + self.scale * product(product(x, A), B)
 
 
 def product(x, weight):
@@ -645,6 +652,119 @@ def recomputed(function, *args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685)
+# Beside a frozen weight W [out, in], trained in float32: lora_A [r, in] and lora_B [out, r]. B is zero at the start, so the
+# model is then its base. The reference of the loss is the same model with the adapters that it started from, or none.
+
+ADAPTERS, STARTS = ("lora_A", "lora_B"), ("start_A", "start_B")
+ORDINARY = """r lora_alpha target_modules peft_type task_type base_model_name_or_path inference_mode init_lora_weights
+    lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size""".split()
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Keys of PEFT's adapter_config.json."""
+
+    r: int
+    lora_alpha: float  # scale = lora_alpha / r
+    target_modules: list
+
+    @classmethod
+    def from_json(cls, path):
+        """Of an adapter that PEFT or this project wrote. Raises InputError for what is not plain LoRA."""
+        raw = read_json(path)
+        for key, value in raw.items():
+            if value and value != "none" and key not in ORDINARY:
+                raise InputError(f"{path}: {key} is {value!r}, expected plain LoRA")
+        if raw.get("peft_type", "LORA") != "LORA":
+            raise InputError(f"{path}: peft_type is {raw['peft_type']!r}, expected 'LORA'")
+        r, alpha, targets = (raw.get(f.name) for f in fields(cls))
+        if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+            raise InputError(f"{path}: r is {r!r} and lora_alpha {alpha!r}, expected a whole number above 0 and a number")
+        if not isinstance(targets, list) or not set(targets) <= set(PROJECTIONS) or not targets:
+            raise InputError(f"{path}: target_modules is {targets!r}, expected a list of {', '.join(PROJECTIONS)}")
+        return cls(r, alpha, targets)
+
+    def to_json(self, base):
+        kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+        plain = {"bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True}
+        return {**kind, **asdict(self), **plain}
+
+
+def add_adapters(model, lora, started=False):
+    """Freeze a model, and give its target modules adapters; started: also those that it starts from, frozen."""
+    model.requires_grad_(False)
+    model.lora = lora
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in lora.target_modules:
+            (outputs, inputs), module.scale = module.weight.shape, lora.lora_alpha / lora.r
+            for names, trained in ((ADAPTERS, True), (STARTS, False))[: 1 + started]:
+                for key, shape in zip(names, ((lora.r, inputs), (outputs, lora.r)), strict=True):
+                    values = torch.zeros(shape, device=module.weight.device)
+                    setattr(module, key, nn.Parameter(values, requires_grad=trained))
+
+
+@torch.no_grad()
+def init_adapters(model, seed):
+    """A uniform in +-1 / sqrt(in), as in the published code, the same however the model is sharded; B zero."""
+    for name, parameter in adapters(model).items():
+        generator = torch.Generator().manual_seed(random.Random(f"{seed}/{name}").getrandbits(62))
+        bound = parameter.shape[1] ** -0.5 if ".lora_A." in name else 0.0
+        part, rows = local_slice(parameter)
+        part.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)[rows])
+
+
+def adapters(model, names=ADAPTERS):
+    """{name as PEFT writes it: parameter}."""
+    return {
+        f"base_model.model.model.{module}.{peft}.weight": getattr(linear, name)
+        for module, linear in model.named_modules() if isinstance(linear, Linear) and linear.lora_A is not None
+        for name, peft in zip(names, ADAPTERS, strict=True)
+    }  # fmt: skip
+
+
+def base_weights(model):
+    """{name: parameter} of all but adapters."""
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] not in ADAPTERS + STARTS}
+
+
+@contextlib.contextmanager
+def starting_adapters(model):
+    """Within it the model computes as it did before training: with the adapters that it started from, or with none."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    for module in linears:
+        module.names = STARTS
+    try:
+        yield
+    finally:
+        for module in linears:
+            module.names = ADAPTERS
+
+
+def save_adapters(model, directory, base):
+    """adapter_config.json and adapter_model.safetensors, as PEFT and vLLM load them. Every rank calls this.
+
+    base: the directory of the weights that they belong to.
+    """
+    target = directory if int(os.environ.get("RANK", 0)) == 0 else None
+    if target:
+        target.mkdir(parents=True, exist_ok=True)
+        write_json(target / "adapter_config.json", model.lora.to_json(base))
+    save_safetensors(adapters(model), target, "adapter_model", max_shard_bytes=math.inf)
+
+
+@torch.no_grad()
+def merge_adapters(model):
+    """W becomes W + scale B A, computed in float32 and rounded once. The adapters must not be used afterwards."""
+    for module in model.modules():
+        if isinstance(module, Linear) and module.lora_A is not None:
+            A = module.lora_A.full_tensor() if isinstance(module.lora_A, DTensor) else module.lora_A
+            (weight, _), (B, _) = local_slice(module.weight), local_slice(module.lora_B)  # the same rows
+            weight.copy_(weight.float() + module.scale * B.float() @ A.float())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Safetensors
 # Weights in and out: strict, of a sharded model only the rows of this rank.
 
@@ -714,7 +834,7 @@ def save_model(model, directory, max_shard_bytes):
         write_json(staging / "config.json", model.config.to_json(model.embed_tokens.weight.dtype))
         ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(staging / "generation_config.json", ids)
-    save_safetensors(dict(model.named_parameters()), staging, "model", "model.", max_shard_bytes)
+    save_safetensors(base_weights(model), staging, "model", "model.", max_shard_bytes)
     if staging:
         new = sorted(path.name for path in staging.iterdir())
         for old in directory.glob("model*.safetensors*"):

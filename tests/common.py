@@ -244,3 +244,23 @@ def weights_of(directory):
 def assert_same_weights(a, b):
     first, second = weights_of(a), weights_of(b)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_same_rows(rows, expected):
+    """The same global batches: losses, sampled trajectories and evaluations."""
+    for row, wanted in zip(rows, expected, strict=True):
+        for key in wanted:
+            if key.startswith("act/"):
+                assert row[key] == wanted[key]
+        row.pop("tokens", None), wanted.pop("tokens", None)  # ranks share no prefixes
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    happened = {key for row in rows for key, value in row.items() if key.startswith("act/") and value}
+    assert len(happened) > 1, "more than one outcome"
+
+
+def assert_nearly_same_weights(found, wanted):
+    found, wanted = weights_of(found), weights_of(wanted)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)

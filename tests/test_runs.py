@@ -12,6 +12,8 @@ import torch.distributed as dist
 from common import (
     ROOT,
     TINY,
+    assert_nearly_same_weights,
+    assert_same_rows,
     assert_same_weights,
     error_of,
     metrics_of,
@@ -665,26 +667,6 @@ def two_rank_run(world, tmp_path_factory):
     status, _, stderr = run_program(*TORCHRUN, 2, ROOT / "act.py", "--config", config)
     assert status == 0, stderr
     return folder
-
-
-def assert_same_rows(rows, expected):
-    """The same global batches: losses, sampled trajectories and evaluations."""
-    for row, wanted in zip(rows, expected, strict=True):
-        for key in wanted:
-            if key.startswith("act/"):
-                assert row[key] == wanted[key]
-        row.pop("tokens", None), wanted.pop("tokens", None)  # ranks share no prefixes
-        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-        if "loss" in row:
-            assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
-    happened = {key for row in rows for key, value in row.items() if key.startswith("act/") and value}
-    assert len(happened) > 1, "more than one outcome"
-
-
-def assert_nearly_same_weights(found, wanted):
-    found, wanted = weights_of(found), weights_of(wanted)
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)
 
 
 def assert_as_one_rank(folder, one):

@@ -1,0 +1,292 @@
+"""LoRA: adapters beside frozen weights, against PEFT's recorded values, dense weights, other numbers of processes."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from common import (
+    assert_nearly_same_weights, assert_same_rows, assert_same_weights, error_of, metrics_of, random_model, rows_of, run,
+    run_config, run_on_ranks, training_rows, weights_of,
+)  # fmt: skip
+from safetensors.torch import load_file
+
+import act
+import gemma
+from gemma import Gemma, LoraConfig
+from data import InputError
+
+GOLDEN = Path(__file__).parent / "golden"
+BOTH = gemma.PROJECTIONS
+
+
+def golden_model():
+    """PEFT's adapters on the golden Gemma 2, loaded as a run loads them."""
+    model = Gemma.from_pretrained(GOLDEN / "gemma2")
+    gemma.add_adapters(model, LoraConfig.from_json(GOLDEN / "lora/adapter_config.json"))
+    gemma.load_safetensors(gemma.adapters(model), GOLDEN / "lora", "adapter_model")
+    return model, load_file(GOLDEN / "lora.safetensors")
+
+
+def randomised(model, seed=1):
+    """B is zero at the start, where A has no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in gemma.adapters(model).values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it computes
+
+
+def test_logits_and_gradients_are_pefts():
+    model, golden = golden_model()
+    logits = model(golden["tokens"])
+    torch.testing.assert_close(logits, golden["logits"], atol=1e-5, rtol=1e-5)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), golden["tokens"][:, 1:].flatten())
+    torch.testing.assert_close(loss, golden["loss"])
+    loss.backward()
+    found = gemma.adapters(model)
+    recorded = [name.removeprefix("grad.") for name in golden if name.startswith("grad.")]
+    assert len(recorded) == 4
+    for name in recorded:
+        wanted = golden[f"grad.{name}"]
+        assert (found[name].grad - wanted).norm() <= 1e-5 * wanted.norm() > 0
+    assert all(p.grad is None for p in gemma.base_weights(model).values()), "the base is frozen"
+
+
+def test_merged_weights_give_pefts_logits():
+    model, golden = golden_model()
+    gemma.merge_adapters(model)
+    plain = Gemma(model.config)
+    plain.load_state_dict(gemma.base_weights(model))
+    torch.testing.assert_close(plain(golden["tokens"]), golden["merged.logits"], atol=3e-5, rtol=1e-5)
+
+
+def test_merging_rounds_once():
+    model = random_model()
+    gemma.add_adapters(model.bfloat16(), LoraConfig(2, 3.0, BOTH))
+    randomised(model)
+    linear = model.layers[0].mlp.up_proj
+    wanted = (linear.weight.double() + 1.5 * linear.lora_B.double() @ linear.lora_A.double()).bfloat16()
+    gemma.merge_adapters(model)
+    assert linear.weight.dtype == torch.bfloat16 and linear.lora_A.dtype == torch.float32
+    assert (linear.weight != wanted).float().mean() < 0.002  # float32 before float64 at a tie
+
+
+@pytest.mark.parametrize("targets", [BOTH, ["k_proj", "down_proj"]])
+def test_gradients_are_those_of_a_dense_weight(targets):
+    """By autograd through W + scale B A."""
+    model = random_model()
+    dense = random_model()
+    gemma.add_adapters(model, LoraConfig(3, 6.0, targets))
+    randomised(model)
+    leaves, weights = {}, dict(dense.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, gemma.Linear) and module.lora_A is not None:
+            A, B = (getattr(module, key).detach().clone().requires_grad_() for key in gemma.ADAPTERS)
+            leaves[name] = A, B
+            weights[f"{name}.weight"] = module.weight.detach() + 2.0 * B @ A
+    tokens = torch.randint(7, 400, (2, 12), generator=torch.Generator().manual_seed(3))
+    wanted = torch.func.functional_call(dense, weights, (tokens,))
+    found = model(tokens)
+    torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-5)  # logits up to 12
+    slopes = torch.randn(found.shape, generator=torch.Generator().manual_seed(4))
+    (found * slopes).sum().backward()
+    (wanted * slopes).sum().backward()
+    assert len(leaves) == 3 * len(targets)
+    for name, module in model.named_modules():
+        for key, leaf in zip(gemma.ADAPTERS, leaves.get(name, ()), strict=False):
+            grad = getattr(module, key).grad
+            assert leaf.grad.norm() > 0 and (grad - leaf.grad).norm() <= 2e-5 * leaf.grad.norm(), (name, key)
+
+
+def test_within_starting_adapters_the_model_is_what_it_was():
+    base, model = random_model(), random_model()
+    gemma.add_adapters(model, LoraConfig(2, 4.0, BOTH))
+    tokens = torch.arange(7, 19)[None]
+    assert torch.equal(model(tokens), base(tokens)), "B is zero"
+    randomised(model)
+    changed = model(tokens)
+    with pytest.raises(KeyError), gemma.starting_adapters(model):
+        assert torch.equal(model(tokens), base(tokens))
+        raise KeyError
+    assert torch.equal(model(tokens), changed) and not torch.allclose(changed, base(tokens))
+
+
+def test_adapters_start_alike_for_a_seed():
+    models = [random_model(seed=4) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        gemma.add_adapters(model, LoraConfig(2, 4.0, ["o_proj"]))
+        gemma.init_adapters(model, seed)
+    A = [model.layers[1].self_attn.o_proj.lora_A for model in models]
+    assert torch.equal(A[0], A[1]) and not torch.equal(A[0], A[2])
+    bound = A[0].shape[1] ** -0.5
+    assert 0.8 * bound < A[0].abs().max() <= bound and models[0].layers[0].self_attn.o_proj.lora_B.abs().max() == 0
+    assert not torch.equal(A[0], models[0].layers[0].self_attn.o_proj.lora_A)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"use_dora": True}, "use_dora is True, expected plain LoRA"),
+    ({"use_rslora": True}, "use_rslora is True"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+    ({"bias": "all"}, "bias is 'all'"),
+    ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
+    ({"r": 0}, "r is 0"),
+    ({"r": True}, "r is True"),
+    ({"lora_alpha": None}, "lora_alpha None"),
+    ({"target_modules": "all-linear"}, "target_modules is 'all-linear'"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "expected a list of q_proj"),
+])  # fmt: skip
+def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path, changes, said):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads((GOLDEN / "lora/adapter_config.json").read_text()), **changes}))
+    with pytest.raises(InputError, match=said) as error:
+        LoraConfig.from_json(path)
+    assert str(path) in str(error.value)
+
+
+def test_adapters_are_written_as_peft_writes_them(tmp_path):
+    model, _ = golden_model()
+    gemma.save_adapters(model, tmp_path, "gemma2")
+    ours, pefts = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, GOLDEN / "lora"))
+    assert ours.keys() == pefts.keys() and all(torch.equal(ours[name], pefts[name]) for name in ours)
+    ours, pefts = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, GOLDEN / "lora"))
+    assert sorted(ours.pop("target_modules")) == sorted(pefts.pop("target_modules"))
+    assert ours == {key: pefts[key] for key in ours}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+LORA = {"lora_r": 2, "lora_alpha": 4.0}
+FIVE = {"max_steps": 5, "save_steps": 2, "save_total_limit": 0, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+
+
+def lora_config(world, folder, policy=LORA, **training):
+    path = Path(run_config(world, folder, **{**FIVE, "per_device_train_batch_size": 4, **training}))
+    config = json.loads(path.read_text())
+    config["policy_model_config"] |= policy
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora_run(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    assert run("--config", lora_config(world, folder)) == 0
+    return folder
+
+
+def test_a_run_begins_at_ln_2_and_leaves_adapters_and_a_model(world, lora_run):
+    rows = training_rows(lora_run)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["rewards/margins"] == 0.0
+    assert rows[-1]["rewards/margins"] != 0.0
+    held = {path.name for path in (lora_run / "out/checkpoints/step-4").iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.safetensors"} <= held and "model.safetensors" not in held
+    before, after = weights_of(world / "model"), weights_of(lora_run / "out/model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.split(".")[-2] in gemma.PROJECTIONS}
+    moments = load_file(lora_run / "out/checkpoints/step-4/optimizer.safetensors")
+    assert all(".lora_" in name for name in moments)
+
+
+def test_an_adapter_and_the_merged_model_are_the_same(world, lora_run, tmp_path):
+    """Evaluated: the adapter on its base, the model alone, and the run itself at its end."""
+    metrics = []
+    for name, policy in (("merged", {"model_path": str(lora_run / "out/model")}),
+                         ("adapter", {"adapter_path": str(lora_run / "out/adapter")})):  # fmt: skip
+        path = lora_config(world, tmp_path / name, policy)
+        assert run("--config", path, "--task", "evaluate") == 0
+        metrics.append(json.loads((tmp_path / name / "out/eval_metrics.json").read_text()))
+    assert metrics[0] == metrics[1] == json.loads((lora_run / "out/eval_metrics.json").read_text())
+    first = next(row for row in metrics_of(lora_run) if row["step"] == 0)
+    assert {f"eval/{key}": value for key, value in metrics[0].items()}.items() != first.items()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_stopped_run_resumes_bit_for_bit(world, lora_run, tmp_path, checkpointing):
+    """With its checkpoint alone; recomputed activations change nothing, the starting adapters among them."""
+    folder = tmp_path / "copy"
+    shutil.copytree(lora_run, folder)
+    for name in ("model", "adapter", "checkpoints/step-4"):
+        shutil.rmtree(folder / "out" / name)
+    rows = rows_of(folder / "out/metrics.jsonl")
+    lora_config(world, folder, gradient_checkpointing=checkpointing)
+    assert run("--config", folder / "run.json", "--resume") == 0
+    assert len(rows) == len(rows_of(folder / "out/metrics.jsonl"))
+    assert_same_weights(folder / "out/model", lora_run / "out/model")
+    ours, wanted = (load_file(at / "out/adapter/adapter_model.safetensors") for at in (folder, lora_run))
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_from_adapters_begins_at_ln_2_where_they_are(world, lora_run, tmp_path):
+    """The reference is the policy as it started, not the base without adapters."""
+    policy = {"adapter_path": str(lora_run / "out/adapter")}
+    assert run("--config", lora_config(world, tmp_path, policy, max_steps=3)) == 0
+    rows = metrics_of(tmp_path)
+    assert rows[0] == {**metrics_of(lora_run)[-1], "step": 0}, "it evaluates as the run that made them ended"
+    losses = [row for row in rows if "loss" in row]
+    assert losses[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and losses[0]["rewards/margins"] == 0.0
+    assert losses[1]["rewards/margins"] != 0.0
+    shutil.rmtree(tmp_path / "out/model")
+    assert run("--config", tmp_path / "run.json", "--resume") == 0, "from step 2"
+    assert rows == metrics_of(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_match_one(world, lora_run, tmp_path, dtype):
+    """The adapters stay float32 beside a base that is not."""
+    training = {"evaluated": False, "max_steps": 2, "bf16": dtype == "bfloat16"}
+    policy = {**LORA, "dtype": dtype}
+    assert run("--config", lora_config(world, tmp_path / "one", policy, **training)) == 0
+    config = lora_config(world, tmp_path / "two", policy, per_device_train_batch_size=2, **training)
+    statuses, said = run_on_ranks(2, tmp_path / "two", "--config", config)
+    assert statuses == [0, 0], said
+    found, wanted = (load_file(tmp_path / name / "out/adapter/adapter_model.safetensors") for name in ("two", "one"))
+    for name in wanted:
+        assert wanted[name].dtype == torch.float32
+    if dtype == "float32":
+        assert_same_rows(training_rows(tmp_path / "two"), training_rows(tmp_path / "one"))
+        assert_nearly_same_weights(tmp_path / "two/out/model", tmp_path / "one/out/model")
+    else:
+        rows = zip(training_rows(tmp_path / "two"), training_rows(tmp_path / "one"), strict=True)
+        for row, one in rows:
+            assert row["loss"] == pytest.approx(one["loss"], abs=0.05)
+
+
+def test_an_sft_run_trains_adapters(world, tmp_path):
+    assert run("--config", lora_config(world, tmp_path, task="sft", evaluated=False, learning_rate=3e-2, max_steps=8)) == 0
+    losses = [row["loss"] for row in training_rows(tmp_path)]
+    assert min(losses[-2:]) < losses[0]
+
+
+@pytest.mark.parametrize(("policy", "said"), [
+    ({"lora_r": 2, "lora_target_modules": ["q_proj", "lm_head"]}, "lora_target_modules is ['q_proj', 'lm_head'], expected some of"),
+    ({"lora_r": 3, "adapter_path": str(GOLDEN / "lora")}, None),
+    ({"lora_r": 5, "adapter_path": str(GOLDEN / "lora")}, "r is 3, expected lora_r 5"),
+    ({"adapter_path": "nowhere"}, "nowhere/adapter_config.json"),
+    ({"lora_r": -1}, "lora_r is -1"),
+])  # fmt: skip
+def test_lora_settings_that_cannot_be(world, tmp_path, capsys, policy, said):
+    config = lora_config(world, tmp_path, policy)
+    if said is None:  # the golden adapters are of another model: shapes, by name
+        said = "adapter_model.safetensors: does not hold the expected tensors"
+    assert said in error_of(capsys, "--config", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_optimizer_state_is_of_the_adapters_alone(world):
+    model = random_model()
+    gemma.add_adapters(model, LoraConfig(2, 4.0, ["q_proj"]))
+    optimizer = act.make_optimizer(model, act.TrainingConfig(optim="adamw"))
+    assert len(optimizer.state) == 2 * 3
