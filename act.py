@@ -582,11 +582,7 @@ class Log:
             self.first = summarize(samples), samples
 
     def append(self, name, rows):
-        def write():
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-        on_main(write)  # a full disk stops all ranks
+        on_main(data.append_jsonl, self.folder / name, rows)  # a full disk stops all ranks
 
     def step(self, step, metrics):
         self.append("metrics.jsonl", [{"step": step, **metrics}])
@@ -618,10 +614,9 @@ class Log:
             print0(changed_conversations(self.first[1], self.last[1]))
         write_report(self.folder)
         print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {self.folder / 'report.html'}")
-        best, scores = on_main(best_of, self.config.training_config)
-        if scores:
-            scores = ", ".join(f"step {step} {score:.3f}" for step, score in sorted(scores.items()))
-            print0(f"{self.config.training_config.metric_for_best_model}: {scores}; the best is step {best}")
+        if self.last:
+            found = [f"{score:.3f} after step {step}" for step, score in scores_of(self.config.training_config).items()]
+            print0(f"{self.config.training_config.metric_for_best_model}, the best first: {', '.join(found)}")
 
 
 def write_evaluation(folder, metrics, samples):
@@ -759,7 +754,8 @@ AT_LEAST_ONE = {
     "max_new_tokens", "max_turns", "icl_examples", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
 }  # fmt: skip
 ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
-INPUT_PATHS = {"model_path", "adapter_path", "train_path", "validation_path", "prompt_path"}
+INPUT_FILES = ("train_path", "validation_path", "prompt_path")
+INPUT_PATHS = {"model_path", "adapter_path", *INPUT_FILES}
 PATHS = INPUT_PATHS | {"output_dir", "cache_path"}
 RENAMED = {  # keys of earlier versions, and what to write instead
     "do_eval": "an empty data_config.validation_path",
@@ -840,8 +836,7 @@ def checked_value(key, value, kind, at, typed=False):
     """A value of one key, of its type and in its range. typed: on the command line, where a number may be a name."""
     choices = get_args(kind) if str(kind).startswith("typing.Literal") else ()
     kind = str if choices else kind
-    if value is None and key.endswith("_path"):
-        value = ""
+    value = "" if value is None and key in PATHS else value
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if isinstance(value, dict):
@@ -1014,13 +1009,12 @@ def heed_signals(heed=True):
     """Note a first Ctrl-C or SIGTERM for `stop_if_asked`; the next one, or with heed=False each, ends the process."""
 
     def note(number, frame):
-        ASKED.append(number)
         heed_signals(False)
+        ASKED.append(number)
         if is_main():
             os.write(2, b"\nact.py: saves a checkpoint at the end of this step; once more leaves at once\n")
 
-    if heed:
-        ASKED.clear()
+    ASKED.clear()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, note if heed else signal.default_int_handler)
         signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
@@ -1173,7 +1167,6 @@ def prepare(config, overwrite, resume):
     world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
     state = {"examples_per_step": local * world, **on_main(fingerprints, config)}
     start = on_main(start_of, checkpoint, state) if checkpoint else 0
-
     dtype, reference, lora = getattr(torch, config.policy_model_config.dtype), None, lora_config(config.policy_model_config)
     if config.task != "sft" and not lora:
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
@@ -1207,9 +1200,9 @@ def prepare(config, overwrite, resume):
 
 
 def fingerprints(config):
-    """{key: bytes and hash} of the files that decide what is learnt, weights aside."""
-    files = {key: path for key, path in flat(asdict(config)).items() if key.endswith(("train_path", "validation_path", "prompt_path"))}
-    files = {key: data.read_bytes(path) for key, path in files.items() if path}
+    """{key: bytes and hash} of the files, weights aside, that decide what is learnt."""
+    paths = {key: path for key, path in flat(asdict(config)).items() if key.endswith(INPUT_FILES) and path}
+    files = {key: data.read_bytes(path) for key, path in paths.items()}
     return {key: f"{len(raw)} bytes, sha256 {hashlib.sha256(raw).hexdigest()}" for key, raw in files.items()}
 
 
@@ -1265,12 +1258,11 @@ def save_trained(run):
     """What a run was for: model/, and with LoRA also adapter/, the adapters that are merged into that model."""
     training, policy = run.config.training_config, run.policy
     output, saved = Path(training.output_dir), checkpoints(training.output_dir)
-    best = on_main(best_of, training, [run.steps, *(int(path.name[5:]) for path in saved)])[0]
-    if training.load_best_model_at_end and best not in (None, run.steps):
+    best = next((n for n in on_main(scores_of, training) if n in saved or n == run.steps), run.steps)
+    if training.load_best_model_at_end and best != run.steps:
         print0(f"load_best_model_at_end: the model is that of step {best}")
-        held = (gemma.adapters(policy), "adapter_model", "") if policy.lora else (
-            gemma.base_weights(policy), "model", "model.")  # fmt: skip
-        gemma.load_safetensors(held[0], output / "checkpoints" / f"step-{best}", *held[1:])
+        held, names = (gemma.adapters, ("adapter_model",)) if policy.lora else (gemma.base_weights, ("model", "model."))
+        gemma.load_safetensors(held(policy), saved[best], *names)
     if policy.lora:
         save_model(run, output / "adapter", adapters=True)
         gemma.merge_adapters(policy)
@@ -1300,17 +1292,8 @@ def save_model(run, directory, optimizer=None, state=None, adapters=False):
                 shutil.copyfile(tokenizer.path.with_name(name), partial / name)
         if state:
             write_json(partial / "trainer_state.json", state)
-        discard(directory)
+        gemma.remove_tree(directory)
         partial.rename(directory)
-
-
-def discard(path):
-    """Remove what is at `path`. Renamed before: whenever the process is killed, all of it is there or nothing."""
-    aside = path.with_name(f".{path.name}.old")
-    gemma.remove_tree(aside)
-    if os.path.lexists(path):
-        path.rename(aside)
-        gemma.remove_tree(aside)
 
 
 def save_checkpoint(run, step):
@@ -1318,45 +1301,42 @@ def save_checkpoint(run, step):
     training = run.config.training_config
     directory = Path(training.output_dir) / "checkpoints" / f"step-{step}"
     if not on_main(directory.exists):  # else it is of this very step: there is nothing to be replaced
-        state = {"step": step, **run.state}
-        save_model(run, directory, run.optimizer, state, adapters=run.policy.lora is not None)
+        save_model(run, directory, run.optimizer, {"step": step, **run.state}, run.policy.lora is not None)
     if is_main() and training.save_total_limit:
         saved = checkpoints(training.output_dir)
-        best, _ = best_of(training, [int(path.name[5:]) for path in saved])
-        for old in saved[: -training.save_total_limit]:
-            if old.name != f"step-{best}":
-                discard(old)
+        kept = [n for n in scores_of(training) if n in saved][:1] + list(saved)[-training.save_total_limit :]
+        for n in saved.keys() - kept:
+            gemma.remove_tree(saved[n])
     dist.barrier()
 
 
 def checkpoints(output_dir):
-    """Complete checkpoints, oldest first: those that hold what is written last."""
+    """{step: directory} of complete checkpoints, oldest first: those that hold what is written last."""
     found = [path.parent for path in (Path(output_dir) / "checkpoints").glob("step-*/trainer_state.json")]
-    return sorted((path for path in found if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
+    return dict(sorted((int(path.name[5:]), path) for path in found if path.name[5:].isdigit()))
 
 
-def best_of(training, steps=None):
-    """(the best of these steps or of all by metric_for_best_model, the scores); None where none was evaluated."""
+def scores_of(training):
+    """{step: what its evaluation said by metric_for_best_model}; the best first, of equals the later one."""
     key, rows = f"eval/{training.metric_for_best_model}", whole_rows(Path(training.output_dir) / "metrics.jsonl")
-    scores = {row["step"]: row[key] for row in rows if row.get(key) is not None}
-    return max(scores.keys() & (scores if steps is None else steps), key=lambda n: (scores[n], n), default=None), scores
+    found = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+    return dict(sorted(found.items(), key=lambda item: item[::-1], reverse=True))
 
 
 def stopped(run, done, error):
     """The error of a run that stops after `done` steps, which are saved where they are sound."""
-    said, saved, training = str(error), "", run.config.training_config
+    said, training = str(error), run.config.training_config
     if isinstance(error, NotANumber):
         size, order = run.local * dist.get_world_size(), DataOrder(run.pairs, training.seed)
         lines = dict.fromkeys(run.pairs[order[i]].where for i in range(done * size, (done + 1) * size))
         said += f" in step {done + 1}, on {', '.join(lines)}"
-    if done > run.start:
-        try:
+    try:
+        if done > run.start:
             save_checkpoint(run, done)
-            saved = "saved, "
-        except RunStopped as unsound:
-            saved = f"step {done} is not saved, since {unsound}, "
-    kept = on_main(checkpoints, training.output_dir)
-    return RunStopped(f"{said}; {saved}--resume goes on from step {kept[-1].name[5:] if kept else 0}")
+            said += "; saved"
+    except RunStopped as unsound:
+        said += f"; step {done} is not saved, since {unsound}"
+    return RunStopped(f"{said}, --resume goes on from step {max(on_main(checkpoints, training.output_dir), default=0)}")
 
 
 PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
@@ -1420,7 +1400,7 @@ def resume_from(output, config):
     longer = {"training_config.max_steps", "training_config.num_train_epochs"} & set(changed)
     if (output / "model").exists() and not longer:
         return "done"
-    checkpoint = next(reversed(checkpoints(output)), None)
+    checkpoint = next(reversed(checkpoints(output).values()), None)
     if (output / "model").exists() and not checkpoint:
         raise InputError(f"--resume: {output} holds a model but no checkpoint, expected --overwrite to start again")
     return checkpoint
@@ -1433,17 +1413,17 @@ def start_output(config, resume=False, overwrite=False, checkpoint=None):
     (output / ".lock").touch()
     if check_output(config, resume, overwrite) != checkpoint:  # locks it
         raise InputError(f"{output}: another run has written to it meanwhile, expected to be the only one")
-    for path in output.glob("checkpoints/.step-*"):  # left where a run was killed
+    for path in output.glob("checkpoints/.*"):  # left where a run was killed
         gemma.remove_tree(path)
     if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
         step, logs = int(checkpoint.name[5:]), ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")
         rows = {output / name: whole_rows(output / name) for name in logs if (output / name).exists()}
-        discard(output / "model")
+        gemma.remove_tree(output / "model")
         for path in rows:
             data.write_jsonl(path, [row for row in rows[path] if row["step"] <= step])
     else:
         for name in WRITES[config.task]:
-            discard(output / name)
+            gemma.remove_tree(output / name)
     write_json(output / "config.json", asdict(config))
 
 
@@ -1452,14 +1432,11 @@ HELD = []  # the file whose lock says that output_dir is this process's, as long
 
 def lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
-    HELD[:] = [open(output / ".lock", "a+")]  # which closes the last one
+    HELD[:] = [open(output / ".lock", "w")]  # which closes the last one
     try:
         fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        HELD[0].seek(0)
-        raise InputError(f"{output}: process {HELD[0].read()} writes to it, expected one run at a time") from None
-    HELD[0].truncate(0)
-    print(os.getpid(), "on", os.uname().nodename, end="", file=HELD[0], flush=True)
+        raise InputError(f"{output}: another run is writing to it, expected one at a time") from None
 
 
 def whole_rows(path):
@@ -2053,7 +2030,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         saved = checkpoints(config.training_config.output_dir) if config else []
         if is_main():
-            hint = f"; --resume goes on from {saved[-1].name}" if saved else ""
+            hint = f"; --resume goes on from step {max(saved)}" if saved else ""
             print(f"\nact.py: interrupted{hint}", file=sys.stderr, flush=True)
         return 130
     finally:

@@ -1127,6 +1127,11 @@ def write_jsonl(path, rows):
     write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def append_jsonl(path, rows):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 

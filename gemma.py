@@ -876,11 +876,18 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
 
 
 def remove_tree(path):
-    """Remove a directory or file, if it is there; of a link only the link."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
+    """Remove a directory or file, if it is there; of a link only the link.
+
+    It is renamed first: whenever the process is killed, all of it is there or nothing.
+    """
+    aside = path.with_name(f".{path.name}.old")
+    for there in (os.path.lexists(path), False):  # first what was left there by a process that was killed
+        if aside.is_symlink() or aside.is_file():
+            aside.unlink()
+        elif aside.exists():
+            shutil.rmtree(aside)
+        if there:
+            path.rename(aside)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
