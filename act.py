@@ -28,7 +28,6 @@ Where we depart from the paper's Algorithm 2 and from the published research cod
     data.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import http.client
@@ -414,32 +413,58 @@ def is_total(key):
 
 
 class Sampler:
-    """`respond` of `in_lockstep`: continues all prompts in one batch and keeps their key-value cache between turns."""
+    """`respond` of `in_lockstep`: continues all prompts in one batch and keeps their key-value cache between turns.
+
+    Where a GPU has no memory for that, the batch is halved, which changes no reply, and said.
+    """
 
     def __init__(self, model, template, pairs, training, generators=None):
         """generators: one for each pair; None: greedy."""
         self.model, self.template, self.max_new_tokens = model, template, training.max_new_tokens
         self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
         self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
-        self.cache, self.rows, self.generators = KVCache(), [], generators
-        self.trajectories = {}  # row -> the list that its conversation goes on filling
+        self.generators, self.trajectories = generators, {}  # row -> the list that its conversation goes on filling
+        self.parts = [(list(range(len(pairs))), KVCache())]  # rows that are continued together
 
     def __call__(self, rows, trajectories):
         """[(the policy's next message, whether it came to its end)] in each of these rows."""
-        if self.rows:
-            self.cache.keep([self.rows.index(row) for row in rows])
-        self.rows = rows
         self.trajectories.update(zip(rows, trajectories, strict=True))
-        prompts = [
-            self.prompts[row] + (self.template.following(said) if said else [])
-            for row, said in zip(rows, trajectories, strict=True)
-        ]  # fmt: skip
-        sampling = {"temperature": 0.0}
-        if self.generators:
-            sampling = {**self.sampling, "generator": [self.generators[row] for row in rows]}
+        parts, replies = [([row for row in held if row in rows], held, cache) for held, cache in self.parts], {}
+        self.parts = []
+        while parts:
+            part, held, cache = parts.pop(0)
+            if not part:
+                continue
+            said, half = self.continued(part, held, cache), len(part) // 2
+            if said is None:
+                print0(f"no memory to continue {len(part)} conversations at once: going on with {half or 1}")
+                parts = [(part[:half], [], KVCache()), (part[half:], [], KVCache()), *parts]
+            else:
+                replies |= zip(part, said, strict=True)
+                self.parts.append((part, cache))
+        return [(self.template.text(replies[row]), len(replies[row]) < self.max_new_tokens) for row in rows]
+
+    def continued(self, part, held, cache):
+        """The replies' tokens in the rows `part` of those that a cache holds; None: there is not the memory."""
+        prompts = []
+        for row in part:
+            said = self.trajectories[row]
+            prompts.append(self.prompts[row] + (self.template.following(said) if said else []))
+        sampling, generators = {"temperature": 0.0}, [self.generators[row] for row in part] if self.generators else []
+        if generators:
+            sampling = {**self.sampling, "generator": generators}
+        before = [generator.get_state() for generator in generators]
         stop_ids = self.template.stop_ids
-        replies = generate(self.model, prompts, self.max_new_tokens, stop_ids=stop_ids, kv_cache=self.cache, **sampling)
-        return [(self.template.text(tokens), len(tokens) < self.max_new_tokens) for tokens in replies]
+        try:
+            if cache.order:
+                cache.keep([held.index(row) for row in part])
+            return generate(self.model, prompts, self.max_new_tokens, stop_ids=stop_ids, kv_cache=cache, **sampling)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+        for generator, state in zip(generators, before, strict=True):  # the same noise once more
+            generator.set_state(state)
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -661,7 +686,7 @@ class PolicyModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters held between steps; see training_config.bf16
     lora_r: int = 0  # above 0: the weights are frozen, adapters of this rank are trained, in float32 (LoRA); e.g. 16
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_r
-    lora_target_modules: list | None = None  # which projections have adapters; null: all, ["q_proj", ..., "down_proj"]
+    lora_target_modules: list | None = None  # which have adapters; null: all of a layer
     adapter_path: str = ""  # start from adapters in PEFT's layout, as adapter/ of a run; r, alpha and targets are theirs
 
 
@@ -879,7 +904,7 @@ def check_config(config, path):
          "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"),
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
         (not set(config.policy_model_config.lora_target_modules or gemma.PROJECTIONS) <= set(gemma.PROJECTIONS),
-         f"lora_target_modules is {config.policy_model_config.lora_target_modules}, expected some of {gemma.PROJECTIONS}"),
+         f"lora_target_modules has {config.policy_model_config.lora_target_modules}, not of {gemma.PROJECTIONS}"),
         (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
         (task != "generate_preference" and not config.policy_model_config.model_path,
          f"policy_model_config.model_path {needs}"),
@@ -917,17 +942,7 @@ def start_processes():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=hours, **alone)
-    if not cuda:
-        keep_freed_memory()
     return torch.device("cuda" if cuda else "cpu")
-
-
-def keep_freed_memory():
-    """Let the process keep what tensors free: the kernel would clear it anew for each large one (270M: 20 % of a step)."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
-        mmap_max, trim_threshold = -4, -1
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def is_main():
@@ -1167,7 +1182,8 @@ def prepare(config, overwrite, resume):
     world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
     state = {"examples_per_step": local * world, **on_main(fingerprints, config)}
     start = on_main(start_of, checkpoint, state) if checkpoint else 0
-    dtype, reference, lora = getattr(torch, config.policy_model_config.dtype), None, lora_config(config.policy_model_config)
+    dtype, reference = getattr(torch, config.policy_model_config.dtype), None
+    lora = lora_config(config.policy_model_config)
     if config.task != "sft" and not lora:
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
     helpers = build_helpers(config)
@@ -1250,7 +1266,7 @@ def split_over_ranks(label, answer):
 
 def optimizer_tensors(model, optimizer):
     """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
-    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p.requires_grad}
     return {f"{key}.{name}": value for name, state in states.items() for key, value in state.items()}
 
 

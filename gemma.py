@@ -339,12 +339,12 @@ class Gemma(nn.Module):
         assert kind == (torch.int64, 2), f"tokens: int64 [B, T], not {kind[0]} {list(tokens.shape)}"
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         ends = torch.full_like(tokens, tokens.shape[1])
-        masks = tree_masks(positions, ends, self.config.sliding_window)
+        masks = tree_masks(positions, ends, self)
         return self.logits(self.hidden(tokens, positions, masks))
 
     def logps(self, forest, rows, slots, targets):
         """Log-probabilities, float32 [P], of targets predicted in (rows, slots), all int64 [P]."""
-        masks = tree_masks(forest.positions, forest.ends, self.config.sliding_window)
+        masks = tree_masks(forest.positions, forest.ends, self)
         tied = []
         hidden = self.hidden(forest.tokens, forest.positions, masks, at=(rows, slots), tied=tied)
         softcap = self.config.final_logit_softcapping
@@ -451,9 +451,45 @@ def config_json(config, dtype):
 # Who sees whom in a Forest, and attention over it, by blocks of queries on a CPU and by flex attention on a GPU.
 
 
-def tree_masks(positions, ends, window):
+def tree_masks(positions, ends, model):
     """Who sees whom in a Forest, {GLOBAL, LOCAL: mask}, in the form that `attend` takes on its device."""
-    return tree_block_masks(positions, ends, window) if positions.is_cuda else tree_blocks(positions, ends, window)
+    config, dtype = model.config, model.compute_dtype or model.embed_tokens.weight.dtype
+    shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    make = tree_blocks
+    if positions.is_cuda and flex_compiles(*shape, config.attn_logit_softcapping, dtype):
+        make = tree_block_masks
+    return make(positions, ends, config.sliding_window)
+
+
+@cache
+def flex_compiles(heads, kv_heads, head_dim, softcap, dtype, device="cuda"):
+    """Whether flex attention compiles on this GPU, forward and backward; if not, it is said and blocks do."""
+
+    def work():
+        q, kv = (torch.zeros(2, n, 256, head_dim, dtype=dtype, device=device) for n in (heads, kv_heads))
+        positions = torch.arange(256, device=device).expand(2, -1)
+        mask = tree_block_masks(positions, torch.full_like(positions, 256), 256)[GLOBAL]
+        attend(q.requires_grad_(), kv, kv, mask, 1.0, softcap).sum().backward()
+        return True
+
+    with torch.inference_mode(False), torch.enable_grad():
+        return attempt("flex attention", work) or False
+
+
+FAILED = set()  # optimisations that do not work on this machine
+
+
+def attempt(name, work):
+    """work(); None where it fails, which is said once: what only makes a run faster must not end it."""
+    if name in FAILED:
+        return None
+    try:
+        return work()
+    except Exception as error:  # a compiler's, of whatever kind
+        FAILED.add(name)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        print(f"{name} does not work on this machine, going on without it ({reason[:200]})", flush=True)
+        return None
 
 
 def tree_block_masks(positions, ends, window):
@@ -496,7 +532,8 @@ def attend(q, k, v, mask, scale, softcap):
     if isinstance(mask, BlockMask):  # on a GPU: one fused kernel, which skips blocks that nothing sees
         kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
         cap = softcap and (lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap))
-        return kernel(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+        options = kernel_options(q.device, q.shape[-1]) if q.is_cuda else None
+        return kernel(q, k, v, cap, mask, scale, enable_gqa=True, kernel_options=options)
     q, out = q * scale, []
     for queries, keys, bias in mask:
         out.append(attend_block(q[:, :, queries], k[:, :, keys], v[:, :, keys], bias, softcap))
@@ -510,6 +547,18 @@ def attend_block(q, k, v, bias, softcap):
     scores = soft_capped(scores, softcap).view(B, N, T, -1) + bias[:, None]
     weights = scores.softmax(-1).to(v.dtype).view(B, K, N // K * T, -1)
     return (weights @ v).view(B, N, T, D)
+
+
+@cache
+def kernel_options(device, head_dim):
+    """Of flex attention. Its kernel for short queries has no valid size for one row of 65 to 127 tokens (torch 2.13).
+
+    Cards with some 99 KiB of shared memory (L4, A10, L40S, RTX 4090) need smaller blocks for heads of 256.
+    """
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    if head_dim > 128 and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024:
+        options |= {"fwd_num_stages": 2, **{f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")}}
+    return options
 
 
 def compiled(function, **options):
@@ -571,9 +620,9 @@ def rounded(number, dtype):
 class TokenLogps(torch.autograd.Function):
     """Log-probabilities, float32 [P], of targets [P] from hidden states [P, C] and embedding [V, C].
 
-    By parts of the vocabulary, computed again in the backward pass: only a part of the logits [P, V] is held at once, and
-    each part of the embedding's gradient is written once, where it stays. `tied` is a list in which that gradient waits
-    for `Lookup`: autograd would add up the two uses of the embedding in new memory (270M: half of a step's time).
+    By parts of the vocabulary, computed again in the backward pass: only a part of the logits [P, V] is held at once,
+    and each part of the embedding's gradient is written once, where it stays. `tied` is a list in which that gradient
+    waits for `Lookup`: autograd would add up the embedding's two uses in new memory (270M: half of a step's time).
     """
 
     @staticmethod
@@ -653,8 +702,8 @@ def recomputed(function, *args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # LoRA (arXiv 2106.09685)
-# Beside a frozen weight W [out, in], trained in float32: lora_A [r, in] and lora_B [out, r]. B is zero at the start, so the
-# model is then its base. The reference of the loss is the same model with the adapters that it started from, or none.
+# Beside a frozen weight W [out, in], trained in float32: lora_A [r, in] and lora_B [out, r]. B is zero at the start, so
+# the model is then its base. The loss's reference is the same model with the adapters that it started from, or none.
 
 ADAPTERS, STARTS = ("lora_A", "lora_B"), ("start_A", "start_B")
 ORDINARY = """r lora_alpha target_modules peft_type task_type base_model_name_or_path inference_mode init_lora_weights
@@ -681,7 +730,7 @@ class LoraConfig:
             raise InputError(f"{path}: peft_type is {raw['peft_type']!r}, expected 'LORA'")
         r, alpha, targets = (raw.get(f.name) for f in fields(cls))
         if type(r) is not int or r < 1 or type(alpha) not in (int, float):
-            raise InputError(f"{path}: r is {r!r} and lora_alpha {alpha!r}, expected a whole number above 0 and a number")
+            raise InputError(f"{path}: r is {r!r} and lora_alpha {alpha!r}, expected numbers above 0, r whole")
         if not isinstance(targets, list) or not set(targets) <= set(PROJECTIONS) or not targets:
             raise InputError(f"{path}: target_modules is {targets!r}, expected a list of {', '.join(PROJECTIONS)}")
         return cls(r, alpha, targets)
@@ -1036,6 +1085,8 @@ class KVCache:
     says which prompt the row belongs to.
     """
 
+    multiple = 64  # of slots: a GPU's products are slow where rows do not begin at multiples of 16 bytes
+
     def __init__(self):
         self.keys, self.values, self.tokens, self.order = [], [], [], []
         self.steps = {}  # on a GPU: number of rows -> CapturedStep
@@ -1047,6 +1098,7 @@ class KVCache:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         rows = torch.tensor([row for row, _ in forest.paths])[:, None]
         slots = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        room += -(slots.shape[1] + room) % self.multiple
         for b, (_, path) in enumerate(forest.paths):
             slots[b, : len(path)] = torch.from_numpy(path)
         last = rows[:, 0].to(device), slots.gather(1, lengths[:, None] - 1)[:, 0].to(device)
@@ -1057,7 +1109,7 @@ class KVCache:
                 store.append(F.pad(x[rows, :, slots].transpose(1, 2), (0, 0, 0, room)))
             return k, v
 
-        masks = tree_masks(forest.positions, forest.ends, model.config.sliding_window)
+        masks = tree_masks(forest.positions, forest.ends, model)
         hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches, last)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
         return model.logits(hidden)
@@ -1082,11 +1134,15 @@ class KVCache:
         end = max(held) + T
         lacking = end + room - self.keys[0].shape[2]
         if lacking > 0:
+            lacking += -(end + room) % self.multiple
+            self.steps = {}  # they hold the old tensors, which go one by one
             for store in (self.keys, self.values):
-                store[:] = [F.pad(x, (0, 0, 0, lacking)) for x in store]
-            self.steps = {}
+                for layer, x in enumerate(store):
+                    store[layer] = F.pad(x, (0, 0, 0, lacking))
         if T == 1 and self._captures():
-            return self._decode(model, [new, [[start] for start in held]])
+            logits = self._decode(model, [new, [[start] for start in held]])
+            if logits is not None:
+                return logits
         device = self.keys[0].device
         tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # zeros: unused slots
         positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
@@ -1108,8 +1164,8 @@ class KVCache:
         idle = self.tokens[active:rows]
         inputs = torch.tensor([inputs[0] + [[0] for _ in idle], inputs[1] + [[len(tokens)] for tokens in idle]])
         if rows not in self.steps:
-            self.steps[rows] = CapturedStep(model, *self._rows(rows), inputs)
-        return self.steps[rows](inputs)[:active]
+            self.steps[rows] = attempt("a recorded step", lambda: CapturedStep(model, *self._rows(rows), inputs))
+        return self.steps[rows](inputs)[:active] if self.steps[rows] else None
 
     def _rows(self, count):
         """Keys and values of the first rows."""
@@ -1126,9 +1182,11 @@ class KVCache:
     def keep(self, prompts):
         """Keep the rows of these prompts only (numbers as of the last call), in this order."""
         rows = [self.order.index(prompt) for prompt in prompts]
+        self.steps = {}
         for store in (self.keys, self.values):
-            store[:] = [x[rows] for x in store]
-        self.tokens, self.order, self.steps = [self.tokens[row] for row in rows], list(range(len(rows))), {}
+            for layer, x in enumerate(store):
+                store[layer] = x[rows]
+        self.tokens, self.order = [self.tokens[row] for row in rows], list(range(len(rows)))
 
 
 def extend(model, keys, values, tokens, positions, last, spans):
@@ -1164,9 +1222,15 @@ class CapturedStep:
             torch._dynamo.maybe_mark_dynamic(x, dims)  # one compilation for all numbers of rows above one, and of slots
         self.arguments = model, keys, values, tokens, positions, last, everything  # kept: a graph knows addresses only
         step(*self.arguments)  # compiles; what it writes will be written again by the first replay
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's own thread may use the GPU
-            self.logits = step(*self.arguments)
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # not torch.cuda.graph, which empties the allocator's cache each time
+            self.graph.capture_begin(capture_error_mode="thread_local")  # NCCL's own thread may use the GPU
+            try:
+                self.logits = step(*self.arguments)
+            finally:
+                self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, inputs):
         self.inputs.copy_(inputs)
@@ -1237,9 +1301,23 @@ def sample(logits, u, temperature, top_k, top_p):
     logits, ids = logits / temperature, None
     if top_k or top_p < 1:
         logits, ids = candidates(logits, top_k, top_p)
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    pick = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
-    return (pick if ids is None else ids.gather(-1, pick))[:, 0]
+    pick = invert(logits.softmax(-1), u).clamp_(max=logits.shape[-1] - 1)
+    return pick if ids is None else ids.gather(-1, pick[:, None])[:, 0]
+
+
+def invert(weights, u, block=256):
+    """For each row of weights [B, V] the first entry up to which they sum to more than the share u [B] of their sum.
+
+    First among blocks, then within one: sums over a vocabulary, one by one in float64, are slow on any device.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = (u * ends[:, -1])[:, None]
+    at = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
+    before = F.pad(ends, (1, 0)).gather(1, at)
+    within = blocks.gather(1, at[..., None].expand(-1, 1, block))[:, 0].cumsum(-1, dtype=torch.float64)
+    target = torch.minimum(target - before, within[:, -1:] * (1 - 2**-52))  # rounding must not lead out of the block
+    return (at * block + torch.searchsorted(within, target, right=True).clamp_(max=block - 1))[:, 0]
 
 
 def candidates(logits, top_k, top_p, guess=1024):

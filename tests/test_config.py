@@ -264,7 +264,7 @@ def test_every_knob_is_read():
     start, stop = source.index("\n# Configuration\n"), source.index("\n# Processes\n")
     source = source[:start] + source[stop:] + (ROOT / "data.py").read_text(encoding="utf-8")
     readers = {
-        PolicyModelConfig: "policy_model_config", DataConfig: "(data_config|files)",
+        PolicyModelConfig: "policy(_model_config)?", DataConfig: "(data_config|files)",
         TrainingConfig: "training(_config)?", HelperConfig: "(helper|config)",
     }  # fmt: skip
     for cls, names in readers.items():

@@ -649,8 +649,15 @@ class RecordedOnCPU:
         self.calls.append((arguments, self.extend(*arguments)))
         return self.calls[-1][1]
 
+    def graph(self):
+        graph = SimpleNamespace()
+        recording = self.record(graph)
+        graph.capture_begin = lambda **_: recording.__enter__()
+        graph.capture_end = lambda: recording.__exit__(None, None, None)
+        return graph
+
     @contextlib.contextmanager
-    def record(self, graph, **_):
+    def record(self, graph):
         self.calls.clear()
         yield
         [((model, keys, values, *inputs, spans), result)] = self.calls
@@ -672,8 +679,11 @@ def gpu_steps(monkeypatch):
     recorded = RecordedOnCPU()
     monkeypatch.setattr(gemma, "compiled", lambda function, **_: {gemma.extend: recorded}[function])
     monkeypatch.setattr(gemma.KVCache, "_captures", lambda cache: True)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
-    monkeypatch.setattr(torch.cuda, "graph", recorded.record)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", recorded.graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     return recorded
 
 
@@ -706,6 +716,7 @@ def test_a_kept_cache_goes_on_as_if_everything_were_read_anew(path, folder, mode
 def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_steps, monkeypatch):
     """And again when the cache's tensors are others; rows that are done do no harm, and come to none when the cache is full."""
     gpu_steps.extend = gemma.extend
+    monkeypatch.setattr(gemma.KVCache, "multiple", 1)
     prompts = [(prompts_of(golden)[i % 4] * 9)[i : i + 40 - i] for i in range(24)]
     cache, stops = gemma.KVCache(), range(0, 200, 8)
     replies = generate(model, prompts, 30, stop_ids=stops, kv_cache=cache)
@@ -933,7 +944,7 @@ def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
 
     flex_attention = gemma.compiled(gemma.flex_attention, dynamic=True, backend=compile)
     monkeypatch.setattr(gemma, "flex_attention", flex_attention)
-    monkeypatch.setattr(gemma, "tree_masks", gemma.tree_block_masks)
+    monkeypatch.setattr(gemma, "tree_masks", lambda p, e, model: gemma.tree_block_masks(p, e, model.config.sliding_window))
     for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)):
         prompts = torch.randint(200, (rows, length), generator=seeded(length)).tolist()
         forest = gemma.Forest(prompts)

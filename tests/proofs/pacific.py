@@ -41,6 +41,7 @@ METHODS = {  # method -> its config, and what differs from it; SFT starts from t
     "ACT, no simulation": (ACT, {"simulate_user": False}),
     "ACT": (ACT, {}),
 }
+LORA = {"lora_r": 16, "dtype": "bfloat16"}  # --lora: adapters are trained, at ten times the learning rate
 COLUMNS = {  # title -> (what of the samples, scale, digits)
     "action macro F1": (lambda rows: summarize(rows)["Macro F1"], 100, 1),
     "turn-level F1": (lambda rows: mean(rows, "turn_f1"), 100, 1),
@@ -64,7 +65,8 @@ def mean(rows, key):
 class Folds:
     """Runs `act.py` in `out`, `jobs` runs at a time; every run once."""
 
-    def __init__(self, conversations, model, out, jobs, count=3):
+    def __init__(self, conversations, model, out, jobs, lora=False, count=3):
+        self.lora = lora
         self.model, self.out, self.jobs, self.count = Path(model).resolve(), out.resolve(), jobs, count
         with open(conversations, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
@@ -96,7 +98,12 @@ class Folds:
         config, own = METHODS[method]
         start = self.model if method == "SFT" else self.out / self.name("SFT", fold) / "model"
         seed = int(fold[-1]) if fold[-1].isdigit() else 100
-        settings = {f"training_config.{key}": value for key, value in {**own, **dict(changed)}.items()}
+        own = {"learning_rate": read_json(ROOT / config)["training_config"]["learning_rate"], **own, **dict(changed)}
+        settings = {}
+        if self.lora:
+            own["learning_rate"] *= 10
+            settings = {f"policy_model_config.{key}": value for key, value in LORA.items()}
+        settings |= {f"training_config.{key}": value for key, value in own.items()}
         self.act(self.name(method, fold, changed), config, {
             "policy_model_config.model_path": start, "data_config.train_path": self.out / fold / "train.jsonl",
             "data_config.validation_path": "", "training_config.seed": seed, **settings,
@@ -117,7 +124,7 @@ class Folds:
         command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            environment = {"OMP_NUM_THREADS": threads, **os.environ}
             ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         if ran.returncode:
             raise SystemExit(f"{' '.join(map(str, command))}\nended with {ran.returncode}: see {folder / 'log.txt'}")
@@ -185,9 +192,10 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs/pacific")
     parser.add_argument("--jobs", type=int, choices=range(1, 17), metavar="N", default=1, help="runs at a time")
     parser.add_argument("--folds", type=int, choices=range(1, 4), metavar="N", default=3, help="the first N of 3 only")
+    parser.add_argument("--lora", action="store_true", help="train adapters instead of all weights; take another --out")
     parser.add_argument("--search", action="store_true", help="try settings on a part of fold 0's training dialogues")
     args = parser.parse_args()
-    runs = Folds(args.conversations, args.model, args.out, args.jobs)
+    runs = Folds(args.conversations, args.model, args.out, args.jobs, args.lora)
     if args.search:
         cells = [(method, "search", tuple(change.items())) for change in GRID for method in ("ACT", "offline DPO")]
         found = runs.map([("SFT", "search", ()), *cells])
