@@ -421,6 +421,7 @@ class Sampler:
     def __init__(self, model, template, pairs, training, generators=None):
         """generators: one for each pair; None: greedy."""
         self.model, self.template, self.max_new_tokens = model, template, training.max_new_tokens
+        self.max_length = training.max_length
         self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
         self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
         self.generators, self.trajectories = generators, {}  # row -> the list that its conversation goes on filling
@@ -448,8 +449,8 @@ class Sampler:
         """The replies' tokens in the rows `part` of those that a cache holds; None: there is not the memory."""
         prompts = []
         for row in part:
-            said = self.trajectories[row]
-            prompts.append(self.prompts[row] + (self.template.following(said) if said else []))
+            said = self.template.following(self.trajectories[row]) if self.trajectories[row] else []
+            prompts.append(self.prompts[row] + said[-max(1, self.max_length - len(self.prompts[row])) :])
         sampling, generators = {"temperature": 0.0}, [self.generators[row] for row in part] if self.generators else []
         if generators:
             sampling = {**self.sampling, "generator": generators}
@@ -742,7 +743,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
     dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding stays inside a node
     max_length: int = 1024  # tokens of prompt and trajectory; what is longer loses its end
-    max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context
+    max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context, of its turn
     beta: float = 0.05  # DPO: how far the policy may move from the reference
     label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round (conservative DPO)
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # sigmoid: DPO

@@ -820,8 +820,9 @@ def indented(messages):
     return "".join(f"{SPEAKERS[role]}: {in_prompt(text)}\n" for role, text in messages)
 
 
-def in_prompt(text):
-    return text.replace("\n", "\n  ")
+def in_prompt(text, longest=20_000):
+    """A text for a helper's prompt, of a longer one the end."""
+    return text[-longest:].replace("\n", "\n  ")
 
 
 def action_fields(reply):

@@ -1022,10 +1022,11 @@ class Template:
         return [(self.opening, False), (self.encode(text), True), (self.end, True), (self.newline, False)]
 
     def prompt(self, pair, max_length):
-        """Tokens that ask for the assistant's next message, at most `max_length` where the last user turn allows it.
+        """Tokens that ask for the assistant's next message, at most `max_length` if that holds more than the markers.
 
-        A longer prompt loses its oldest turns first, then the head of its context, never the last user turn. The head
-        goes in steps of an eighth of max_length, so that most turns of a dialogue still begin with the same tokens.
+        A longer prompt loses its oldest turns first, then the head of its context, in steps of an eighth of max_length,
+        so that most turns of a dialogue still begin with the same tokens. A last user turn that is longer even alone
+        loses its own head.
         """
         turns = [[token for tokens, _ in self.message(*message) for token in tokens] for message in pair.history]
         if self.plain:
@@ -1047,6 +1048,11 @@ class Template:
         if not self.plain and context:
             start = self.turn("user")
             turns[0], context = start[:1] + context + turns[0][len(start) :], []
+        excess = sum(map(len, [before, context, after, *turns, self.opening])) - max_length
+        if excess > 0:
+            mark = self.encode("User:") if self.plain else self.turn("user")
+            end = len(turns[-1]) - len(self.end if self.plain else self.end + self.newline)
+            turns[-1] = mark + turns[-1][min(len(mark) + excess, end) :]
         return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
 
     def reply(self, messages, ended=True):
