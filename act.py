@@ -901,7 +901,7 @@ def check_config(config, path):
         (files.validation_split >= 1, f"validation_split is {files.validation_split}, expected a share below 1"),
         (files.tolerance >= 1, f"tolerance is {files.tolerance}, expected less than 1: a trajectory wins above it"),
         (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
-        (training.load_best_model_at_end and (training.save_steps or 1) % (training.eval_steps or math.inf),
+        (training.load_best_model_at_end and (training.save_steps or math.nan) % (training.eval_steps or math.nan),
          "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"),
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
         (not set(config.policy_model_config.lora_target_modules or gemma.PROJECTIONS) <= set(gemma.PROJECTIONS),

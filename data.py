@@ -1115,6 +1115,8 @@ def write_text(path, parts):
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(parts)
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1129,8 +1131,11 @@ def write_jsonl(path, rows):
 
 
 def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

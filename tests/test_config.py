@@ -102,6 +102,21 @@ def test_keys_of_earlier_versions_are_refused_with_what_to_write_instead(tmp_pat
     ("training_config.class_balance", [1], "expected "),
     ("training_config.beta", -0.1, "expected a number from 0"),
     ("training_config.beta", "NaN", "expected"),
+    ("training_config.beta", 10**400, "expected float"),
+    ("training_config.max_steps", 10**400, "expected a number from -9007199254740992, below 2**53"),
+    ("training_config.max_steps", -(10**400), "expected a number from -9007199254740992, below 2**53"),
+    ("training_config.top_k", 2**53, "expected a number from 0, below 2**53"),
+    ("training_config.num_train_epochs", 1e300, "expected a number from 0, below 2**53"),
+    ("training_config.class_balance", {"CLARIFY": 10**400}, "class_balance.CLARIFY is"),
+    ("training_config.class_balance", {"CLARIFY": 1e300}, "class_balance.CLARIFY is 1e+300, expected a number from 0"),
+    ("training_config.class_balance", {"CLARIFY": "2"}, "class_balance.CLARIFY is '2', expected float"),
+    ("training_config.output_dir", "", "output_dir is '', expected a path on this machine"),
+    ("training_config.output_dir", None, "output_dir is '', expected a path on this machine"),
+    ("training_config.output_dir", "gs://bucket/run", "expected a path on this machine"),
+    ("policy_model_config.model_path", "s3://bucket/model", "expected a path on this machine"),
+    ("data_config.train_path", "a\0b", "train_path is 'a\\x00b', expected a path on this machine"),
+    ("user_simulator_config.cache_path", "https://x", "expected a path on this machine"),
+    ("user_simulator_config.model_id", "a\0b", "expected text in UTF-8"),
     ("training_config.per_device_train_batch_size", 0, "expected at least 1"),
     ("training_config.max_turns", 0, "expected at least 1"),
     ("training_config.loss_type", "sigmod", "did you mean 'sigmoid'?"),
@@ -125,6 +140,30 @@ def test_a_wrong_value_is_refused_in_the_file_and_on_the_command_line(tmp_path, 
     assert found.startswith(f"{path}: ") and said in found and name in found
     overridden = refusal(config_file(tmp_path), {key: value if isinstance(value, str) else json.dumps(value)})
     assert said in overridden and name in overridden
+
+
+def test_half_a_character_from_the_command_line_is_refused(tmp_path):
+    """A byte that is no UTF-8 comes as one."""
+    for key in ("training_config.output_dir", "data_config.train_path", "user_simulator_config.model_id"):
+        assert f"--{key} is 'a\\udcff', expected" in refusal(config_file(tmp_path), {key: "a\udcff"})
+
+
+def test_null_is_a_path_that_is_not_set(tmp_path):
+    path = config_file(tmp_path, data_config={"validation_path": None}, user_simulator_config={"cache_path": None})
+    config = load_config(path, {"intent_model_config.prompt_path": None, "policy_model_config.adapter_path": "null"})
+    assert config.data_config.validation_path == config.user_simulator_config.cache_path == ""
+    assert config.intent_model_config.prompt_path == config.policy_model_config.adapter_path == ""
+    needs = "data_config.train_path is missing, task 'act' needs it"
+    assert needs in refusal(config_file(tmp_path, data_config={"train_path": None}))
+    assert "model_id is None, expected str" in refusal(config_file(tmp_path, judge_model_config={"model_id": None}))
+
+
+@pytest.mark.parametrize(("save_steps", "eval_steps"), [(0, 0), (2, 0), (0, 1), (3, 2)])
+def test_the_best_model_cannot_be_loaded_if_none_is_both_saved_and_evaluated(tmp_path, save_steps, eval_steps):
+    asked = {"load_best_model_at_end": True, "save_steps": save_steps, "eval_steps": eval_steps}
+    said = "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"
+    assert said in refusal(config_file(tmp_path, training_config=asked))
+    load_config(config_file(tmp_path, training_config={**asked, "save_steps": 4, "eval_steps": 2}))
 
 
 LITERALS = [("task", get_args(get_type_hints(Config)["task"]))]

@@ -1,9 +1,11 @@
 """Whole runs of act.py: what they leave, going on bit for bit, ranks, output directories, and what is refused."""
 
+import fcntl
 import json
 import math
 import os
 import shutil
+import signal
 from dataclasses import asdict, replace
 
 import pytest
@@ -743,6 +745,365 @@ def test_a_gradient_that_is_no_number_stops_the_run_with_its_parameters_still_go
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out" / "checkpoints" / "step-2").values())
     assert run("--config", config, "--resume") == 0
     assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def counted(function, number, then):
+    """act.`function`, but its call of this number (from 1) gives what `then(result of the function, *arguments)` does."""
+    inner, calls = getattr(act, function), []
+
+    def wrapped(*arguments, **options):
+        calls.append(1)
+        result = inner(*arguments, **options)
+        return then(result, *arguments) if len(calls) == number else result
+
+    return wrapped
+
+
+def lines_of_json(path):
+    """Its rows, read by a parser that knows no NaN."""
+    refuse = lambda name: pytest.fail(f"{path.name} holds {name}")  # noqa: E731
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("key", ["loss", "logps/rejected"])
+def test_a_loss_or_log_probability_that_is_no_number_stops_the_run_before_the_step(
+    world, tmp_path, monkeypatch, capsys, key
+):
+    """Even where every gradient is a number. The lines are those of the step's pairs; nothing good is removed."""
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=4, save_steps=1)
+    monkeypatch.setattr(act, "preference_step", counted("preference_step", 3, lambda sums, *_: sums | {key: math.inf}))
+    assert run("--config", config) == 1
+    lines = f"{world / 'train.jsonl'}:2, {world / 'train.jsonl'}:1"
+    said = f"{key} is not a finite number in step 3, on {lines}; saved, --resume goes on from step 2"
+    assert capsys.readouterr().err == f"act.py: stopped: {said}\n"
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-2"} and not (tmp_path / "out" / "model").exists()
+    assert [row["step"] for row in lines_of_json(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
+
+
+def ruin(norm, policy, *_):
+    """As an optimiser's step that overflows."""
+    with torch.no_grad():
+        policy.norm.weight[0] = math.nan
+    return norm
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["", "the last one"])
+def test_parameters_that_are_no_numbers_are_never_saved_or_evaluated(world, tmp_path, monkeypatch, capsys, step):
+    config = run_config(world, tmp_path, max_steps=4, save_steps=1, eval_steps=4)
+    monkeypatch.setattr(act, "clip_and_step", counted("clip_and_step", step, ruin))
+    assert run("--config", config) == 1
+    said = capsys.readouterr().err
+    assert f"norm.weight is not a finite number, --resume goes on from step {step - 1}\n" in said
+    assert "Traceback" not in said and f"step {step} is not saved, since " in said or step == 3
+    assert names_in(tmp_path / "out" / "checkpoints") == {f"step-{step - 1}"}
+    assert not (tmp_path / "out" / "model").exists()
+    assert all("eval/Accuracy" not in row or row["step"] == 0 for row in lines_of_json(tmp_path / "out" / "metrics.jsonl"))
+    monkeypatch.undo()
+    assert run("--config", config, "--resume") == 0
+    assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out" / "model").values())
+
+
+def a_nan_on_rank_one():
+    if os.environ["RANK"] == "1":
+        act.preference_step = counted("preference_step", 2, lambda sums, *_: sums | {"loss": math.nan})
+
+
+def test_a_number_that_is_none_on_one_rank_stops_all(world, tmp_path):
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=3, per_device_train_batch_size=2)
+    statuses, said = run_on_ranks(2, tmp_path, "--config", config, patch=a_nan_on_rank_one)
+    assert statuses == [1, 1] and said.count("loss is not a finite number in step 2") == 1, said
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-1"}
+
+
+def scored(monkeypatch, *scores):
+    """Let evaluations find these trajectory scores, one after the other."""
+    inner, found = act.evaluate_pairs, iter(scores)
+
+    def evaluate(*arguments):
+        metrics, samples = inner(*arguments)
+        return metrics | {"Trajectory-level DROP F1": next(found)}, samples
+
+    monkeypatch.setattr(act, "evaluate_pairs", evaluate)
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_the_best_checkpoint_is_kept_and_said_and_loaded_if_asked(world, tmp_path, monkeypatch, capsys, load_best):
+    options = {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "save_total_limit": 1}
+    config = run_config(world, tmp_path, "dpo", load_best_model_at_end=load_best, **options)
+    scored(monkeypatch, 0.5, 0.9, 0.3, 0.9, 0.2)
+    copies = counted("save_checkpoint", 3, lambda _, run, step: shutil.copytree(tmp_path / "out", tmp_path / "then"))
+    monkeypatch.setattr(act, "save_checkpoint", copies)
+    assert run("--config", config) == 0
+    assert names_in(tmp_path / "then" / "checkpoints") == {"step-1", "step-3"}, "the newest and the best"
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert names_in(checkpoints) == {"step-1", "step-3"}
+    said = capsys.readouterr().out
+    assert said.endswith(
+        "\nTrajectory-level DROP F1, the best first: 0.900 after step 3, 0.900 after step 1, 0.500 after step 0, "
+        "0.300 after step 2, 0.200 after step 4\n"
+    )
+    assert ("the model is that of step 3" in said) == load_best
+    model, best = weights_of(tmp_path / "out" / "model"), weights_of(checkpoints / "step-3")
+    assert all(torch.equal(model[name], best[name]) for name in best) == load_best
+
+
+def test_a_last_step_that_is_the_best_stays_the_model(world, tmp_path, monkeypatch, capsys):
+    options = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
+    scored(monkeypatch, 0.5, 0.6, 0.7)
+    assert run("--config", run_config(world, tmp_path, "dpo", **options)) == 0
+    assert "load_best" not in capsys.readouterr().out
+    model, first = weights_of(tmp_path / "out" / "model"), weights_of(tmp_path / "out" / "checkpoints" / "step-1")
+    assert not all(torch.equal(model[name], first[name]) for name in first)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ctrl-C, one run at a time, disks that are full
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_saves_at_the_steps_end_and_the_run_goes_on_bit_for_bit(
+    world, act_run, tmp_path, monkeypatch, capfd, number
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(act, "preference_step", counted("preference_step", 1, lambda sums, *_: os.kill(os.getpid(), number) or sums))
+        assert run("--config", run_config(world, tmp_path)) == 1
+    said = capfd.readouterr().err
+    assert said.endswith("act.py: stopped: interrupted; saved, --resume goes on from step 1\n")
+    assert "act.py: saves a checkpoint at the end of this step; once more leaves at once\n" in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run("--config", tmp_path / "run.json", "--resume") == 0
+    assert metrics_of(tmp_path) == metrics_of(act_run[0])
+    assert_same_weights(tmp_path / "out" / "model", act_run[0] / "out" / "model")
+
+
+def interrupt(result, *_):
+    os.kill(os.getpid(), signal.SIGINT)
+    return result
+
+
+def test_a_second_signal_leaves_at_once(world, tmp_path, monkeypatch, capfd):
+    both = counted("preference_step", 2, lambda *_: interrupt(interrupt(None)))
+    monkeypatch.setattr(act, "preference_step", both)
+    assert run("--config", run_config(world, tmp_path, save_steps=1)) == 130
+    assert capfd.readouterr().err.endswith("act.py: interrupted; --resume goes on from step 1\n")
+
+
+def test_an_evaluation_that_is_interrupted_is_not_played_to_its_end(world, tmp_path, monkeypatch, capfd):
+    played = []
+    monkeypatch.setattr(act, "play_turn", lambda *_: played.append(1) or iter(()))
+    monkeypatch.setattr(act, "in_lockstep", lambda turns, answers: interrupt([None] * len(turns)))
+    assert run("--config", run_config(world, tmp_path, per_device_eval_batch_size=1)) == 1
+    assert len(played) == 1 and "stopped: interrupted, --resume goes on from step 0" in capfd.readouterr().err
+
+
+def interrupt_rank_one():
+    if os.environ["RANK"] == "1":
+        act.preference_step = counted("preference_step", 1, interrupt)
+
+
+def test_a_signal_to_one_rank_saves_on_all(world, tmp_path):
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=3, per_device_train_batch_size=2)
+    statuses, said = run_on_ranks(2, tmp_path, "--config", config, patch=interrupt_rank_one)
+    assert statuses == [1, 1] and said.count("stopped: interrupted; saved, --resume goes on from step 1") == 1, said
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-1"}
+
+
+def test_a_directory_that_another_run_is_writing_to_is_refused(world, act_run, tmp_path, capsys):
+    """By a lock that dies with its process; the file stays and means nothing."""
+    folder = copy_of(act_run[0], tmp_path)
+    with open(folder / "out" / ".lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for flag in ("--resume", "--overwrite"):
+            said = error_of(capsys, "--config", folder / "run.json", flag)
+            assert said == f"act.py: error: {folder / 'out'}: another run is writing to it, expected one at a time\n"
+    assert metrics_of(folder) == metrics_of(act_run[0])
+    assert run("--config", folder / "run.json", "--resume") == 0
+
+
+def test_a_run_holds_its_lock_until_it_ends(world, tmp_path, monkeypatch):
+    held = []
+
+    def probe(*_):
+        with open(tmp_path / "out" / ".lock", "a") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(1)
+
+    monkeypatch.setattr(act, "save_checkpoint", probe)
+    assert run("--config", run_config(world, tmp_path, "sft", evaluated=False, save_steps=1)) == 0
+    with open(tmp_path / "out" / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert held
+
+
+def test_of_two_runs_that_start_at_once_the_second_stops_before_it_writes(world, act_run, tmp_path, monkeypatch, capsys):
+    """The first has even ended when the second, which found an empty directory, has loaded its model."""
+    config, load = run_config(world, tmp_path), act.load_pairs
+
+    def slow(*arguments):
+        shutil.copytree(act_run[0] / "out", tmp_path / "out")
+        return load(*arguments)
+
+    monkeypatch.setattr(act, "load_pairs", slow)
+    assert "already holds a run, expected --resume" in error_of(capsys, "--config", config)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == (act_run[0] / "out" / "metrics.jsonl").read_bytes()
+
+
+def test_a_resumed_run_whose_checkpoint_another_one_replaces_stops(killed_run, tmp_path, monkeypatch, capsys):
+    folder, load = copy_of(killed_run[1], tmp_path), act.load_pairs
+
+    def slow(*arguments):
+        shutil.copytree(killed_run[0] / "out" / "checkpoints" / "step-4", folder / "out" / "checkpoints" / "step-4")
+        return load(*arguments)
+
+    monkeypatch.setattr(act, "load_pairs", slow)
+    said = error_of(capsys, "--config", folder / "run.json", "--resume")
+    assert f"{folder / 'out'}: another run has written to it meanwhile, expected to be the only one" in said
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["metrics", "weights", "rename"])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(world, tmp_path, monkeypatch, capsys, place):
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=4, save_steps=1)
+
+    def fill(result, run, step):
+        if place == "metrics":
+            monkeypatch.setattr("builtins.open", lambda name, *mode, **more: full() if "metrics" in str(name) else opened(name, *mode, **more))
+        elif place == "weights":
+            message = "I/O error: No space left on device (os error 28)"
+            monkeypatch.setattr(gemma, "save_file", lambda *_, **__: (_ for _ in ()).throw(gemma.SafetensorError(message)))
+        else:
+            monkeypatch.setattr(os, "replace", full)
+
+    opened = open
+    with monkeypatch.context() as patch:
+        patch.setattr(act, "save_checkpoint", counted("save_checkpoint", 2, fill))
+        said = error_of(capsys, "--config", config)
+        monkeypatch.undo()
+    assert "No space left on device" in said and (place == "weights" or ": cannot be written (" in said)
+    assert names_in(tmp_path / "out" / "checkpoints") - {".step-3.part"} == {"step-2"}
+    assert run("--config", config, "--resume") == 0
+    assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4]
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-3"}, "nothing half written is left"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resume means the same run; what is half removed is not there
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_data_file_that_has_changed_is_refused(killed_run, world, tmp_path, capsys, name):
+    folder = copy_of(killed_run[1], tmp_path)
+    text = (world / f"{name}.jsonl").read_text()
+    (tmp_path / f"{name}.jsonl").write_text(text)
+    config = json.loads((folder / "run.json").read_text())
+    config["data_config"][f"{name}_path"] = str(tmp_path / f"{name}.jsonl")
+    for path in (folder / "run.json", folder / "out" / "config.json"):
+        path.write_text(json.dumps(config))
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    (tmp_path / f"{name}.jsonl").write_text(text.replace("a", "e", 1))
+    said = error_of(capsys, "--config", folder / "run.json", "--resume")
+    size = len(text.encode())
+    assert f"--resume: data_config.{name}_path is {size} bytes, sha256 " in said
+    assert f", expected {size} bytes, sha256 " in said and "trainer_state.json" in said
+    after = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    assert {path: raw for path, raw in after.items() if path.name != ".lock"} == {
+        path: raw for path, raw in before.items() if path.name != ".lock"
+    }
+    (tmp_path / f"{name}.jsonl").write_text(text)
+    assert run("--config", folder / "run.json", "--resume") == 0
+
+
+def test_a_class_balance_that_was_removed_is_noticed(world, tmp_path, capsys):
+    options = {"evaluated": False, "max_steps": 3, "save_steps": 1}
+    config = run_config(world, tmp_path, "dpo", class_balance={"CLARIFY": 2}, **options)
+    assert run("--config", config) == 0
+    gemma.remove_tree(tmp_path / "out" / "model")
+    config = run_config(world, tmp_path, "dpo", **options)
+    said = error_of(capsys, "--config", config, "--resume")
+    assert "training_config.class_balance is None, expected {'CLARIFY': 2.0} as in" in said
+    config = run_config(world, tmp_path, "dpo", class_balance={"CLARIFY": 3}, **options)
+    assert "class_balance is {'CLARIFY': 3.0}, expected" in error_of(capsys, "--config", config, "--resume")
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("checkpoints/step-2/trainer_state.json", "{", "invalid JSON"),
+    ("checkpoints/step-2/trainer_state.json", "[]", "the file is a list, expected an object"),
+    ("checkpoints/step-2/trainer_state.json", '{"step": 3}', "step is 2, expected 3 as in"),
+    ("metrics.jsonl", "{}\n", "a line is not an object with a step"),
+    ("rollouts.jsonl", "[]\n", "a line is not an object with a step"),
+])  # fmt: skip
+def test_a_broken_state_or_log_is_refused_before_anything_is_rewritten(killed_run, tmp_path, capsys, name, text, said):
+    folder = copy_of(killed_run[1], tmp_path)
+    (folder / "out" / "model").mkdir()  # of a run that is extended
+    (folder / "out" / "model" / "kept").write_text("kept")
+    (folder / "out" / name).write_text(text)
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    words = ["--config", folder / "run.json", "--resume", "--training_config.max_steps", 7]
+    assert f"{folder / 'out' / name}" in (found := error_of(capsys, *words)) and said in found
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_checkpoint_counts_by_what_is_written_last(killed_run, tmp_path):
+    """Half a checkpoint, as a kill while it was removed left it in earlier versions, is none."""
+    folder = copy_of(killed_run[1], tmp_path)
+    (folder / "out" / "checkpoints" / "step-4").mkdir()
+    shutil.copyfile(folder / "out" / "checkpoints" / "step-2" / "config.json", folder / "out" / "checkpoints" / "step-4" / "config.json")
+    assert list(act.checkpoints(folder / "out")) == [2]
+
+
+def test_what_is_removed_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    def killed(path):
+        (path / "a").unlink()
+        raise KeyboardInterrupt
+
+    for name in ("a", "b"):
+        (tmp_path / "step-3").mkdir(exist_ok=True)
+        (tmp_path / "step-3" / name).write_text(name)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        gemma.remove_tree(tmp_path / "step-3")
+    assert names_in(tmp_path) == {".step-3.old"}
+    (tmp_path / "step-3").write_text("new")
+    gemma.remove_tree(tmp_path / "step-3")
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("survived", [1, 2, 7])
+def test_a_killed_overwrite_does_not_bring_the_old_run_back(killed_run, tmp_path, monkeypatch, capsys, survived):
+    """Nor is it an end: another --overwrite starts again."""
+    folder, remove, calls = copy_of(killed_run[1], tmp_path), gemma.remove_tree, []
+
+    def killed(path):
+        if path.parent == folder / "out":
+            calls.append(path.name)
+        if len(calls) > survived:
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gemma, "remove_tree", killed)
+        assert run("--config", folder / "run.json", "--overwrite") == 130
+    assert calls[0] == "config.json"
+    capsys.readouterr()
+    if survived < 7:
+        said = error_of(capsys, "--config", folder / "run.json", "--resume")
+        assert "already holds" in said and said.endswith(", expected --overwrite to restart\n")
+    assert run("--config", folder / "run.json", "--overwrite") == 0
+    assert metrics_of(folder) == metrics_of(killed_run[0])
+
+
+def test_a_step_that_is_saved_already_is_not_saved_again(world, tmp_path, monkeypatch, capsys):
+    """A run that is stopped right after a save: between removing and renaming, all would be lost."""
+    removed, remove = [], gemma.remove_tree
+    monkeypatch.setattr(gemma, "remove_tree", lambda path: removed.append(path.name) or remove(path))
+    monkeypatch.setattr(act, "save_checkpoint", counted("save_checkpoint", 1, interrupt))
+    assert run("--config", run_config(world, tmp_path, "sft", evaluated=False, save_steps=1, max_steps=3)) == 1
+    assert "stopped: interrupted; saved, --resume goes on from step 1" in capsys.readouterr().err
+    assert removed.count("step-1") == 1
 
 
 def test_a_run_resumes_from_another_working_directory(tmp_path):

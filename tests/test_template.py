@@ -346,8 +346,11 @@ def test_a_long_plain_prompt_loses_turns_then_the_head_of_the_context(tokenizer,
         assert len(expected) <= last - lost or len(expected) == last - len(context)
         lengths.add(len(expected))
     assert 2 < len(lengths) < len(context), "it goes in steps"
-    for tiny in (last - len(context) - 1, 5, 1):
-        assert plain.prompt(pair, tiny) == prompt([], 4), "the last user turn stays, whatever the limit"
+    for lost in (1, 2, 3):
+        shorter = head + middle + ids(tokenizer, "User:") + turns[4][1 + lost :] + end
+        assert plain.prompt(pair, last - len(context) - lost) == shorter, "then the last user turn loses its head"
+    markers = head + middle + ids(tokenizer, "User: \\n") + end
+    assert plain.prompt(pair, 5) == plain.prompt(pair, 1) == markers, "and no limit goes below the markers"
 
 
 def test_a_long_chat_prompt_loses_turns_then_the_head_of_the_context(tokenizer, chat):
@@ -362,7 +365,10 @@ def test_a_long_chat_prompt_loses_turns_then_the_head_of_the_context(tokenizer, 
     for lost in range(len(context) + 1):
         expected = [tokenizer.bos_id, *user, *cut(context, lost, last - lost), *end]
         assert chat.prompt(pair, last - lost) == expected
-    assert chat.prompt(pair, 1) == [tokenizer.bos_id, *user, *end]
+    assert chat.prompt(pair, last - len(context)) == [tokenizer.bos_id, *user, *end]
+    assert chat.prompt(pair, last - len(context) - 1) == [tokenizer.bos_id, *user, *end[1:]]
+    markers = ids(tokenizer, "<end_of_turn> \\n <start_of_turn> model \\n")
+    assert chat.prompt(pair, 5) == chat.prompt(pair, 1) == [tokenizer.bos_id, *user, *markers]
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +410,23 @@ def test_a_sequence_is_cut_at_max_length_but_keeps_a_token(plain):
     for room, kept in ((9, 9), (1, 1), (0, 1), (-9, 1), (len(reply) + 1, len(reply))):
         training = training_of(max_length=length + room, max_prompt_length=500)
         assert act.sequence_of(pair, TRAJECTORY, True, plain, training) == (prompt, reply[:kept], mask[:kept])
+
+
+def test_nothing_that_is_sampled_from_or_scored_is_longer_than_max_length(template, model, monkeypatch):
+    """Neither with a user's turn of 20,000 words nor with a simulated user's reply of as many."""
+    training, prompts = training_of(max_prompt_length=150, max_length=200), []
+    pair = a_pair(context="tax", history=[("user", "rome and oslo " * 6_000)])
+    reply = [("model", "Which?"), ("user", "sales in may " * 6_000), ("model", "get tax")]
+    assert len(act.sequence_of(pair, [("model", "get tax")], True, template, training)[0]) == 150
+    monkeypatch.setattr(act, "generate", lambda model, rows, limit, **_: prompts.extend(rows) or [[] for _ in rows])
+    sampler = act.Sampler(model, template, [pair], training)
+    sampler([0], [reply[:0]])
+    sampler([0], [reply[:2]])
+    assert [len(prompt) for prompt in prompts] == [150, 200]
+    following = template.following(reply[:2])
+    assert prompts[1] == prompts[0] + following[-50:], "the end of what was said is kept"
+    prompt, tokens, mask = act.sequence_of(pair, reply, True, template, training)
+    assert len(prompt + tokens) == 200 and sum(mask)
 
 
 def test_an_instruction_stands_before_the_context_in_the_plain_format_only(tokenizer, plain, chat):

@@ -1,0 +1,200 @@
+"""Is nothing lost when a run is killed? Kills at random moments and at every rename of a save and of an --overwrite.
+
+    python tests/proofs/crash.py [--out runs/crash] [--kills 20]
+
+A run of 4 steps in the tiny world, each with a checkpoint, on one process and on two. One process of it, by
+chance, is killed (SIGKILL); `--resume` then goes on, and in the end its model must have the same bytes, and its metrics
+the same values, as those of the run that nobody killed. Where an --overwrite was killed, what was there before must be
+untouched, or must not come back: --resume starts again, or refuses and leaves it to another --overwrite. A case that is
+done is not done again: a second call goes on where the first was stopped.
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from multiprocessing import forkserver
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the processes that the server makes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from common import SERVER, TINY, one_rank, rows_of
+from safetensors.torch import load_file, save_file
+
+import act
+
+SAVED = 3  # the step whose save is killed: it prunes the checkpoint of step 2
+
+
+def kill_at_rename(function, number, counted=""):
+    """Kill this process before the rename of this number that `act.function` makes; 0: count them in a file."""
+    inner, renames = getattr(act, function), [0]
+
+    def renaming(rename):
+        def wrapped(*args, **options):
+            renames[0] += 1
+            if renames[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(*args, **options)
+
+        return wrapped
+
+    def armed(*args, **options):
+        if function == "save_checkpoint" and args[1] != SAVED:
+            return inner(*args, **options)
+        before = os.rename, os.replace
+        os.rename, os.replace = map(renaming, before)
+        result = inner(*args, **options)
+        os.rename, os.replace = before
+        if counted and act.is_main():
+            Path(counted).write_text(str(renames[0]))
+        return result
+
+    setattr(act, function, armed)
+
+
+def start(count, folder, *words, patch=None):
+    """act.py on `count` processes: the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--config", str(folder / "run.json"), *words]
+    (folder / "log").unlink(missing_ok=True)
+    arguments = [(rank, count, port, folder / "log", words, patch) for rank in range(count)]
+    ranks = [SERVER.Process(target=one_rank, args=each) for each in arguments]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def statuses(ranks, seconds=60):
+    """Their exit statuses; one that does not end is killed and has None."""
+    for process in ranks:
+        process.join(seconds)
+    found = [process.exitcode for process in ranks]
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return found
+
+
+def write_config(count, folder, data):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = json.loads((ROOT / "configs" / "tiny.json").read_text(encoding="utf-8"))
+    config["policy_model_config"]["model_path"] = str(TINY / "sft")
+    config["data_config"] = {name + "_path": str(data / f"{name}.jsonl") for name in ("train", "validation")}
+    steps = {"max_steps": 4, "save_steps": 1, "eval_steps": 3, "per_device_train_batch_size": 4 // count}
+    config["training_config"] |= {"output_dir": str(folder / "out"), "temperature": 0.7, **steps}
+    (folder / "run.json").write_text(json.dumps(config))
+
+
+def result_of(folder):
+    """What must be the same: the model's bytes and the metrics but for the clock's."""
+    rows = rows_of(folder / "out" / "metrics.jsonl")
+    rows = [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in rows]
+    return (folder / "out" / "model" / "model.safetensors").read_bytes(), rows
+
+
+def files_of(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def resume(count, folder, whole):
+    """How the run in `folder` goes on: in words, "same" being what is wanted."""
+    found = statuses(start(count, folder, "--resume"))
+    if found == [2] * count and "--overwrite" in (folder / "log").read_text():
+        again = statuses(start(count, folder, "--overwrite"))
+        return "refused, then same" if again == [0] * count and result_of(folder) == result_of(whole) else "LOST"
+    if found != [0] * count:
+        return f"FAILED {found}"
+    return "same" if result_of(folder) == result_of(whole) else "OTHER"
+
+
+def killed_at_random(count, folder, whole, seconds, rng):
+    ranks = start(count, folder)
+    time.sleep(rng.uniform(0, seconds))
+    rng.choice(ranks).kill()
+    if None in statuses(ranks):
+        return "HUNG"
+    return resume(count, folder, whole)
+
+
+def killed_at_save(count, folder, whole, number):
+    statuses(start(count, folder, patch=functools.partial(kill_at_rename, "save_checkpoint", number)))
+    return resume(count, folder, whole)
+
+
+def killed_at_overwrite(count, folder, whole, number):
+    """Over a run of the same configuration, but with other weights in its checkpoint: what comes back is seen."""
+    shutil.copytree(whole / "out", folder / "out")
+    weights = next((folder / "out" / "checkpoints").glob("step-*")) / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
+    before = files_of(folder / "out")
+    statuses(start(count, folder, "--overwrite", patch=functools.partial(kill_at_rename, "start_output", number)))
+    return "untouched" if files_of(folder / "out") == before else resume(count, folder, whole)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="runs/crash", help="where the runs are, and what was found so far")
+    parser.add_argument("--kills", type=int, default=20, help="at random moments, for each number of processes")
+    given = parser.parse_args()
+    out = Path(given.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", 20), ("validation", 1)):
+        lines = (TINY / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (out / f"{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    forkserver.ensure_running()
+    results, found = out / "results.jsonl", {}
+    if results.exists():
+        found = {tuple(key): said for key, said in rows_of(results)}
+
+    for count in (1, 2):
+        whole, cases, renames = out / f"whole-{count}", [], {}
+        write_config(count, whole, out)
+        seconds = []
+        for function in ("save_checkpoint", "start_output"):  # two whole runs: the second has everything loaded
+            began, counted = time.monotonic(), out / function
+            patch = functools.partial(kill_at_rename, function, 0, str(counted))
+            assert statuses(start(count, whole, "--overwrite", patch=patch)) == [0] * count, (whole / "log").read_text()
+            seconds.append(time.monotonic() - began)
+            renames[function] = int(counted.read_text())
+        cases += [("at random", killed_at_random, i, (seconds[-1], random.Random(f"{count}/{i}"))) for i in range(given.kills)]
+        cases += [("in a save", killed_at_save, i + 1, (i + 1,)) for i in range(renames["save_checkpoint"])]
+        cases += [("in --overwrite", killed_at_overwrite, i + 1, (i + 1,)) for i in range(renames["start_output"])]
+        for kind, kill, number, arguments in cases:
+            key = (kind, count, number)
+            if key in found:
+                continue
+            folder = out / "killed"
+            write_config(count, folder, out)
+            found[key] = kill(count, folder, whole, *arguments)
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps([key, found[key]]) + "\n")
+            print(f"{kind}, {count} processes, {number}: {found[key]}", flush=True)
+
+    print("\n| killed | processes | cases | same bits in the end | untouched | refused, then same | lost |\n|---|---|---|---|---|---|---|")
+    for kind, count in dict.fromkeys((kind, count) for kind, count, _ in found):
+        said = Counter(words for key, words in found.items() if key[:2] == (kind, count))
+        fine = [said.pop(words, 0) for words in ("same", "untouched", "refused, then same")]
+        print(f"| {kind} | {count} | {sum(fine) + said.total()} | {' | '.join(map(str, fine))} | {said.total()} {dict(said) or ''} |")
+    return any(words.isupper() or words.startswith("FAILED") for words in found.values())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
