@@ -748,7 +748,20 @@ def mean_or_none(values):
 
 FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
 NOTHING_TO_ADD = "I have nothing to add."
-QUESTION_END = re.compile("[?？؟][\\s\"'”’»)\\]}*_」』]*\\Z")
+NOT_SAID = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w", re.DOTALL)  # code and links
+MENTIONED = re.compile(r"[?？؟](?=[\"'”’»」』]\s*[a-z,;])")  # a question quoted in the middle of a sentence
+SENTENCE_END = re.compile(r"(?<=[.!?؟…])[\"'”’»)\]*_]*\s+|(?<=[。？！])(?![」』”\"])|\n")
+QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
+REQUEST = re.compile(r"""(?i)\b(?:please|could\ you|can\ you)\b.{0,20}\b(?:tell|give)\ (?:me|us)\b(?!\ a\ moment)
+    |\blet\ (?:me|us)\ know\ wh|\bplease\ (?:specify|clarify)\b|\b(?:I|we)\ need\ (?:to\ know\ wh|your\b)
+    |\A(?:could|can|would)\ you\b|\A(?:what|which)\ (?!a\ )[\w\ ]{1,40}\Z|教えてください""", re.VERBOSE)
+OFFER = re.compile(r"""(?i)\b(?:shall\ I|should\ I|(?:can|may)\ I\ (?:help|do|assist)|(?:like|want)\ me\ to
+    |would\ you\ like\ to|anything\ else|also|(?:does|did|was)\ (?:that|this)|does\ it\ work)\b
+    |algo\ más|sonst\ noch|ほかに""", re.VERBOSE)
+CHOICE = re.compile(r"(?i)\b(?:or|which|what|when|where|who|how)\b")  # in no offer
+TO_THE_USER = re.compile(r"(?i)\b(?:you|your|or|which|welche[rns]?|quel|quelle|cuál)\b|どちら|どれ")
+ANSWERED, EXPLAINED = re.compile(r"(?i)\W*(?:yes|no|because)\b"), re.compile(r"(?i)\W*(?:how|why)\b")
+LISTED = re.compile(r"\s*(?:[-*•]|\(?\w{1,2}[.)])(?:\s|\Z)")
 COMMON_WORDS = set("""a amount an and any are ask asking about be by can could did do does exactly for from how i in
     interested is it kind know like looking mean me more of on one or please precisely referring s say sort specific
     specifically talking that the there they thing this to type value want was were what which who whose would you
@@ -760,8 +773,25 @@ SLOTS = {  # words that ask for the same kind of thing
 
 
 def is_question(text):
-    """Does the last sentence of a reply end in a question mark (quotes and brackets may follow)?"""
-    return QUESTION_END.search(text.rstrip()[-40:]) is not None
+    """Does a reply ask for something that it needs to know?
+
+    It does with a question at its end, before choices or before a remark ("Which one do you mean? I can check both."),
+    and with a request ("Please tell me the date."); not with an offer after an answer ("Shall I also book it?"), with a
+    question that it answers itself, or with one in code, in a link or quoted in the middle of a sentence.
+    """
+    said = MENTIONED.sub("", NOT_SAID.sub("code", text))
+    sentences = [sentence for sentence in SENTENCE_END.split(said) if re.search(r"[\w?？؟]", sentence)]
+    stated = False  # whether something was said before
+    for sentence, following in zip(sentences, [*sentences[1:], ""], strict=False):
+        asked = QUESTION_END.search(sentence[-40:])
+        if asked and not (stated and OFFER.search(sentence) and not CHOICE.search(sentence)):
+            choices = LISTED.match(following) and not EXPLAINED.match(sentence)
+            if not following or choices or (TO_THE_USER.search(sentence) and not ANSWERED.match(following)):
+                return True
+        if not asked and REQUEST.search(sentence):
+            return True
+        stated = stated or not (asked or sentence.rstrip().endswith(("!", "！")))
+    return False
 
 
 def rule_actions(replies):
