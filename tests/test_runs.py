@@ -619,7 +619,7 @@ def test_a_broken_line_of_data_is_named(world, tmp_path, capsys, line, said):
 
 def test_turns_that_do_not_fit_are_left_out_and_cut_prompts_said(world, tmp_path, capsys):
     """Of the training turns; a validation turn is played whatever the length of its gold reply."""
-    long, asked = "sales " * 300, {"role": "user", "content": "How many?", "requires_clarification": False}
+    long, asked = "sales " * 500, {"role": "user", "content": "How many?", "requires_clarification": False}
     rows = [{"messages": [asked, {"role": "model", "content": reply}] * 2} for reply in ("5", long)]
     path = write_lines(tmp_path / "long.jsonl", rows)
     config = run_config(world, tmp_path, "sft", max_steps=1)
