@@ -712,7 +712,7 @@ class TrainingConfig:
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
     dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding stays inside a node
-    max_length: int = 1024  # tokens of prompt and trajectory; what is longer loses its end
+    max_length: int = 1024  # tokens of prompt and trajectory; longer ones lose their end; no room for a reply: left out
     max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context
     beta: float = 0.05  # DPO: how far the policy may move from the reference
     label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round (conservative DPO)

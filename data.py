@@ -394,7 +394,8 @@ def check_conversations(path, rows, dataset, classify):
         found.setdefault(f"are labelled {label}, but the classifier says {OTHER[label]}", []).append(at)
     lines = [f"{path}: the action classifier labelled {dataset.labelled} turns"] if dataset.labelled else []
     lines += [f"{path}: {len(turns)} user turns {problem}: {listed(turns)}" for problem, turns in found.items()]
-    lines += [f"{path}: {key!r} is not read: lines {listed(numbers)}" for key, numbers in unread_keys(path).items()]
+    unread = unread_keys(path, {row["where"] for row in rows})
+    lines += [f"{path}: {key!r} is not read: lines {listed(numbers)}" for key, numbers in unread.items()]
     if len(apart) > 0.1 * len(labelled):
         share = f"{path}: labels and classifier disagree in {len(apart) / len(labelled):.0%} of turns"
         lines.append(f"{share}. ACT judges the policy's replies with the same classifier, so there the gold action can "
@@ -413,13 +414,13 @@ def why_skipped(messages):
     return follows.get(tuple(message["role"] for message in messages[:2]), "two replies follow one another")
 
 
-def unread_keys(path):
-    """{key that nothing reads: [line]} of a file of conversations."""
+def unread_keys(path, lines):
+    """{key that nothing reads: [line number]} of these lines, "path:line", of a file of conversations."""
     found = {}
     for number, row in read_jsonl(path):
         turns = row["messages"] if "messages" in row else row["contents"]
         unread = row.keys() - KEYS_READ | {key for turn in turns for key in turn.keys() - TURN_KEYS_READ}
-        for key in sorted(unread):
+        for key in sorted(unread) if f"{path}:{number}" in lines else ():
             found.setdefault(key, []).append(number)
     return found
 

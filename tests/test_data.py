@@ -826,6 +826,10 @@ def test_keys_that_nothing_reads_are_named(tmp_path, configured):
     path, said = write(tmp_path, row, conversation(user("a"), model("b")), row | {"id": 3}), []
     data.get_datasets_from_config(configured(path), report=said.append)
     assert said[1:] == [f"{path}: 'mood' is not read: lines 1, 3", f"{path}: 'id' is not read: lines 3"]
+    said.clear()
+    data.get_datasets_from_config(configured(path, split=0.4), report=said.append)
+    told = [line for line in said if line.startswith(f"{path}: 'mood'")]
+    assert sum(line.count(",") + 1 for line in told) == 2, "each line once, whichever part it went to"
 
 
 @pytest.mark.parametrize(("task", "asked"), [
@@ -1112,6 +1116,24 @@ def test_command_line_checks_lengths_with_a_config(tmp_path, capsys):
     assert len(said) == 3 and said[0].endswith("7 user turns: 2 CLARIFY, 5 ANSWER, 0 skipped")
     assert re.fullmatch(rf"{path}: 1 prompts lose 5\d\d tokens to max_prompt_length 448: 2\.2", said[1])
     assert said[2] == f"{path}: 2 turns whose reply does not fit into max_length 512 are left out: 2.1, 3.1"
+
+
+def test_command_line_checks_labels_with_the_classifier_of_a_config(tmp_path, capsys, monkeypatch):
+    """Who plays the user is not asked for, and needs no key."""
+    import act
+
+    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+    config = json.loads((TINY.parent / "tiny.json").read_text(encoding="utf-8"))
+    config |= {"user_simulator_config": {"model_id": "g"}}
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    path = write(tmp_path, SALES)
+    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    helpers = act.Helpers(lambda replies: [CLARIFY] * len(replies), None, None, None)
+    monkeypatch.setattr(act, "build_helpers", lambda config: helpers)
+    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 0
+    said = capsys.readouterr().out
+    assert f"{path}: 2 user turns are labelled ANSWER, but the classifier says CLARIFY: 1.3, 1.4\n" in said
 
 
 def test_a_program_that_checks_with_a_bad_config_says_so_in_one_line(tmp_path):

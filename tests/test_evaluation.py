@@ -181,9 +181,11 @@ def test_two_conversations_that_got_better_and_one_that_got_worse_are_shown():
     wrong, half = judged(CLARIFY, ["get x"], [ANSWER], ASKED), judged(CLARIFY, ["get x"], [ANSWER], ASKED) | {"f1": 0.5}
     right = judged(CLARIFY, ["Which?", "stock", "get stock"], [CLARIFY, ANSWER], ASKED)
     failed = right | act.FAILED_TURN
-    before, after = [wrong, half, wrong, wrong, right, right, right], [half, right, right, right, half, wrong, failed]
+    before = [wrong, half, wrong, wrong, half, right, right]
+    after = [half, right, right, right, wrong, wrong, failed]
     first, *shown = act.changed_conversations(before, after).split("\n\n")
     assert first == "4 turns got a better answer, 2 a worse one, of 6" and len(shown) == 3
+    assert "before | Assistant: Which?" in shown[2], "right before"
     assert ["after  | Assistant: Which?" in text for text in shown] == [True, True, False]
     assert act.changed_conversations([failed], [right]) == "0 turns got a better answer, 0 a worse one, of 0"
 
