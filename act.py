@@ -578,13 +578,18 @@ def comparison(before, after):
     return "\n".join(lines)
 
 
-def changed_conversations(before, after, count=2):
-    """Turns that went wrong before and right after, as text; conversations with a question first."""
-    rows = zip(before, after, strict=True)
-    changed = [(b, a) for b, a in rows if a["exact_match"] > b["exact_match"] and b["inferred_action"]]
-    changed.sort(key=lambda row: (row[0]["inferred_action"], -row[1]["questions"]))  # ANSWER first: sorted by name
-    lines = []
-    for b, a in changed[:count]:
+def changed_conversations(before, after):
+    """How many turns ended in a better answer after training than before, and how many in a worse one, as text.
+
+    Two of the first and one of the others are shown, those that became right or wrong first, then those with questions.
+    """
+    rows = [(b, a) for b, a in zip(before, after, strict=True) if b["inferred_action"] and a["inferred_action"]]
+    better = [(b, a) for b, a in rows if a["f1"] > b["f1"]]
+    worse = [(b, a) for b, a in rows if a["f1"] < b["f1"]]
+    better.sort(key=lambda row: (row[0]["exact_match"] - row[1]["exact_match"], -row[1]["questions"]))
+    worse.sort(key=lambda row: (row[1]["exact_match"] - row[0]["exact_match"], -row[0]["questions"]))
+    lines = [f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(rows)}"]
+    for b, a in better[:2] + worse[:1]:
         context = [line for line in a["context"].split("\n")[-6:] if line]
         lines += ["", *[f"  {line}" for line in context], f"  User: {data.fold(a['history'][-1][1])}"]
         for name, sample in (("before", b), ("after ", a)):
@@ -637,7 +642,7 @@ class Log:
     def finish(self):
         if self.last and self.first is not self.last:
             print0("\n" + comparison(self.first[0], self.last[0]))
-            print0(changed_conversations(self.first[1], self.last[1]))
+            print0("\n" + changed_conversations(self.first[1], self.last[1]))
         write_report(self.folder)
         print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {self.folder / 'report.html'}")
         if self.last:
@@ -742,7 +747,7 @@ class TrainingConfig:
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
     dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding stays inside a node
-    max_length: int = 1024  # tokens of prompt and trajectory; what is longer loses its end
+    max_length: int = 1024  # tokens of prompt and trajectory; longer ones lose their end; no room for a reply: left out
     max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context, of its turn
     beta: float = 0.05  # DPO: how far the policy may move from the reference
     label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round (conservative DPO)
@@ -961,13 +966,18 @@ class Progress:
     def __init__(self, label, total):
         self.label, self.total, self.start, self.tty = label, total, time.monotonic(), sys.stdout.isatty()
         self.every = 0.1 if self.tty else 10.0
-        self.next = self.start + self.every
+        self.next, self.first = self.start + self.every, None
 
     def __call__(self, done, text=""):
         now = time.monotonic()
+        self.first = self.first or (now, done)  # a pace is measured from here: what is compiled or resumed is behind
         if is_main() and (now >= self.next or done == self.total):
             self.next = now + self.every
-            line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s  {text}".rstrip()
+            left = ""
+            if self.first[1] < done < self.total:
+                seconds = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
+                left = f", {seconds:.0f} s left" if seconds < 120 else f", {seconds / 60:.0f} min left"
+            line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}".rstrip()
             start, end = ("\r\033[K", "\n" if done == self.total else "") if self.tty else ("", "\n")
             print(start + line, end=end, flush=True)
 
@@ -1188,7 +1198,7 @@ def prepare(config, overwrite, resume):
     if config.task != "sft" and not lora:
         reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
     helpers = build_helpers(config)
-    pairs, validation = load_pairs(config, helpers)
+    pairs, validation = load_pairs(config, helpers, template)
     if not pairs:
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
     held = training.bf16, True, training.gradient_checkpointing
@@ -1233,11 +1243,21 @@ def start_of(checkpoint, now):
     return step
 
 
-def load_pairs(config, helpers):
-    """(training, validation) pairs, with actions and questions from the helper models where the files lack them."""
+def load_pairs(config, helpers, template=None):
+    """(training, validation) pairs, with actions and questions from the helper models where the files lack them.
+
+    With a template, training pairs whose reply does not fit are left out.
+    """
     questions = split_over_ranks("writing question", helpers.write_questions)
     classify = split_over_ranks("classifying reply", helpers.label_actions)
-    pairs, validation = data.get_datasets_from_config(config, questions, classify, print0)
+    compare, files = helpers.classify_actions is data.rule_actions, config.data_config
+    pairs, validation = data.get_datasets_from_config(config, questions, classify, print0, compare)
+    if template:
+        pairs, lines = fitting(pairs, files.train_path, template, config.training_config)
+        held = files.validation_path or files.train_path
+        lines += fitting(validation, held, template, config.training_config, trained_on=False)[1]
+        for line in lines:
+            print0(line)
     if sum(HELPER_COUNTS.values()):
         counts = ", ".join(f"{HELPER_COUNTS[key]} {key}" for key in COUNTED)
         print0(f"helper models: {counts}; where one gave nothing, the rule took its place")
@@ -1246,6 +1266,38 @@ def load_pairs(config, helpers):
     if broken and config.data_config.prompt_format == "plain":
         print0(f"prompt_format 'plain' puts each message on one line: {broken} of {len(texts)} have line breaks")
     return pairs, validation
+
+
+def fitting(pairs, path, template, training, trained_on=True):
+    """(pairs without those whose first reply does not fit into max_length, lines about these and about cut prompts)."""
+    longest, room, kept, cut, unfit = training.max_prompt_length, training.max_length, [], {}, {}  # cut: turn -> tokens
+    for pair in pairs:
+        turn = "" if training.is_preference else f".{sum(role == 'user' for role, _ in pair.history)}"
+        at, whole = pair.where.rpartition(":")[2] + turn, len(template.prompt(pair, sys.maxsize))
+        length = whole if whole <= longest else len(template.prompt(pair, longest))
+        if length < whole:
+            cut[at] = whole - length
+        if trained_on and length + len(template.reply(pair.chosen[:1])[0]) > room:
+            unfit[at] = True
+        else:
+            kept.append(pair)
+    lines = []
+    if cut:
+        lost = " to ".join(map(str, sorted({min(cut.values()), max(cut.values())})))
+        lines = [f"{path}: {len(cut)} prompts lose {lost} tokens to max_prompt_length {longest}: {data.listed(cut)}"]
+    if unfit:
+        turns = f"{len(unfit)} turns whose reply does not fit into max_length {room} are left out"
+        lines.append(f"{path}: {turns}: {data.listed(unfit)}")
+    return kept, lines
+
+
+def checks_of(config):
+    """For `data.py check`: (the classifier that a run has, a function (path, pairs) -> lines about their lengths)."""
+    config = load_config(config)
+    tokenizer = Tokenizer(Path(config.policy_model_config.model_path) / "tokenizer.model")
+    template = Template(tokenizer, config.data_config.prompt_format)
+    helpers = build_helpers(replace(config, task="generate_preference"))  # of which two are needed
+    return helpers.label_actions, lambda path, pairs: fitting(pairs, path, template, config.training_config)[1]
 
 
 def split_over_ranks(label, answer):
@@ -1941,7 +1993,7 @@ def evaluate(config, overwrite=False, resume=False):
     on_main(check_output, config, resume, overwrite)
     tokenizer = Tokenizer(Path(source) / "tokenizer.model")
     template, helpers = Template(tokenizer, config.data_config.prompt_format), build_helpers(config)
-    _, pairs = load_pairs(config, helpers)
+    _, pairs = load_pairs(config, helpers, template)
     dtype = getattr(torch, config.policy_model_config.dtype)
     policy, mesh = config.policy_model_config, make_mesh(device, training.dp_replicate_size)
     model = build_model(source, mesh, dtype, trainable=False, lora=lora_config(policy), start=policy.adapter_path)

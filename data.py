@@ -5,12 +5,14 @@ The method, in reading order:
     Pairs             `Pair`: one user turn and the two ways of going on that the loss compares
     Algorithm 1       `ACTDataset`: every user turn becomes a pair (arXiv 2406.00222)
 Rooms to enter when you change what stands in them:
+    Checks            what is wrong with a file of conversations
     Files of pairs    records of the published code, Vertex AI's and TRL's lines <-> pairs
     Metrics           DROP F1, CoQA F1, exact match, rows of SQL queries, F1 of actions
     Helper roles      what a helper model is told, how it is read; rules that need no model
     Converters        published datasets -> Vertex JSONL
     JSON              an address in every error, files renamed into place
 
+    python data.py check FILE.jsonl [--config CONFIG.json]
     python data.py pacific IN.json OUT.jsonl
     python data.py abg_coqa IN.json OUT.jsonl
     python data.py spider IN.json DATABASES OUT.jsonl
@@ -61,8 +63,7 @@ def read_vertex_jsonl(path):
     "requires_clarification": bool, the gold action of the reply, where the file says so. Texts are
     left as they are.
     """
-    rows = read_jsonl(path)
-    conversations = [parse_conversation(row, f"{path}:{number}") for number, row in rows]
+    conversations = parse_lines(path, parse_conversation)
     if not conversations:
         raise InputError(f"{path}: holds no conversation, expected at least one line of JSON")
     return conversations
@@ -311,8 +312,12 @@ def random_actions(pairs, seed):
     return drawn
 
 
-def get_datasets_from_config(config, preference_model=None, action_model=None, report=print):
+def get_datasets_from_config(config, preference_model=None, action_model=None, report=print,
+                             compare=True):  # fmt: skip
     """(training pairs, validation pairs); [] for a path that is not set. report: takes a line.
+
+    compare: whether labels are compared with `rule_actions`; not where a model classifies, which
+    costs.
 
     Only training pairs are balanced (`class_balance`) and may take their actions from elsewhere
     (`action_labels`). A losing question is asked for only where it is used: in training on pairs,
@@ -333,12 +338,9 @@ def get_datasets_from_config(config, preference_model=None, action_model=None, r
         dataset = ACTDataset(rows, CLARIFY, training.icl_examples, preference_model, class_balance,
                              training.is_preference, action_model, training.seed)  # fmt: skip
         pairs = dataset.prepare_datasets()
-        if dataset.labelled:
-            report(f"{path}: the action classifier labelled {dataset.labelled} turns")
-        if dataset.skipped:
-            shown = ", ".join(dataset.skipped[:3]) + (", ..." if len(dataset.skipped) > 3 else "")
-            count = f"{len(dataset.skipped)} user turns have no answer in the data"
-            report(f"{path}: {count} and were skipped: {shown}")
+        if rows and not training.is_preference:
+            for line in check_conversations(path, rows, dataset, rule_actions if compare else None):
+                report(line)
         return random_actions(pairs, training.seed) if action_labels == "random" else pairs
 
     rows = read("" if config.task == "evaluate" else files.train_path)
@@ -361,6 +363,88 @@ def split_conversations(rows, share, seed):
     held = {i for group in rng.sample(groups, round(share * len(groups))) for i in group}
     train = [row for i, row in enumerate(rows) if i not in held]
     return train, [rows[i] for i in sorted(held)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+# What is in a file of conversations and what is wrong with it: for `data.py check`, and at the start of every run.
+
+KEYS_READ = {"messages", "contents", "systemInstruction", "system_instruction"}
+TURN_KEYS_READ = {"role", "content", "parts", "requires_clarification"}
+
+
+def check_conversations(path, rows, dataset, classify):
+    """What is wrong with the conversations of a file, a line each; turns are named "line.turn", as in "17.2".
+
+    dataset: the ACTDataset of the rows, prepared. classify: [reply] -> [action], compared with the labels, or None.
+    """
+    skipped, found, labelled = set(dataset.skipped), {}, []
+    for row in rows:
+        messages = [message for message in row["messages"] if message["role"] != "system"]
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        for number, i in enumerate(users, start=1):
+            at, label = f"{row['where'].rpartition(':')[2]}.{number}", messages[i].get("requires_clarification")
+            if f"{row['where']}: user turn {number}" in skipped:
+                found.setdefault(f"are skipped, {why_skipped(messages[i:])}", []).append(at)
+            if label is not None and [message["role"] for message in messages[i + 1 : i + 2]] == ["model"]:
+                labelled.append((at, CLARIFY if label else ANSWER, messages[i + 1]["content"]))
+    actions = classify([reply for *_, reply in labelled]) if classify and labelled else []
+    apart = [(at, label) for (at, label, _), action in zip(labelled, actions, strict=False) if label != action]
+    for at, label in apart:
+        found.setdefault(f"are labelled {label}, but the classifier says {OTHER[label]}", []).append(at)
+    lines = [f"{path}: the action classifier labelled {dataset.labelled} turns"] if dataset.labelled else []
+    lines += [f"{path}: {len(turns)} user turns {problem}: {listed(turns)}" for problem, turns in found.items()]
+    unread = unread_keys(path, {row["where"] for row in rows})
+    lines += [f"{path}: {key!r} is not read: lines {listed(numbers)}" for key, numbers in unread.items()]
+    if len(apart) > 0.1 * len(labelled):
+        share = f"{path}: labels and classifier disagree in {len(apart) / len(labelled):.0%} of turns"
+        lines.append(f"{share}. ACT judges the policy's replies with the same classifier, so there the gold action can "
+                     "hardly win, and evaluations count against it: set training_config.action_labels to 'classifier', "
+                     "or cast another action_model_config")  # fmt: skip
+    return lines
+
+
+def why_skipped(messages):
+    """What stands where an answer should, in messages from a user turn on that has none: questions alone come first."""
+    while [message["role"] for message in messages[:2]] == ["user", "model"] and messages[1]["content"].strip():
+        messages = messages[2:]
+    if not messages[1:]:
+        return "the conversation ends before an answer"
+    follows = {("user", "model"): "an empty reply follows", ("user", "user"): "another user turn follows"}
+    return follows.get(tuple(message["role"] for message in messages[:2]), "two replies follow one another")
+
+
+def unread_keys(path, lines):
+    """{key that nothing reads: [line number]} of these lines, "path:line", of a file of conversations."""
+    found = {}
+    for number, row in read_jsonl(path):
+        turns = row["messages"] if "messages" in row else row["contents"]
+        unread = row.keys() - KEYS_READ | {key for turn in turns for key in turn.keys() - TURN_KEYS_READ}
+        for key in sorted(unread) if f"{path}:{number}" in lines else ():
+            found.setdefault(key, []).append(number)
+    return found
+
+
+def listed(items, shown=10):
+    more = f" ... and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(map(str, list(items)[:shown])) + more
+
+
+def check_file(path, config=None):
+    """Lines about a file of conversations. config: a file of act.py's, which has lengths and may cast a classifier."""
+    classify, lengths = rule_actions, lambda path, pairs: []
+    if config:
+        sys.modules.setdefault("data", sys.modules[__name__])  # this program is what act.py imports as `data`
+        import act
+
+        classify, lengths = act.checks_of(config)
+    rows = read_vertex_jsonl(path)
+    dataset = ACTDataset(rows, CLARIFY, 1, action_model=classify)
+    pairs = dataset.prepare_datasets()
+    asked = sum(pair.action == CLARIFY for pair in pairs)
+    turns = f"{asked} {CLARIFY}, {len(pairs) - asked} {ANSWER}, {len(dataset.skipped)} skipped"
+    summary = f"{path}: {len(rows)} conversations, {len(pairs) + len(dataset.skipped)} user turns: {turns}"
+    return [summary, *check_conversations(path, rows, dataset, classify), *lengths(path, pairs)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -509,19 +593,20 @@ def read_preferences(path, report=print):
 
     Records of the published research code for turns that nobody answered teach nothing; they are skipped and counted.
     """
-    pairs, skipped = [], 0
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
+
+    def parse(row, where):
         if ("messages" in row or "contents" in row) and "completions" not in row:
             raise InputError(f"{where}: holds a conversation, expected a pair: is_preference is set")
         if "completions" in row:
-            pairs.append(parse_vertex_preference(row, where))
-        elif "prompt" in row and "input_text" not in row:
-            pairs.append(parse_trl_preference(row, where))
-        elif row.get("chosen") == "" or UNANSWERED in str(row.get("gold_target")):
-            skipped += 1
-        else:
-            pairs.append(parse_record(row, where))
+            return parse_vertex_preference(row, where)
+        if "prompt" in row and "input_text" not in row:
+            return parse_trl_preference(row, where)
+        unanswered = row.get("chosen") == "" or UNANSWERED in str(row.get("gold_target"))
+        return None if unanswered else parse_record(row, where)
+
+    parsed = parse_lines(path, parse)
+    pairs = [pair for pair in parsed if pair]
+    skipped = len(parsed) - len(pairs)
     if skipped:
         report(f"{path}: {skipped} records without an answer were skipped")
     alone = sum(pair.action == CLARIFY and len(pair.gold) == 1 for pair in pairs)
@@ -748,7 +833,20 @@ def mean_or_none(values):
 
 FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
 NOTHING_TO_ADD = "I have nothing to add."
-QUESTION_END = re.compile("[?？؟][\\s\"'”’»)\\]}*_」』]*\\Z")
+NOT_SAID = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w", re.DOTALL)  # code and links
+MENTIONED = re.compile(r"[?？؟](?=[\"'”’»」』]\s*[a-z,;])")  # a question quoted in the middle of a sentence
+SENTENCE_END = re.compile(r"(?<=[.!?؟…])[\"'”’»)\]*_]*\s+|(?<=[。？！])(?![」』”\"])|\n")
+QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
+REQUEST = re.compile(r"""(?i)\b(?:please|could\ you|can\ you)\b.{0,20}\b(?:tell|give)\ (?:me|us)\b(?!\ a\ moment)
+    |\blet\ (?:me|us)\ know\ wh|\bplease\ (?:specify|clarify)\b|\b(?:I|we)\ need\ (?:to\ know\ wh|your\b)
+    |\A(?:could|can|would)\ you\b|\A(?:what|which)\ (?!a\ )[\w\ ]{1,40}\Z|教えてください""", re.VERBOSE)
+OFFER = re.compile(r"""(?i)\b(?:shall\ I|should\ I|(?:can|may)\ I\ (?:help|do|assist)|(?:like|want)\ me\ to
+    |would\ you\ like\ to|anything\ else|also|(?:does|did|was)\ (?:that|this)|does\ it\ work)\b
+    |algo\ más|sonst\ noch|ほかに""", re.VERBOSE)
+CHOICE = re.compile(r"(?i)\b(?:or|which|what|when|where|who|how)\b")  # in no offer
+TO_THE_USER = re.compile(r"(?i)\b(?:you|your|or|which|welche[rns]?|quel|quelle|cuál)\b|どちら|どれ")
+ANSWERED, EXPLAINED = re.compile(r"(?i)\W*(?:yes|no|because)\b"), re.compile(r"(?i)\W*(?:how|why)\b")
+LISTED = re.compile(r"\s*(?:[-*•]|\(?\w{1,2}[.)])(?:\s|\Z)")
 COMMON_WORDS = set("""a amount an and any are ask asking about be by can could did do does exactly for from how i in
     interested is it kind know like looking mean me more of on one or please precisely referring s say sort specific
     specifically talking that the there they thing this to type value want was were what which who whose would you
@@ -760,8 +858,25 @@ SLOTS = {  # words that ask for the same kind of thing
 
 
 def is_question(text):
-    """Does the last sentence of a reply end in a question mark (quotes and brackets may follow)?"""
-    return QUESTION_END.search(text.rstrip()[-40:]) is not None
+    """Does a reply ask for something that it needs to know?
+
+    It does with a question at its end, before choices or before a remark ("Which one do you mean? I can check both."),
+    and with a request ("Please tell me the date."); not with an offer after an answer ("Shall I also book it?"), with a
+    question that it answers itself, or with one in code, in a link or quoted in the middle of a sentence.
+    """
+    said = MENTIONED.sub("", NOT_SAID.sub("code", text))
+    sentences = [sentence for sentence in SENTENCE_END.split(said) if re.search(r"[\w?？؟]", sentence)]
+    stated = False  # whether something was said before
+    for sentence, following in zip(sentences, [*sentences[1:], ""], strict=False):
+        asked = QUESTION_END.search(sentence[-40:])
+        if asked and not (stated and OFFER.search(sentence) and not CHOICE.search(sentence)):
+            choices = LISTED.match(following) and not EXPLAINED.match(sentence)
+            if not following or choices or (TO_THE_USER.search(sentence) and not ANSWERED.match(following)):
+                return True
+        if not asked and REQUEST.search(sentence):
+            return True
+        stated = stated or not (asked or sentence.rstrip().endswith(("!", "！")))
+    return False
 
 
 def rule_actions(replies):
@@ -1097,14 +1212,29 @@ def read_json(path):
     return expect(parse_json(read_bytes(path), path), f"{path}: the file", dict)
 
 
-def read_jsonl(path):
-    """Yields (line number from 1, object) for every line that is not blank. Raises InputError.
+def parse_lines(path, parse, shown=20):
+    """[parse(object, "path:line")] of every line that is not blank. Raises InputError: a line for each that is bad.
 
     Lines end at "\\n" alone: U+2028 and its like may stand inside a JSON string.
     """
+    parsed, errors = [], []
     for number, raw in enumerate(read_bytes(path).split(b"\n"), start=1):
-        if raw.strip():
-            yield number, expect(parse_json(raw, path, number), f"{path}:{number}: the line", dict)
+        try:
+            if raw.strip():
+                row = expect(parse_json(raw, path, number), f"{path}:{number}: the line", dict)
+                parsed.append(parse(row, f"{path}:{number}"))
+        except InputError as error:
+            errors.append(str(error))
+    if errors[shown:]:
+        errors[shown:] = [f"{path}: and {len(errors) - shown} more bad lines"]
+    if errors:
+        raise InputError("\n".join(errors))
+    return parsed
+
+
+def read_jsonl(path):
+    """[(line number from 1, object)] of every line that is not blank. Raises InputError."""
+    return parse_lines(path, lambda row, where: (int(where.rpartition(":")[2]), row))
 
 
 def write_text(path, parts):
@@ -1143,21 +1273,29 @@ def append_jsonl(path, rows):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Converts published datasets, and files of pairs.")
-    parser.add_argument("converter", choices=[*CONVERTERS, "vertex_preferences", "trl_preferences"])
+    about = "Checks conversations; converts published datasets, and files of pairs."
+    parser = argparse.ArgumentParser(prog="data.py", description=about)
+    parser.add_argument("command", choices=["check", *CONVERTERS, "vertex_preferences", "trl_preferences"])
     parser.add_argument("source", help="the file to read")
     parser.add_argument("databases", nargs="?", help="spider only: the folder with a folder for each database")
-    parser.add_argument("target", help="the JSONL file to write")
+    parser.add_argument("target", nargs="?", help="the JSONL file to write; none for check")
+    parser.add_argument("--config", help="check only: a file of act.py's, for its lengths and its classifier")
     given = parser.parse_args(arguments)
-    if (given.converter == "spider") != bool(given.databases):
-        parser.error("expected DATABASES between the two files for spider, and for no other converter")
+    if given.target is None:  # argparse fills them from the left
+        given.databases, given.target = None, given.databases
+    check = given.command == "check"
+    unlike = (given.command == "spider") != bool(given.databases) or check == bool(given.target)
+    if unlike or (given.config and not check):
+        parser.error("expected check FILE [--config CONFIG], spider IN DATABASES OUT, or another command with IN OUT")
     try:
-        if given.converter in CONVERTERS:
+        if check:
+            print("\n".join(check_file(given.source, given.config)))
+        elif given.command in CONVERTERS:
             more = [given.databases] if given.databases else []
-            print(f"{given.target}: {convert_file(given.converter, given.source, given.target, *more)}")
+            print(f"{given.target}: {convert_file(given.command, given.source, given.target, *more)}")
         else:
             pairs = read_preferences(given.source)
-            write_preferences(given.target, pairs, given.converter.removesuffix("_preferences"))
+            write_preferences(given.target, pairs, given.command.removesuffix("_preferences"))
             print(f"{given.target}: {len(pairs)} pairs of {len(dialogues(pairs))} conversations")
     except (InputError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)

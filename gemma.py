@@ -1307,7 +1307,7 @@ def sample(logits, u, temperature, top_k, top_p):
     logits, ids = logits / temperature, None
     if top_k or top_p < 1:
         logits, ids = candidates(logits, top_k, top_p)
-    pick = invert(logits.softmax(-1), u).clamp_(max=logits.shape[-1] - 1)
+    pick = invert(logits.softmax(-1), u)
     return pick if ids is None else ids.gather(-1, pick[:, None])[:, 0]
 
 
@@ -1316,14 +1316,15 @@ def invert(weights, u, block=256):
 
     First among blocks, then within one: sums over a vocabulary, one by one in float64, are slow on any device.
     """
+    below = 1 - 2**-52  # rounding must not lead to an entry of weight 0
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = (u * ends[:, -1])[:, None]
-    at = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
+    target = (u.clamp(max=below) * ends[:, -1])[:, None]
+    at = torch.searchsorted(ends, target, right=True)
     before = F.pad(ends, (1, 0)).gather(1, at)
     within = blocks.gather(1, at[..., None].expand(-1, 1, block))[:, 0].cumsum(-1, dtype=torch.float64)
-    target = torch.minimum(target - before, within[:, -1:] * (1 - 2**-52))  # rounding must not lead out of the block
-    return (at * block + torch.searchsorted(within, target, right=True).clamp_(max=block - 1))[:, 0]
+    target = torch.minimum(target - before, within[:, -1:] * below)
+    return (at * block + torch.searchsorted(within, target, right=True))[:, 0]
 
 
 def candidates(logits, top_k, top_p, guess=1024):

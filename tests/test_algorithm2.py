@@ -391,6 +391,33 @@ def test_a_later_turn_computes_only_what_was_said_since(plain, pairs, monkeypatc
             said[row] = said[row] * 2
 
 
+@pytest.mark.parametrize("limit", [1, 3, 8])
+def test_a_batch_without_the_memory_is_halved_and_says_the_same(plain, pairs, monkeypatch, capsys, limit):
+    """In the first turn or in a later one, with the same noise; a batch of one raises."""
+    def talk(limits):
+        sampler = Sampler(random_model(), plain, pairs[:9], training_of(temperature=1.3), act.noise_generators(1, 1, range(9)))
+        said = {row: [] for row in range(9)}
+        for rows, most in zip((range(9), [1, 2, 4, 5, 8], [2, 8]), limits, strict=True):
+            def bounded(model, prompts, *args, most=most, **options):
+                tokens = generate(model, prompts, *args, **options)  # the noise is drawn before memory ends
+                if len(prompts) > most:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return tokens
+
+            monkeypatch.setattr(act, "generate", bounded)
+            for row, (text, ended) in zip(rows, sampler(rows, [said[row] for row in rows]), strict=True):
+                said[row] += [("model", text), ("user", f"{row} {ended}")]
+        return said
+
+    expected = talk([9, 9, 9])
+    assert capsys.readouterr().out == ""
+    assert talk([limit, 9, 9]) == talk([9, limit, limit]) == talk([limit] * 3) == expected
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "no memory to continue 9 conversations at once: going on with 4"
+    with pytest.raises(torch.OutOfMemoryError):
+        talk([0, 9, 9])
+
+
 def test_noise_is_keyed_by_seed_step_and_position():
     def draw(generators):
         return [torch.rand(1, generator=generator).item() for generator in generators]

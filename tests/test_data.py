@@ -4,8 +4,10 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +161,22 @@ def test_bad_line_is_refused_with_file_line_and_key(tmp_path, line, message):
     assert str(error.value) == f"{path}:3: {message}"
 
 
+def test_all_bad_lines_of_a_file_are_named_together(tmp_path):
+    for reader, good in ((read_vertex_jsonl, SALES), (read_preferences, published())):
+        path = write(tmp_path, good, "{", good, {"x": 1}, "[]")
+        with pytest.raises(InputError) as error:
+            reader(path)
+        assert [line.partition(": ")[0] for line in str(error.value).split("\n")] == [f"{path}:{n}" for n in (2, 4, 5)]
+        path = write(tmp_path, *["{"] * 20)
+        with pytest.raises(InputError) as error:
+            reader(path)
+        assert str(error.value).count("\n") == 19 and f"{path}:20: " in str(error.value)
+        path = write(tmp_path, *["{"] * 23)
+        with pytest.raises(InputError) as error:
+            reader(path)
+        assert str(error.value).endswith(f"\n{path}: and 3 more bad lines") and f"{path}:21" not in str(error.value)
+
+
 def test_bytes_that_are_not_utf8_name_the_line(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD.encode() + b'\n{"messages": "\xff"}\n')
@@ -237,7 +255,7 @@ def test_a_file_of_records_gives_back_the_pairs(source, tmp_path):
     assert all(tuple(row) == data.RECORD_KEYS and {type(value) for value in row.values()} == {str} for row in rows)
 
 
-DISAGREE = {"hostile": (8, 22), "train": (0, 0), "validation": (0, 0), "test": (0, 0)}  # in TRL's, in Vertex's form
+DISAGREE = {"hostile": (6, 13), "train": (0, 0), "validation": (0, 0), "test": (0, 0)}  # in TRL's, in Vertex's form
 
 
 def returned(pairs, back, expected, agreed):
@@ -324,7 +342,8 @@ def test_pairs_of_any_text_survive_the_other_forms(tmp_path):
         sides = (clarified, answer, clarified) if rng.random() < 0.5 else (answer, question, answer)
         action = CLARIFY if len(sides[0]) > 1 else ANSWER
         pair = Pair(some_text(rng), history, action, *sides, answer[0][1])
-        if all(text.strip() for role, text in pair.history + pair.chosen if role == "user"):
+        seen = data.rule_actions([question[0][1], answer[0][1]]) == [CLARIFY, ANSWER]
+        if seen and all(text.strip() for role, text in pair.history + pair.chosen if role == "user"):
             pairs.append(pair)
     assert anywhere(through(tmp_path, "trl", pairs)) == pairs
     first = [replace(pair, chosen=pair.chosen[:1], gold=pair.gold[:1]) for pair in pairs]
@@ -420,9 +439,44 @@ def test_broken_record_is_refused_with_file_and_line(tmp_path, change, message):
     ("Which year?", True), ("Which year? ", True), ('He said "which year?"', True), ("(which one?)", True),
     ("**Which?**", True), ("哪一年？", True), ("أي سنة؟", True), ("Which year?" + "\n" * 99, True),
     ("Why? Because.", False), ("12", False), ("", False), ("Is it? Yes", False), ("a?b", False),
+    ("Which one? 🙂", True), ("Which one do you mean? I can check both.", True), ("何名様ですか。", True),
+    ("What colour?\n1. Red\n2. Blue", True), ("How does it work?\n1. Open it.", False), ("A or B? Both fit.", True),
+    ("Please tell me the date.", True), ("Shall I book it?", True),
+    ("It is open. Shall I book it?", False), ("It is open. Should I book two or three seats?", True),
+    ("Sure! Shall I send it to your office?", True), ("Can you return it? Yes, you can.", False),
+    ("Tap \"Lost your card?\" and follow the steps.", False), ("See https://a.org/b?c for which you ask", False),
+    ("SELECT a FROM b WHERE c = ?", False), ("```\nask('Which?')\n```", False), ("Please give me a moment.", False),
 ])  # fmt: skip
-def test_question_rule_looks_at_the_end_of_the_last_sentence(text, asks):
+def test_question_rule(text, asks):
     assert data.is_question(text) is asks
+
+
+def test_question_rule_on_labelled_replies():
+    """200 replies as service chats have them, half of them asking; tests/proofs/questions.py shows the wrong ones.
+
+    One reader wrote and labelled them ("does it ask the user for what is needed to go on?") before the rule was run on
+    any. Its errors on odd lines alone led to the present rule, which on even lines had then precision 1.00 and recall
+    0.91; two of those errors (choices after a question) led to its last lines.
+    """
+    rows = [row for _, row in data.read_jsonl(HERE / "golden" / "replies.jsonl")]
+    assert len(rows) == 200 and sum(row["asks"] for row in rows) == 100
+    gold = [CLARIFY if row["asks"] else ANSWER for row in rows]
+    found = data.action_metrics(gold, data.rule_actions([row["text"] for row in rows]))
+    assert found["Binary Precision"] >= 0.98 and found["Binary Recall"] >= 0.95, found
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_question_rule_gives_all_labels_of_the_tiny_world(name):
+    pairs = pairs_of(*read_vertex_jsonl(TINY / f"{name}.jsonl"))
+    assert data.rule_actions([pair.gold[0][1] for pair in pairs]) == [pair.action for pair in pairs]
+
+
+@pytest.mark.parametrize("text", ["?" * 10**5, "? " * 10**5, "`" * 10**5, "please " * 10**5, '?"' * 10**5, ".\"" * 10**5,
+                                  " " * 10**5, "```" * 10**5, "a_" * 10**5, ".*" * 10**5 + "x", "。" * 10**5])  # fmt: skip
+def test_question_rule_is_quick_on_any_text(text):
+    began = time.process_time()
+    data.is_question(text)
+    assert time.process_time() - began < 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -708,21 +762,74 @@ def test_config_gives_training_and_validation_pairs(tmp_path, configured):
     train, validation = data.get_datasets_from_config(config, report=said.append)
     assert (len(train), len(validation)) == (13, 7)  # only the training pairs are balanced
     assert [pair.where for pair in validation] == [f"{path}:1"] * 4 + [f"{path}:3"] * 3
-    notice = f"{path}: 1 user turns have no answer in the data and were skipped: {path}:2: user turn 1"
-    assert said == [notice] * 2
+    assert said == [f"{path}: 1 user turns are skipped, the conversation ends before an answer: 2.1"] * 2
     data.write_preferences(tmp_path / "p.jsonl", validation, "records")
     none, again = data.get_datasets_from_config(configured("", tmp_path / "p.jsonl", is_preference=True))
     assert none == [] and anywhere(again) == anywhere(validation)
 
 
 def test_what_is_skipped_and_labelled_is_said_in_one_line_each(tmp_path, configured):
-    path, said = write(tmp_path, *[conversation(user("alone"))] * 5, conversation(user("a"), model("b"))), []
+    path, said = write(tmp_path, *[conversation(user("alone"))] * 12, conversation(user("a"), model("b"))), []
     data.get_datasets_from_config(configured(path), report=said.append)
     assert said == [
         f"{path}: the action classifier labelled 1 turns",
-        f"{path}: 5 user turns have no answer in the data and were skipped: "
-        f"{path}:1: user turn 1, {path}:2: user turn 1, {path}:3: user turn 1, ...",
+        f"{path}: 12 user turns are skipped, the conversation ends before an answer: "
+        "1.1, 2.1, 3.1, 4.1, 5.1, 6.1, 7.1, 8.1, 9.1, 10.1 ... and 2 more",
     ]
+    said.clear()
+    path = write(tmp_path, SALES, conversation(user("hm", True), model("Which?"), user("x", False), model("y")))
+    data.get_datasets_from_config(configured(path, path), report=said.append)
+    assert said == [], "only what is wrong is said"
+
+
+@pytest.mark.parametrize(("messages", "turns", "why"), [
+    ([user("a", False)], ["1.1"], "the conversation ends before an answer"),
+    ([user("a", True), model("b?")], ["1.1"], "the conversation ends before an answer"),
+    ([user("a", True), model("b?"), user("c", False)], ["1.1", "1.2"], "the conversation ends before an answer"),
+    ([user("a", False), user("b", False), model("c")], ["1.1"], "another user turn follows"),
+    ([user("a", True), model("b?"), user("c", False), model(" ")], ["1.1", "1.2"], "an empty reply follows"),
+    ([user("a", True), model("b?"), model("c"), user("d", False), model("e")], ["1.1"], "two replies follow one another"),
+])  # fmt: skip
+def test_why_a_turn_is_skipped_is_said(tmp_path, configured, messages, turns, why):
+    path, said = write(tmp_path, conversation(*messages)), []
+    data.get_datasets_from_config(configured(path), report=said.append)
+    assert said == [f"{path}: {len(turns)} user turns are skipped, {why}: {', '.join(turns)}"]
+
+
+def test_labels_that_the_classifier_contradicts_are_named(tmp_path, configured):
+    """Also in files that are fully labelled; from a tenth of the turns on it is said what that means."""
+    right = [conversation(user("a", False), model("b"), user("c", False), model("d"))] * 9
+    odd = conversation(user("a", True), model("Tell me."), user("b", False), model("Which?"), system="x")
+    path, said = write(tmp_path, *right, odd), []
+    data.get_datasets_from_config(configured(path), report=said.append)
+    listed = [
+        f"{path}: 1 user turns are labelled CLARIFY, but the classifier says ANSWER: 10.1",
+        f"{path}: 1 user turns are labelled ANSWER, but the classifier says CLARIFY: 10.2",
+    ]
+    assert said == listed, "2 of 20 are not more than a tenth"
+    path = write(tmp_path, *right[1:], odd)
+    said.clear()
+    data.get_datasets_from_config(configured(path, is_preference=False), report=said.append)
+    assert [line.replace("9.", "10.") for line in said[:2]] == listed and len(said) == 3
+    for part in (f"{path}: labels and classifier disagree in 11% of turns", "training_config.action_labels",
+                 "action_model_config", "can hardly win"):  # fmt: skip
+        assert part in said[2]
+    said.clear()
+    data.get_datasets_from_config(configured(path), report=said.append, compare=False)
+    assert said == [], "a model that classifies is not asked"
+    data.get_datasets_from_config(configured(path, action_labels="classifier"), report=said.append)
+    assert said[0] == f"{path}: the action classifier labelled 18 turns" and "are labelled" not in "".join(said)
+
+
+def test_keys_that_nothing_reads_are_named(tmp_path, configured):
+    row = {"contents": [{"role": "user", "parts": [{"text": "a"}], "mood": 1}, {"role": "model", "parts": [{"text": "b"}]}]}
+    path, said = write(tmp_path, row, conversation(user("a"), model("b")), row | {"id": 3}), []
+    data.get_datasets_from_config(configured(path), report=said.append)
+    assert said[1:] == [f"{path}: 'mood' is not read: lines 1, 3", f"{path}: 'id' is not read: lines 3"]
+    said.clear()
+    data.get_datasets_from_config(configured(path, split=0.4), report=said.append)
+    told = [line for line in said if line.startswith(f"{path}: 'mood'")]
+    assert sum(line.count(",") + 1 for line in told) == 2, "each line once, whichever part it went to"
 
 
 @pytest.mark.parametrize(("task", "asked"), [
@@ -983,3 +1090,63 @@ def test_command_line_names_the_line_of_broken_json(tmp_path):
     assert run("pacific", source, tmp_path / "out.jsonl").stderr == f"data.py: error: {message}\n"
     missing = run("pacific", tmp_path / "none", "x").stderr
     assert missing == f"data.py: error: {tmp_path}/none: cannot be read (No such file or directory)\n"
+
+
+def test_command_line_checks_a_file(tmp_path, capsys):
+    path = write(tmp_path, SALES, conversation(user("a"), model("Please tell me the date.")), conversation(user("b")))
+    assert data.main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: 3 conversations, 6 user turns: 2 CLARIFY, 2 ANSWER, 2 skipped",
+        f"{path}: the action classifier labelled 1 turns",
+        f"{path}: 2 user turns are skipped, the conversation ends before an answer: 2.1, 3.1",
+    ]
+    typo = {"role": "user", "content": "a", "require_clarification": True}
+    assert data.main(["check", str(write(tmp_path, SALES, conversation(typo), "{"))]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "messages[0] has 'require_clarification', expected 'requires_clarification'" in first and f"{path}:3: " in second
+
+
+def test_command_line_checks_lengths_with_a_config(tmp_path, capsys):
+    """The tiny world's own: its tokenizer, and room for 448 tokens of prompt, 512 in all."""
+    long = "sales " * 500
+    path = write(tmp_path, SALES, conversation(user(long, False), model("5"), user("And?", False), model("6")),
+                 conversation(user("a", False), model(long)))  # fmt: skip
+    assert data.main(["check", str(path), "--config", "tiny.json"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[0].endswith("7 user turns: 2 CLARIFY, 5 ANSWER, 0 skipped")
+    assert re.fullmatch(rf"{path}: 1 prompts lose 5\d\d tokens to max_prompt_length 448: 2\.2", said[1])
+    assert said[2] == f"{path}: 2 turns whose reply does not fit into max_length 512 are left out: 2.1, 3.1"
+
+
+def test_command_line_checks_labels_with_the_classifier_of_a_config(tmp_path, capsys, monkeypatch):
+    """Who plays the user is not asked for, and needs no key."""
+    import act
+
+    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+    config = json.loads((TINY.parent / "tiny.json").read_text(encoding="utf-8"))
+    config |= {"user_simulator_config": {"model_id": "g"}}
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    path = write(tmp_path, SALES)
+    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    helpers = act.Helpers(lambda replies: [CLARIFY] * len(replies), None, None, None)
+    monkeypatch.setattr(act, "build_helpers", lambda config: helpers)
+    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 0
+    said = capsys.readouterr().out
+    assert f"{path}: 2 user turns are labelled ANSWER, but the classifier says CLARIFY: 1.3, 1.4\n" in said
+
+
+def test_a_program_that_checks_with_a_bad_config_says_so_in_one_line(tmp_path):
+    """data.py is then a program and what act.py imports: its errors must stay one class."""
+    done = run("check", write(tmp_path, SALES), "--config", tmp_path / "none.json")
+    assert done.returncode == 2 and done.stderr.startswith(f"data.py: error: {tmp_path / 'none.json'}: cannot be read")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [
+    ["check", "a", "b"], ["pacific", "a"], ["spider", "a", "b"], ["pacific", "a", "b", "c"],
+    ["pacific", "a", "b", "--config", "c"]])  # fmt: skip
+def test_command_line_refuses_a_wrong_number_of_files(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        data.main(words)
+    assert ended.value.code == 2 and "expected check FILE [--config CONFIG], spider IN" in capsys.readouterr().err

@@ -163,13 +163,31 @@ def test_a_mean_over_nothing_is_none_and_shown_as_a_dash():
 def test_conversations_that_changed_are_shown_on_a_line_each():
     wrong = judged(CLARIFY, ["get x"], [ANSWER], ASKED)
     right = judged(CLARIFY, ["Which\nitem?", "stock", "get stock"], [CLARIFY, ANSWER], ASKED)
-    assert act.changed_conversations([wrong, right], [right, right]).splitlines() == [
+    shown = [
         "", "  a table", "  User: hello",
         "    before | Assistant: get x",
         "    after  | Assistant: Which item?  User: stock  Assistant: get stock",
         "    gold   | get stock",
     ]  # fmt: skip
-    assert act.changed_conversations([right], [wrong]) == ""
+    found = act.changed_conversations([wrong, right], [right, right]).splitlines()
+    assert found == ["1 turns got a better answer, 0 a worse one, of 2", *shown]
+    back = [shown[4].replace("after ", "before"), shown[3].replace("before", "after ")]
+    found = act.changed_conversations([right, right], [wrong, right]).splitlines()
+    assert found == ["0 turns got a better answer, 1 a worse one, of 2", *shown[:3], *back, shown[5]]
+
+
+def test_two_conversations_that_got_better_and_one_that_got_worse_are_shown():
+    """Those that became right, or wrong, first; a turn that a helper failed counts as neither."""
+    wrong, half = judged(CLARIFY, ["get x"], [ANSWER], ASKED), judged(CLARIFY, ["get x"], [ANSWER], ASKED) | {"f1": 0.5}
+    right = judged(CLARIFY, ["Which?", "stock", "get stock"], [CLARIFY, ANSWER], ASKED)
+    failed = right | act.FAILED_TURN
+    before = [wrong, half, wrong, wrong, half, right, right]
+    after = [half, right, right, right, wrong, wrong, failed]
+    first, *shown = act.changed_conversations(before, after).split("\n\n")
+    assert first == "4 turns got a better answer, 2 a worse one, of 6" and len(shown) == 3
+    assert "before | Assistant: Which?" in shown[2], "right before"
+    assert ["after  | Assistant: Which?" in text for text in shown] == [True, True, False]
+    assert act.changed_conversations([failed], [right]) == "0 turns got a better answer, 0 a worse one, of 0"
 
 
 @pytest.fixture

@@ -741,6 +741,59 @@ def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_
     assert ended == generate(model, longer, 6, temperature=0, stop_ids=[stop]) and not ended[0] and ended[1]
 
 
+def test_a_step_that_cannot_be_recorded_is_said_once_and_done_without(model, golden, gpu_steps, monkeypatch, capsys):
+    monkeypatch.setattr(gemma, "FAILED", set())
+    tried = []
+    monkeypatch.setattr(gemma, "CapturedStep", lambda *_: tried.append(1) or 1 / 0)
+    for _ in range(2):
+        replies = generate(model, prompts_of(golden), 12, temperature=0)
+    assert replies == [row[:12] for row in continuations_of(golden)] and tried == [1]
+    assert capsys.readouterr().out == "a recorded step does not work on this machine, going on without it (division by zero)\n"
+
+
+def test_flex_attention_that_does_not_compile_is_said_once_and_blocks_take_its_place(model, golden, monkeypatch, capsys):
+    """On a CPU it has no backward pass."""
+    monkeypatch.setattr(gemma, "FAILED", set())
+    gemma.flex_compiles.cache_clear()
+    assert gemma.flex_compiles(2, 1, 16, None, torch.float32, "cpu") is False
+    assert gemma.flex_compiles(4, 1, 16, None, torch.float32, "cpu") is False
+    said = capsys.readouterr().out
+    assert said.startswith("flex attention does not work on this machine, going on without it (") and said.count("\n") == 1
+    gemma.flex_compiles.cache_clear()
+    forest = gemma.Forest(prompts_of(golden))
+    on_gpu = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(gemma, "tree_block_masks", lambda positions, *_: "flex")
+    monkeypatch.setattr(gemma, "tree_blocks", lambda positions, *_: "blocks")
+    monkeypatch.setattr(gemma, "flex_compiles", lambda heads, *_: heads == 4)
+    assert gemma.tree_masks(on_gpu, forest.ends, model) == "flex" and gemma.tree_masks(forest.positions, forest.ends, model) == "blocks"
+    monkeypatch.setattr(gemma, "flex_compiles", lambda *_: False)
+    assert gemma.tree_masks(on_gpu, forest.ends, model) == "blocks"
+
+
+@pytest.mark.parametrize(("head_dim", "memory", "blocks"), [(256, 99, 32), (256, 163, None), (256, 227, None), (128, 99, None)])
+def test_heads_of_256_have_smaller_blocks_where_a_card_has_little_shared_memory(monkeypatch, head_dim, memory, blocks):
+    card = SimpleNamespace(shared_memory_per_block_optin=memory * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    gemma.kernel_options.cache_clear()
+    options = gemma.kernel_options("cuda", head_dim)
+    gemma.kernel_options.cache_clear()
+    assert options["FORCE_USE_FLEX_ATTENTION"] and options.get("bwd_BLOCK_M1") == blocks == options.get("bwd_BLOCK_N2")
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 1000, 5000])
+def test_a_distribution_is_inverted_by_blocks_as_by_one_sum(size):
+    weights = torch.rand(400, size, generator=seeded(size)) ** 4
+    weights *= torch.rand(400, size, generator=seeded(1)) < 0.5
+    weights[:, size // 2] += 0.1
+    u = torch.rand(400, generator=seeded(2), dtype=torch.float64)
+    u[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    cumulative = weights.double().cumsum(-1)
+    wanted = (cumulative > (u * cumulative[:, -1])[:, None]).int().argmax(-1)
+    found = gemma.invert(weights, u)
+    assert (weights.gather(1, found[:, None]) > 0).all() and found.dtype == torch.int64
+    assert torch.equal(found[2:], wanted[2:]) and int(found[0]) == int(wanted[0])
+
+
 def test_a_stop_token_in_the_prompt_stops_nothing(model, golden):
     prompt, expected = prompts_of(golden)[1], continuations_of(golden)[1]
     unused = next(token for token in prompt if token not in expected)

@@ -1313,3 +1313,21 @@ def test_a_gold_query_that_fails_is_named_by_its_line():
     pair.target, pair.where, pair.context = "SELECT b FROM t", "x.jsonl:7", "CREATE TABLE t (a)"
     with pytest.raises(InputError, match=r"^x\.jsonl:7: execution_match: the gold query 'SELECT b FROM t' fails"):
         helpers.answers([pair], "execution_match")["score"]([0], [[("model", "SELECT a FROM t")]])
+
+
+def test_the_published_cast_is_gemini_in_all_four_roles():
+    """Its models, temperatures and lengths; but "CLARIFY" is three tokens, where the published "Yes" is one."""
+    config = act.load_config("gemma2_2b_pacific_gemini.json")
+    lengths = {"action_model_config": 8, "user_simulator_config": 64, "intent_model_config": 128,
+               "preference_model_config": 64}  # fmt: skip
+    for name, length in lengths.items():
+        cast = act.HelperConfig("gemini", model_id="gemini-2.0-flash-001", temperature=0.1, max_new_tokens=length)
+        assert getattr(config, name) == cast, name
+    helpers = act.build_helpers(config)
+    rules = data.rule_actions, data.rule_intents, data.rule_users, data.rule_questions
+    cast = helpers.classify_actions, helpers.summarize_intents, helpers.simulate_users, helpers.write_questions
+    assert not set(cast) & set(rules) and helpers.cost
+    plain = act.load_config("gemma2_2b_pacific.json")  # the same run otherwise
+    others = {name: getattr(plain, name) for name in lengths}
+    training = replace(config.training_config, output_dir=plain.training_config.output_dir)
+    assert replace(config, **others, training_config=training) == plain

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import asdict, replace
@@ -618,6 +619,50 @@ def test_a_broken_line_of_data_is_named(world, tmp_path, capsys, line, said):
     error = error_of(capsys, "--config", config, "--data_config.train_path", tmp_path / "bad.jsonl")
     assert f"{tmp_path / 'bad.jsonl'}:2: " in error and said in error
     assert not (tmp_path / "out").exists()
+
+
+def test_turns_that_do_not_fit_are_left_out_and_cut_prompts_said(world, tmp_path, capsys):
+    """Of the training turns; a validation turn is played whatever the length of its gold reply."""
+    long, asked = "sales " * 500, {"role": "user", "content": "How many?", "requires_clarification": False}
+    rows = [{"messages": [asked, {"role": "model", "content": reply}] * 2} for reply in ("5", long)]
+    path = write_lines(tmp_path / "long.jsonl", rows)
+    config = run_config(world, tmp_path, "sft", max_steps=1)
+    files = ["--data_config.train_path", path, "--data_config.validation_path", path]
+    assert run("--config", config, *files) == 0
+    said = capsys.readouterr().out.splitlines()
+    cut = [line for line in said if "tokens to max_prompt_length 300: 2.2" in line]
+    assert len(cut) == 2 and all(re.fullmatch(rf"{path}: 1 prompts lose \d+ tokens .*", line) for line in cut)
+    assert said.count(f"{path}: 2 turns whose reply does not fit into max_length 400 are left out: 2.1, 2.2") == 1
+    assert any(line.startswith("sft: 2 training turns, 4 for validation") for line in said)
+
+
+def test_a_classifier_that_costs_is_not_asked_about_labels(world, tmp_path, monkeypatch, one_process):
+    """With the rule labels are compared at the start of every run; a model would be asked about each turn."""
+    compared = []
+    found = lambda config, questions, classify, report, compare: compared.append(compare) or ([], [])  # noqa: E731
+    monkeypatch.setattr(data, "get_datasets_from_config", found)
+    config, helpers = act.load_config(run_config(world, tmp_path)), act.build_helpers(act.Config())
+    act.load_pairs(config, helpers)
+    act.load_pairs(config, replace(helpers, classify_actions=lambda replies: []))
+    assert compared == [True, False]
+
+
+def test_progress_says_how_long_it_will_take(monkeypatch, capsys):
+    """From the pace since the first call, so that neither what is compiled then nor steps before a resume count."""
+    clock = [0.0]
+    monkeypatch.setattr(act.time, "monotonic", lambda: clock[0])
+    progress = act.Progress("step", 100)
+    for now, done in ((30, 60), (50, 70), (60, 100)):
+        clock[0] = now
+        progress(done, "loss 1")
+    progress = act.Progress("step", 1000)
+    for now, done in ((70, 1), (80, 2)):
+        clock[0] = now
+        progress(done)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 60/100  30 s  loss 1", "step 70/100  50 s, 60 s left  loss 1", "step 100/100  60 s  loss 1",
+        "step 1/1000  10 s", "step 2/1000  20 s, 166 min left",
+    ]  # fmt: skip
 
 
 def test_missing_and_empty_data_are_named(world, tmp_path, capsys):

@@ -335,12 +335,6 @@ def test_spider_refuses_in_one_line(spider, item, problem):
     assert problem in done.stderr and sorted(path.name for path in spider.iterdir()) == ["db", "q.json"]
 
 
-@pytest.mark.parametrize("arguments", [["spider", "q.json", "out.jsonl"], ["pacific", "q.json", "db", "out.jsonl"]])
-def test_only_spider_takes_a_folder(spider, arguments):
-    done = convert(spider, *arguments)
-    assert done.returncode == 2 and "expected DATABASES between the two files for spider" in done.stderr
-
-
 # ------------------------------------------------------------------------------------------------------------ AmbigSQL
 
 
