@@ -1114,8 +1114,8 @@ def test_command_line_checks_lengths_with_a_config(tmp_path, capsys):
     assert data.main(["check", str(path), "--config", "tiny.json"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3 and said[0].endswith("7 user turns: 2 CLARIFY, 5 ANSWER, 0 skipped")
-    assert re.fullmatch(rf"{path}: 1 prompts lose 5\d\d tokens to max_prompt_length 448: 2\.2", said[1])
-    assert said[2] == f"{path}: 2 turns whose reply does not fit into max_length 512 are left out: 2.1, 3.1"
+    assert re.fullmatch(rf"{path}: 2 prompts lose \d\d to 5\d\d tokens to max_prompt_length 448: 2\.1, 2\.2", said[1])
+    assert said[2] == f"{path}: 1 turns whose reply does not fit into max_length 512 are left out: 3.1"
 
 
 def test_command_line_checks_labels_with_the_classifier_of_a_config(tmp_path, capsys, monkeypatch):

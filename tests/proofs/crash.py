@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Is nothing lost when a run is killed? Kills at random moments and at every rename of a save and of an --overwrite.
 
     python tests/proofs/crash.py [--out runs/crash] [--kills 20]
