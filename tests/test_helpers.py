@@ -438,6 +438,17 @@ def test_after_the_stop_nothing_waits_for_calls_that_would_be_tried_again(monkey
     assert time.monotonic() - began < 5
 
 
+def test_after_ctrl_c_no_call_is_tried_again(monkeypatch, server, client_of):
+    """Once is enough: a run that has been asked to stop does not sit through retries."""
+    server.script = ["503"] * 9
+    client = client_of(concurrency=1, max_retries=8)
+    monkeypatch.setattr(client.spent, "wait", lambda seconds: act.ASKED.append(2))
+    monkeypatch.setattr(act, "ASKED", [])
+    with pytest.raises(act.HelperError, match="interrupted"):
+        client(["p", "q"])
+    assert len(server.requests) == 1
+
+
 def test_after_the_stop_nothing_waits_for_calls_in_flight(server, client_of):
     server.script, began = ["hang", "400"], time.monotonic()
     with pytest.raises(act.HelperError):

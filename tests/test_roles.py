@@ -132,6 +132,12 @@ def test_the_texts_of_messages_can_be_read_back_from_what_is_shown():
         assert [text.replace("\n  ", "\n").removesuffix("\n") for text in shown] == [text for _, text in messages]
 
 
+def test_of_a_long_message_a_helper_is_shown_the_end():
+    assert data.in_prompt("x" * 20_000) == "x" * 20_000
+    assert data.in_prompt("no" + "x" * 19_999) == "o" + "x" * 19_999
+    assert len(data.indented([("user", "word " * 20_000), ("model", "Which?")])) < 20_100
+
+
 def test_no_rule_knows_the_final_answer():
     assert data.rule_intents([PAIR]) == ["Assistant: In which league?\nUser: The second."]
     assert data.rule_intents([Pair("", PAIR.history, ANSWER, GOLD[-1:], GOLD[:1], GOLD[-1:], "1,234 points")]) == [""]
