@@ -1369,7 +1369,7 @@ def save_checkpoint(run, step):
     """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
     training = run.config.training_config
     directory = Path(training.output_dir) / "checkpoints" / f"step-{step}"
-    if not on_main(directory.exists):  # else it is of this very step: there is nothing to be replaced
+    if step not in on_main(checkpoints, training.output_dir):  # else it is this very state: nothing to be replaced
         save_model(run, directory, run.optimizer, {"step": step, **run.state}, run.policy.lora is not None)
     if is_main() and training.save_total_limit:
         saved = checkpoints(training.output_dir)
@@ -2118,7 +2118,8 @@ def run_as_program():
         traceback.print_exc()
         status = 1
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for thread in threading.enumerate():  # calls in flight are paid for: they end, and their answers are kept
+    # calls in flight are paid for: they end, and their answers are kept, unless it was Ctrl-C that ended the run
+    for thread in threading.enumerate() if status != 130 else ():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
     sys.stdout.flush()

@@ -1098,6 +1098,8 @@ def test_a_checkpoint_counts_by_what_is_written_last(killed_run, tmp_path):
     (folder / "out" / "checkpoints" / "step-4").mkdir()
     shutil.copyfile(folder / "out" / "checkpoints" / "step-2" / "config.json", folder / "out" / "checkpoints" / "step-4" / "config.json")
     assert list(act.checkpoints(folder / "out")) == [2]
+    assert run("--config", folder / "run.json", "--resume") == 0
+    assert list(act.checkpoints(folder / "out")) == [4], "and it is in nobody's way"
 
 
 def test_what_is_removed_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
