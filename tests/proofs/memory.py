@@ -276,7 +276,7 @@ CUDA = 2.5 * GIB  # the context, cuBLAS, NCCL, compiled graphs: 2 to 3 GiB
 
 def print_plan(ranks=(1, 2, 8), lora_r=16):
     print("\n### Memory of each GPU, computed\n")
-    print(f"GiB for `act` with prompts of configs/gemma2_SIZE_pacific.json, each as long as it may be, one pair at a time,")
+    print("GiB for `act` with prompts of configs/gemma2_SIZE_pacific.json, each as long as it may be, one pair at a time,")
     print(f"in full or with adapters of rank {lora_r}. Held all along, sharded: parameters, optimiser's state, reference. In")
     print("turn: a rollout; an evaluation (key-value cache, prefill, sharded also a whole bfloat16 copy); an update with its")
     print(f"gradients. Peak: of all that, and {CUDA / GIB:.1f} for CUDA itself. Then the smallest card that holds it, and")
