@@ -411,8 +411,11 @@ def peer_model(folder, dtype):
     return transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).to(DEVICE)
 
 
-def trl_steps(folder, vocab_size, batches, checkpointing):
-    """Seconds of TRL's steps, one per batch of [prompt, chosen, rejected], the first one's `logps`, and versions."""
+def trl_steps(folder, vocab_size, batches, checkpointing, micro=None):
+    """Seconds of TRL's steps, one per batch of [prompt, chosen, rejected], the first one's `logps`, and versions.
+
+    micro: pairs of a forward pass, where not all of the batch.
+    """
     import datasets
     import tokenizers
     import transformers
@@ -435,7 +438,8 @@ def trl_steps(folder, vocab_size, batches, checkpointing):
     pairs = [tuple(map(as_text, pair)) for batch in batches for pair in batch]
     rows = [{"prompt": f" {prompt} ", "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
     arguments = trl.DPOConfig(
-        str(folder / "trl"), per_device_train_batch_size=len(batches[0]), max_steps=len(batches), bf16=CUDA,
+        str(folder / "trl"), per_device_train_batch_size=micro or len(batches[0]), max_steps=len(batches), bf16=CUDA,
+        gradient_accumulation_steps=len(batches[0]) // (micro or len(batches[0])),
         use_cpu=not CUDA, gradient_checkpointing=checkpointing, optim="rmsprop", max_length=None, logging_steps=1,
         train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -458,11 +462,10 @@ def trl_dialogues(folder, tokens, checkpointing):
     """Seconds per pair; batches as large as a dialogue is on average, in the order of the dialogues."""
     pairs = [pair for group in tokens["dialogues"] for pair in group]
     size = max(1, round(len(pairs) / len(tokens["dialogues"])))
-    if tokens["vocab_size"] > 100_000:  # logits of more would not fit the memory of a laptop
-        size = 1
+    micro = 1 if tokens["vocab_size"] > 100_000 else size  # logits of more would not fit the memory of a laptop
     batches = [(pairs * size)[:size]] + [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    times, _, _ = trl_steps(folder, tokens["vocab_size"], batches, checkpointing)
-    return {"seconds": [sum(times[1:]) / len(pairs)], "note": f"batches of {size} pairs"}
+    times, _, _ = trl_steps(folder, tokens["vocab_size"], batches, checkpointing, micro)
+    return {"seconds": [sum(times[1:]) / len(pairs)], "note": f"batches of {size} pairs, {micro} at a time"}
 
 
 def hf_generate(folder, **options):
