@@ -693,7 +693,7 @@ class PolicyModelConfig:
     lora_r: int = 0  # above 0: the weights are frozen, adapters of this rank are trained, in float32 (LoRA); e.g. 16
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_r
     lora_target_modules: list | None = None  # which have adapters; null: all of a layer
-    adapter_path: str = ""  # start from adapters in PEFT's layout, as adapter/ of a run; r, alpha and targets are theirs
+    adapter_path: str = ""  # start from adapters in PEFT's layout, as adapter/ of a run, with their r and alpha
 
 
 @dataclass(frozen=True)

@@ -1320,11 +1320,11 @@ def invert(weights, u, block=256):
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = (u.clamp(max=below) * ends[:, -1])[:, None]
-    at = torch.searchsorted(ends, target, right=True)
+    at = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)  # beyond it: not a number
     before = F.pad(ends, (1, 0)).gather(1, at)
     within = blocks.gather(1, at[..., None].expand(-1, 1, block))[:, 0].cumsum(-1, dtype=torch.float64)
     target = torch.minimum(target - before, within[:, -1:] * below)
-    return (at * block + torch.searchsorted(within, target, right=True))[:, 0]
+    return (at * block + torch.searchsorted(within, target, right=True))[:, 0].clamp_(max=weights.shape[1] - 1)
 
 
 def candidates(logits, top_k, top_p, guess=1024):

@@ -11,6 +11,7 @@
   d  a whole ACT step: rollout with simulated users, pairs, reference, update
   e  evaluation: turns played with greedy decoding
   f  DPO over dialogues, all turns of a dialogue in one batch; against one row per pair, and against TRL
+  g  a DPO step with LoRA; against a
   The machine's own limits are measured first: a matrix product, and a sum over memory.
 
 The weights are random and made in a temporary directory; words become tokens by a hash. Every measurement is a
@@ -55,6 +56,7 @@ sys.path.insert(0, str(ROOT))
 SIZES = {
     "tiny": (64, 128, 2, 4, 2, 16, 512, 16, 2, 64, 16, 4),
     "48m": (512, 2048, 8, 8, 4, 64, 32000, 128, 4, 512, 64, 8),
+    "270m": (640, 2048, 18, 4, 1, 256, 262144, 512, 4, 512, 64, 8),  # Gemma 3's smallest
     "2b": (2304, 9216, 26, 8, 4, 256, 256000, 4096, 4, 960, 64, 32),
 }
 NEWLINE, WORDS = 4, 8  # ids below WORDS are for control tokens
@@ -133,8 +135,11 @@ class Work:
         names = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
             vocab_size sliding_window"""
         shapes = dict(zip(names.split(), SIZES[size], strict=False))
-        caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-        self.config = gemma.GemmaConfig(**shapes, **caps, query_pre_attn_scalar=shapes["head_dim"])
+        kind = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+        if size == "270m":
+            kind = {"model_type": "gemma3_text"}
+        self.config = gemma.GemmaConfig(**shapes, **kind, query_pre_attn_scalar=shapes["head_dim"])
+        self.dialogue_count = 2 if size == "270m" else 5  # a peer takes minutes for one
         self.pair_count, self.prompt, self.response, self.rows = SIZES[size][8:]
         self.checkpointing = checkpointing
         self.training = act.TrainingConfig(
@@ -184,13 +189,13 @@ class Work:
             rows.append({"messages": messages})
         self.data.write_jsonl(self.folder / "dialogues.jsonl", rows)
 
-    def dialogues(self, count=5):
-        """The pairs of at most `count` dialogues of the file, from its shortest to its longest in even steps."""
+    def dialogues(self):
+        """The pairs of a few dialogues of the file, from its shortest to its longest in even steps."""
         rows = self.data.read_vertex_jsonl(self.folder / "dialogues.jsonl")
         pairs = self.data.ACTDataset(rows, self.data.CLARIFY, 1).prepare_datasets()
         groups = [[pairs[i] for i in group] for group in self.data.dialogues(pairs)]
         groups.sort(key=lambda group: len(self.template.prompt(group[-1], 2**20)))
-        count = min(count, len(groups))
+        count = min(self.dialogue_count, len(groups))
         return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
 
     def sequences(self, pairs):
@@ -244,15 +249,21 @@ class Work:
 
     # -- our models
 
-    def trainer(self, **changes):
-        """What the trainer's steps read of a run. changes: of its training_config."""
+    def trainer(self, lora=None, **changes):
+        """What the trainer's steps read of a run. changes: of its training_config; lora: of adapters, else in full."""
         act, training, source = self.act, replace(self.training, **changes), self.folder / "model"
         act.start_processes()
         mesh = act.make_mesh(DEVICE, 1)
-        policy = act.build_model(source, mesh, torch.float32, training.bf16, checkpointing=self.checkpointing)
+        held = DTYPE if lora else torch.float32
+        policy = act.build_model(source, mesh, held, training.bf16, checkpointing=self.checkpointing, lora=lora)
+        if lora:
+            self.gemma.init_adapters(policy, 0)
+            reference = act.Reference(policy)
+        else:
+            reference = act.build_model(source, mesh, DTYPE, trainable=False)
         return SimpleNamespace(
             config=act.Config(training_config=training), device=DEVICE, template=self.template, helpers=self.helpers,
-            policy=policy, reference=act.build_model(source, mesh, DTYPE, trainable=False),
+            policy=policy, reference=reference,
             optimizer=act.make_optimizer(policy, training),
         )  # fmt: skip
 
@@ -296,9 +307,9 @@ def limits(work):
     return {"flops": 2 * n**3 / product, "bandwidth": 2**30 / read}
 
 
-def dpo_steps(work, batches, micro):
+def dpo_steps(work, batches, micro, lora=None):
     """Seconds of one DPO step per batch of pairs, fed `micro` pairs at a time, and the first step's `logps`."""
-    run, logps, times = work.trainer(max_prompt_length=2**20 - 1), [], []
+    run, logps, times = work.trainer(lora, max_prompt_length=2**20 - 1), [], []
     for batch in [batches[0], *batches]:
         began = clock()
         logps.append(work.update(run, batch, micro))
@@ -306,12 +317,17 @@ def dpo_steps(work, batches, micro):
     return times[1:], logps[0]
 
 
-def dpo(work):
+def dpo(work, lora=None):
     pairs = work.pairs()
     flops, tokens, padding = work.step_flops(pairs)
-    times, logps = dpo_steps(work, [pairs] * 3, None)
+    times, logps = dpo_steps(work, [pairs] * 3, None, lora)
     note = f"{tokens} tokens computed, {padding} slots of padding"
     return {"seconds": times, "flops": flops, "logps": logps, "note": note}
+
+
+def dpo_lora(work):
+    result = dpo(work, work.gemma.LoraConfig(16, 32.0, work.gemma.PROJECTIONS))
+    return {key: value for key, value in result.items() if key != "flops"}  # counted for training in full
 
 
 def rollout(work):
@@ -395,8 +411,11 @@ def peer_model(folder, dtype):
     return transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).to(DEVICE)
 
 
-def trl_steps(folder, vocab_size, batches, checkpointing):
-    """Seconds of TRL's steps, one per batch of [prompt, chosen, rejected], the first one's `logps`, and versions."""
+def trl_steps(folder, vocab_size, batches, checkpointing, micro=None):
+    """Seconds of TRL's steps, one per batch of [prompt, chosen, rejected], the first one's `logps`, and versions.
+
+    micro: pairs of a forward pass, where not all of the batch.
+    """
     import datasets
     import tokenizers
     import transformers
@@ -419,7 +438,8 @@ def trl_steps(folder, vocab_size, batches, checkpointing):
     pairs = [tuple(map(as_text, pair)) for batch in batches for pair in batch]
     rows = [{"prompt": f" {prompt} ", "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
     arguments = trl.DPOConfig(
-        str(folder / "trl"), per_device_train_batch_size=len(batches[0]), max_steps=len(batches), bf16=CUDA,
+        str(folder / "trl"), per_device_train_batch_size=micro or len(batches[0]), max_steps=len(batches), bf16=CUDA,
+        gradient_accumulation_steps=len(batches[0]) // (micro or len(batches[0])),
         use_cpu=not CUDA, gradient_checkpointing=checkpointing, optim="rmsprop", max_length=None, logging_steps=1,
         train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -442,9 +462,10 @@ def trl_dialogues(folder, tokens, checkpointing):
     """Seconds per pair; batches as large as a dialogue is on average, in the order of the dialogues."""
     pairs = [pair for group in tokens["dialogues"] for pair in group]
     size = max(1, round(len(pairs) / len(tokens["dialogues"])))
+    micro = 1 if tokens["vocab_size"] > 100_000 else size  # logits of more would not fit the memory of a laptop
     batches = [(pairs * size)[:size]] + [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    times, _, _ = trl_steps(folder, tokens["vocab_size"], batches, checkpointing)
-    return {"seconds": [sum(times[1:]) / len(pairs)], "note": f"batches of {size} pairs"}
+    times, _, _ = trl_steps(folder, tokens["vocab_size"], batches, checkpointing, micro)
+    return {"seconds": [sum(times[1:]) / len(pairs)], "note": f"batches of {size} pairs, {micro} at a time"}
 
 
 def hf_generate(folder, **options):
@@ -487,7 +508,7 @@ def hf_uncached(folder, tokens, checkpointing):
 
 OURS = {
     "dpo": dpo, "rollout": rollout, "second turn": second_turn, "ACT step": act_step, "evaluation": evaluation,
-    "dialogues": dialogues, "prefilled anew": lambda work: second_turn(work, anew=True),
+    "dialogues": dialogues, "DPO step with LoRA": dpo_lora, "prefilled anew": lambda work: second_turn(work, anew=True),
     "a row per pair": lambda work: dialogues(work, micro=1), "setup": setup, "limits": limits,
 }  # fmt: skip
 PEERS = {
@@ -501,6 +522,7 @@ ITEMS = {  # letter: (title, ours, what it is set against)
     "d": ("ACT step", "ACT step", []),
     "e": ("evaluation", "evaluation", []),
     "f": ("DPO over dialogues, per pair", "dialogues", ["a row per pair", "TRL"]),
+    "g": ("DPO step with LoRA, rank 16", "DPO step with LoRA", ["dpo"]),
 }
 
 
@@ -556,7 +578,7 @@ def main():
     epilog = "The items are described at the head of the file."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=epilog)
     parser.add_argument("--size", choices=SIZES, default="48m")
-    parser.add_argument("--only", default="a,b,c,d,e,f", help="items, e.g. a,b")
+    parser.add_argument("--only", default="a,b,c,d,e,f,g", help="items, e.g. a,b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if CUDA else "cpu")
     parser.add_argument(
         "--no-checkpointing", action="store_true", help="keep all activations in training, on both sides"

@@ -21,6 +21,7 @@ held just before, imports and all. Ranks run with a malloc that gives memory bac
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -211,8 +212,10 @@ HELD = ("parameters", "gradients", "optimizer", "reference")
 IN_TURN = ("rollout", "evaluation", "update")
 
 
-def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1792, reply=256, new=128):
+def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1792, reply=256, new=128, lora_r=0):
     """Bytes that each of `ranks` GPUs needs for ACT with RMSprop, bf16 compute and checkpointing, sharded over all.
+
+    lora_r: of adapters on all projections, in float32, beside bf16 weights that are policy and reference at once.
 
     `rows` pairs are trained on at a time and `eval_rows` turns are played at a time, on each GPU. Prompts have `prompt`
     tokens and share nothing, replies `reply`, responses `new`. What is held is exact, `dtype_bytes` to a parameter.
@@ -231,7 +234,8 @@ def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1
         prefill = (
             rows * prompt * (6 * wide + 16 * hidden + 16 * queries) + 10 * rows * prompt**2
         )  # the last: making the mask
-        return 2 * total + cache + max(prefill, 28 * rows * vocabulary)
+        copy = 0 if lora_r and ranks == 1 else 2 * total  # one process samples from the frozen weights themselves
+        return copy + cache + max(prefill, 28 * rows * vocabulary)
 
     tokens, scored = rows * (prompt + 2 * reply), rows * 2 * reply  # a pair: its prompt once and both its sides
     gathered = 2 * 2 * embedding + 2 * 2 * layer  # both models' embeddings stay whole; the next layer comes early
@@ -241,6 +245,16 @@ def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1
         14 * min(2**28, scored * vocabulary) + 8 * embedding
     )  # TokenLogps: a chunk in several forms, the embedding's gradient
     summed = 8 * embedding  # the embedding's gradient from its other end, and in float32 to be summed over ranks
+    if lora_r:
+        sides = sum(sum(p.shape) for name, p in model.layers.named_parameters() if p.ndim == 2)
+        gathered = gathered / 2 if ranks > 1 else 0  # one model, whole where there is one process
+        logits = 14 * min(2**28, scored * vocabulary) + 2 * embedding  # no gradient of the embedding
+        update = gathered + inputs + max(recomputed - 6 * layer, logits)
+        held = 4 * lora_r * sides / ranks
+        return {
+            "parameters": 2 * total / ranks + held, "gradients": held, "optimizer": held, "reference": 0.0,
+            "rollout": decoding(rows), "evaluation": decoding(eval_rows), "update": update,
+        }  # fmt: skip
     return {
         **dict.fromkeys(HELD[:3], dtype_bytes * total / ranks),
         "reference": 2 * total / ranks,
@@ -256,24 +270,37 @@ def peak_of(memory):
     return held + max(memory["update"], max(memory["rollout"], memory["evaluation"]) - memory["gradients"])
 
 
-def print_plan(ranks=(1, 8, 16)):
+CARDS = (24, 48, 80, 141)  # GB
+CUDA = 2.5 * GIB  # the context, cuBLAS, NCCL, compiled graphs: 2 to 3 GiB
+
+
+def print_plan(ranks=(1, 2, 8), lora_r=16):
     print("\n### Memory of each GPU, computed\n")
-    print("GiB for `act` as in configs/gemma2_SIZE_pacific.json, every prompt as long as it may be. Held all along,")
-    print("sharded over the GPUs: float32 parameters and RMSprop state, and the bfloat16 reference. In turn: a")
-    print("rollout, an evaluation (whole bfloat16 copy, key-value cache, prefill), an update (gathered weights,")
-    print("activations, logits) with the gradients, sharded too.\n")
-    print("| model | GPUs | parameters, state | reference | rollout | evaluation | gradients | update | peak |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("GiB for `act` with prompts of configs/gemma2_SIZE_pacific.json, each as long as it may be, one pair at a time,")
+    print(f"in full or with adapters of rank {lora_r}. Held all along, sharded: parameters, optimiser's state, reference. In")
+    print("turn: a rollout; an evaluation (key-value cache, prefill, sharded also a whole bfloat16 copy); an update with its")
+    print(f"gradients. Peak: of all that, and {CUDA / GIB:.1f} for CUDA itself. Then the smallest card that holds it, and")
+    print("how many turns are evaluated at once there (`per_device_eval_batch_size`, up to 32).\n")
+    print("| model | | GPUs | held | rollout | evaluation | update | peak | card | turns |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for size in ("2b", "9b", "27b"):
         training = act.load_config(ROOT / "configs" / f"gemma2_{size}_pacific.json").training_config
-        for n in ranks:
-            memory = training_memory(
-                config_of(size), n, 4, training.per_device_train_batch_size, training.per_device_eval_batch_size,
-                training.max_prompt_length, training.max_length - training.max_prompt_length, training.max_new_tokens,
-            )  # fmt: skip
-            keys = ("reference", "rollout", "evaluation", "gradients", "update")
-            cells = [memory["parameters"] + memory["optimizer"], *(memory[key] for key in keys), peak_of(memory)]
-            print(f"| {size} | {n} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + " |")
+        prompt, new = training.max_prompt_length, training.max_new_tokens
+        for rank, n in itertools.product((lora_r, 0), ranks):
+
+            def needs(turns, n=n, rank=rank, size=size, prompt=prompt, new=new, longest=training.max_length):
+                return training_memory(config_of(size), n, 4, 1, turns, prompt, longest - prompt, new, rank)
+
+            peaks = {turns: peak_of(needs(turns)) + CUDA for turns in (32, 16, 8, 4, 2, 1)}
+            card, turns = next(
+                ((card, turns) for card in CARDS for turns, peak in peaks.items() if peak <= card * 1e9), (None, 1)
+            )
+            memory = needs(turns)
+            held = sum(memory[key] for key in ("parameters", "optimizer", "reference"))
+            cells = [held, *(memory[key] for key in IN_TURN[:2]), memory["update"] + memory["gradients"], peaks[turns]]
+            kind = f"LoRA {rank}" if rank else "full"
+            tail = f"{card} GB | {turns}" if card else f"over {CARDS[-1]} GB | -"
+            print(f"| {size} | {kind} | {n} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + f" | {tail} |")
 
 
 # ----------------------------------------------------------------------------------------------------------- the tables

@@ -193,6 +193,7 @@ def main():
     parser.add_argument("--jobs", type=int, choices=range(1, 17), metavar="N", default=1, help="runs at a time")
     parser.add_argument("--folds", type=int, choices=range(1, 4), metavar="N", default=3, help="the first N of 3 only")
     parser.add_argument("--lora", action="store_true", help="train adapters instead of all weights; take another --out")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
     parser.add_argument("--search", action="store_true", help="try settings on a part of fold 0's training dialogues")
     args = parser.parse_args()
     runs = Folds(args.conversations, args.model, args.out, args.jobs, args.lora)
@@ -202,12 +203,13 @@ def main():
         rows = {" ".join([m, *(f"{k} {v}" for k, v in c)]): samples for (m, _, c), samples in found.items()}
         return write(runs.out, "search", *table(rows))
     folds = [f"fold{k}" for k in range(args.folds)]
-    found = runs.map([(method, fold, ()) for fold in folds for method in METHODS])
-    rows = {method: [row for fold in folds for row in found[method, fold, ()]] for method in METHODS}
+    found = runs.map([(method, fold, ()) for fold in folds for method in args.methods])
+    rows = {method: [row for fold in folds for row in found[method, fold, ()]] for method in args.methods}
     text, numbers = table(rows)
-    minutes = ", ".join(f"{m} {runs.seconds(m, (), folds) / 60:.0f}" for m in METHODS)
-    dialogues = len({row["dialogue"] for row in rows["SFT"]})
-    text += f"\n\n{dialogues} dialogues, {len(rows['SFT'])} turns a row; minutes of training a fold: {minutes}."
+    minutes = ", ".join(f"{m} {runs.seconds(m, (), folds) / 60:.0f}" for m in args.methods)
+    turns = rows[args.methods[0]]
+    dialogues = len({row["dialogue"] for row in turns})
+    text += f"\n\n{dialogues} dialogues, {len(turns)} turns a row; minutes of training a fold: {minutes}."
     return write(runs.out, "pacific", text, numbers)
 
 
