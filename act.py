@@ -1506,6 +1506,8 @@ def lock(output):
         fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{output}: another run is writing to it, expected one at a time") from None
+    except OSError as error:  # a file system without locks
+        print0(f"{output}: a second run at once would not be noticed here ({error.strerror})")
 
 
 def whole_rows(path):

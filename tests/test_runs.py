@@ -377,6 +377,7 @@ def test_what_a_killed_run_left_half_written_is_passed_over(killed_run, tmp_path
     checkpoints = folder / "out" / "checkpoints"
     shutil.copytree(checkpoints / "step-2", checkpoints / ".step-4.part")
     (checkpoints / ".step-4.part" / "optimizer.safetensors").write_bytes(b"half")
+    (checkpoints / ".step-1.old").mkdir()  # of a step that is not saved again
     with open(folder / "out" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 0.6')
     assert_resumes_exactly(whole, folder)
@@ -981,6 +982,15 @@ def test_a_run_holds_its_lock_until_it_ends(world, tmp_path, monkeypatch):
     assert held
 
 
+def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    act.lock(tmp_path)
+    assert "would not be noticed here (Function not implemented)" in capsys.readouterr().out
+
+
 def test_of_two_runs_that_start_at_once_the_second_stops_before_it_writes(world, act_run, tmp_path, monkeypatch, capsys):
     """The first has even ended when the second, which found an empty directory, has loaded its model."""
     config, load = run_config(world, tmp_path), act.load_pairs
@@ -1033,6 +1043,17 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(world, tmp_path, monkey
     assert run("--config", config, "--resume") == 0
     assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4]
     assert names_in(tmp_path / "out" / "checkpoints") == {"step-3"}, "nothing half written is left"
+
+
+def a_full_disk_on_rank_zero():
+    if os.environ["RANK"] == "0":
+        act.data.append_jsonl = full
+
+
+def test_a_full_disk_ends_all_ranks_without_a_traceback(world, tmp_path):
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=2, per_device_train_batch_size=2)
+    statuses, said = run_on_ranks(2, tmp_path, "--config", config, patch=a_full_disk_on_rank_zero)
+    assert statuses == [2, 2] and "No space left on device" in said and "Traceback" not in said, said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
