@@ -647,7 +647,7 @@ class Log:
         print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {self.folder / 'report.html'}")
         if self.last:
             found = [f"{score:.3f} after step {step}" for step, score in scores_of(self.config.training_config).items()]
-            print0(f"{self.config.training_config.metric_for_best_model}, the best first: {', '.join(found)}")
+            print0(f"{self.config.training_config.metric_for_best_model}, the best first: {', '.join(found[:5])}")
 
 
 def write_evaluation(folder, metrics, samples):
