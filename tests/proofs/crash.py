@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""Is nothing lost when a run is killed? Kills at random moments and at every rename of a save and of an --overwrite.
+"""Is nothing lost when a run is killed? At random moments, at every rename and removal of a save and of an --overwrite.
 
     python tests/proofs/crash.py [--out runs/crash] [--kills 20]
 
@@ -38,28 +38,31 @@ import act
 SAVED = 3  # the step whose save is killed: it prunes the checkpoint of step 2
 
 
-def kill_at_rename(function, number, counted=""):
-    """Kill this process before the rename of this number that `act.function` makes; 0: count them in a file."""
-    inner, renames = getattr(act, function), [0]
+def kill_at_change(function, number, counted=""):
+    """Kill this process before the rename or removal of this number in `act.function`; 0: count them in a file."""
+    inner, changes = getattr(act, function), [0]
+    names = ("rename", "replace", "unlink", "rmdir")
 
-    def renaming(rename):
+    def changing(change):
         def wrapped(*args, **options):
-            renames[0] += 1
-            if renames[0] == number:
+            changes[0] += 1
+            if changes[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return rename(*args, **options)
+            return change(*args, **options)
 
         return wrapped
 
     def armed(*args, **options):
         if function == "save_checkpoint" and args[1] != SAVED:
             return inner(*args, **options)
-        before = os.rename, os.replace
-        os.rename, os.replace = map(renaming, before)
+        before = {name: getattr(os, name) for name in names}
+        for name, change in before.items():
+            setattr(os, name, changing(change))
         result = inner(*args, **options)
-        os.rename, os.replace = before
+        for name, change in before.items():
+            setattr(os, name, change)
         if counted and act.is_main():
-            Path(counted).write_text(str(renames[0]))
+            Path(counted).write_text(str(changes[0]))
         return result
 
     setattr(act, function, armed)
@@ -103,10 +106,12 @@ def write_config(count, folder, data):
 
 
 def result_of(folder):
-    """What must be the same: the model's bytes and the metrics but for the clock's."""
-    rows = rows_of(folder / "out" / "metrics.jsonl")
-    rows = [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in rows]
-    return (folder / "out" / "model" / "model.safetensors").read_bytes(), rows
+    """What must be the same: the model's bytes and the metrics but for the clock's; None where one is missing."""
+    weights, metrics = folder / "out" / "model" / "model.safetensors", folder / "out" / "metrics.jsonl"
+    if not weights.exists() or not metrics.exists():
+        return None
+    rows = [{key: x for key, x in row.items() if not key.startswith("seconds/")} for row in rows_of(metrics)]
+    return weights.read_bytes(), rows
 
 
 def files_of(folder):
@@ -135,7 +140,7 @@ def killed_at_random(count, folder, whole, seconds, rng):
 
 
 def killed_at_save(count, folder, whole, number):
-    statuses(start(count, folder, patch=functools.partial(kill_at_rename, "save_checkpoint", number)))
+    statuses(start(count, folder, patch=functools.partial(kill_at_change, "save_checkpoint", number)))
     return resume(count, folder, whole)
 
 
@@ -145,13 +150,14 @@ def killed_at_overwrite(count, folder, whole, number):
     weights = next((folder / "out" / "checkpoints").glob("step-*")) / "model.safetensors"
     save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
     before = files_of(folder / "out")
-    statuses(start(count, folder, "--overwrite", patch=functools.partial(kill_at_rename, "start_output", number)))
+    statuses(start(count, folder, "--overwrite", patch=functools.partial(kill_at_change, "start_output", number)))
     return "untouched" if files_of(folder / "out") == before else resume(count, folder, whole)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="runs/crash", help="where the runs are, and what was found so far")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=20, help="at random moments, for each number of processes")
     given = parser.parse_args()
     out = Path(given.out).resolve()
@@ -164,19 +170,19 @@ def main():
     if results.exists():
         found = {tuple(key): said for key, said in rows_of(results)}
 
-    for count in (1, 2):
-        whole, cases, renames = out / f"whole-{count}", [], {}
+    for count in given.processes:
+        whole, cases, changes = out / f"whole-{count}", [], {}
         write_config(count, whole, out)
         seconds = []
         for function in ("save_checkpoint", "start_output"):  # two whole runs: the second has everything loaded
             began, counted = time.monotonic(), out / function
-            patch = functools.partial(kill_at_rename, function, 0, str(counted))
+            patch = functools.partial(kill_at_change, function, 0, str(counted))
             assert statuses(start(count, whole, "--overwrite", patch=patch)) == [0] * count, (whole / "log").read_text()
             seconds.append(time.monotonic() - began)
-            renames[function] = int(counted.read_text())
+            changes[function] = int(counted.read_text())
         cases += [("at random", killed_at_random, i, (seconds[-1], random.Random(f"{count}/{i}"))) for i in range(given.kills)]
-        cases += [("in a save", killed_at_save, i + 1, (i + 1,)) for i in range(renames["save_checkpoint"])]
-        cases += [("in --overwrite", killed_at_overwrite, i + 1, (i + 1,)) for i in range(renames["start_output"])]
+        cases += [("in a save", killed_at_save, i + 1, (i + 1,)) for i in range(changes["save_checkpoint"])]
+        cases += [("in --overwrite", killed_at_overwrite, i + 1, (i + 1,)) for i in range(changes["start_output"])]
         for kind, kill, number, arguments in cases:
             key = (kind, count, number)
             if key in found:
