@@ -7,7 +7,8 @@ A run of 4 steps in the tiny world, each with a checkpoint, on one process and o
 chance, is killed (SIGKILL); `--resume` then goes on, and in the end its model must have the same bytes, and its metrics
 the same values, as those of the run that nobody killed. Where an --overwrite was killed, what was there before must be
 untouched, or must not come back: --resume starts again, or refuses and leaves it to another --overwrite. A case that is
-done is not done again: a second call goes on where the first was stopped.
+done is not done again: a second call goes on where the first was stopped. (On two processes every third rename or
+removal is tried, which only the first of them does.)
 """
 
 import argparse
@@ -171,7 +172,7 @@ def main():
         found = {tuple(key): said for key, said in rows_of(results)}
 
     for count in given.processes:
-        whole, cases, changes = out / f"whole-{count}", [], {}
+        whole, cases, changes, every = out / f"whole-{count}", [], {}, 1 if count == 1 else 3
         write_config(count, whole, out)
         seconds = []
         for function in ("save_checkpoint", "start_output"):  # two whole runs: the second has everything loaded
@@ -181,8 +182,8 @@ def main():
             seconds.append(time.monotonic() - began)
             changes[function] = int(counted.read_text())
         cases += [("at random", killed_at_random, i, (seconds[-1], random.Random(f"{count}/{i}"))) for i in range(given.kills)]
-        cases += [("in a save", killed_at_save, i + 1, (i + 1,)) for i in range(changes["save_checkpoint"])]
-        cases += [("in --overwrite", killed_at_overwrite, i + 1, (i + 1,)) for i in range(changes["start_output"])]
+        cases += [("in a save", killed_at_save, i + 1, (i + 1,)) for i in range(0, changes["save_checkpoint"], every)]
+        cases += [("in --overwrite", killed_at_overwrite, i + 1, (i + 1,)) for i in range(0, changes["start_output"], every)]
         for kind, kill, number, arguments in cases:
             key = (kind, count, number)
             if key in found:
