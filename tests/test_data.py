@@ -1150,3 +1150,12 @@ def test_command_line_refuses_a_wrong_number_of_files(capsys, words):
     with pytest.raises(SystemExit) as ended:
         data.main(words)
     assert ended.value.code == 2 and "expected check FILE [--config CONFIG], spider IN" in capsys.readouterr().err
+
+
+def test_a_dataset_has_a_length_and_its_pairs():
+    """Made once, when first asked for, or by prepare_datasets."""
+    made = []
+    rows = data.read_vertex_jsonl(TINY / "test.jsonl")[:5]
+    dataset = data.ACTDataset(rows, CLARIFY, 2, lambda requests: made.append(1) or data.rule_questions(requests))
+    assert len(dataset) == len(list(dataset)) > 5 and dataset[0].action in (CLARIFY, ANSWER) and made == [1]
+    assert dataset.prepare_datasets() == list(dataset) and made == [1, 1]
