@@ -388,7 +388,7 @@ THETAS = {GLOBAL: "rope_theta", LOCAL: "rope_local_base_freq"}
 def read_config(path):
     raw, beside = read_json(regular(Path(path))), regular(Path(path).with_name("generation_config.json"))
     source, generation = dict(raw), read_json(beside) if beside.exists() else {}
-    if raw.get("model_type") not in ARCHITECTURES:
+    if raw.get("model_type") not in [*ARCHITECTURES]:
         hint = " (text only, no pictures)" if raw.get("model_type") == "gemma3" else ""
         known = " or ".join(map(repr, ARCHITECTURES))
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, expected {known}{hint}")
@@ -696,7 +696,7 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
     index = directory / f"{stem}.safetensors.index.json"
     names, where = [f"{stem}.safetensors"], directory / f"{stem}.safetensors"
     if index.exists():
-        weight_map, where = read_json(index).get("weight_map"), index
+        weight_map, where = read_json(regular(index)).get("weight_map"), index
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InputError(f"{index}: weight_map is not an object that maps tensor names to file names")
         names = sorted(set(weight_map.values()))
@@ -709,9 +709,10 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
                 file = stack.enter_context(safe_open(regular(directory / name), framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{directory / name}: not readable as safetensors ({error})") from None
-            new = {key.removeprefix(prefix): (file, key) for key in file.keys()}
-            problems += [f"{name} stands in two files" for name in new if name in found]
-            found.update(new)
+            for key in file.keys():
+                short = key.removeprefix(prefix)
+                problems += [f"{short} stands in two places"] if short in found else []
+                found[short] = file, key
         if "lm_head.weight" in found and "embed_tokens.weight" in found:  # some writers store the tied head once more
             tied = found["lm_head.weight"], found["embed_tokens.weight"]
             if torch.equal(*(file.get_tensor(key) for file, key in tied)):
