@@ -612,7 +612,11 @@ def test_what_is_broken_is_said_in_one_line_with_status_2(copied, tokenizer_path
     breaks, file, said = BROKEN[name]
     breaks(copied)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+    def waited(*_):
+        pytest.fail("it waits")
+
+    before = signal.signal(signal.SIGALRM, waited)
     signal.alarm(20)
     try:
         assert gemma.main([str(copied), "--prompt", "rome"]) == 2
@@ -1101,22 +1105,30 @@ def test_a_chat_is_the_conversation_in_the_models_template(talk, monkeypatch, pr
 
 
 def test_a_reply_appears_token_by_token_and_ctrl_c_ends_it_but_not_the_chat(talk, monkeypatch, capsys):
-    sample, steps, shown = gemma.sample, iter(range(100)), []
+    """Pressed while the third token was being computed, which the cache counts from then on and does not hold."""
+    sample, extend, prefill, steps, shown, prefilled = gemma.sample, gemma.extend, gemma.KVCache.prefill, iter(range(100)), [], []
 
-    def interrupted(*arguments):
+    def watched(*arguments):
         shown.append(capsys.readouterr().out)
-        if next(steps) == 2:
-            raise KeyboardInterrupt
         return sample(*arguments)
 
-    whole = replies_of("plain", SAID[:1])[0]
-    monkeypatch.setattr(gemma, "sample", interrupted)
+    def interrupted(*arguments):
+        if next(steps) == 1:
+            raise KeyboardInterrupt
+        return extend(*arguments)
+
+    whole, tokenizer = replies_of("plain", SAID[:1])[0], Tokenizer(TINY / "tokenizer.model")
+    first, second = (tokenizer.decode([token]) for token in tokenizer.encode(" " + whole)[:2])
+    monkeypatch.setattr(gemma, "sample", watched)
+    monkeypatch.setattr(gemma, "extend", interrupted)
+    monkeypatch.setattr(gemma.KVCache, "prefill", lambda self, *arguments: prefilled.append(self) or prefill(self, *arguments))
     rest = talk(SAID)
-    begun = "".join(shown[:3]).removeprefix("> ")
-    assert shown[:3] == ["> ", whole.split()[0], begun[len(whole.split()[0]) :]] and whole.startswith(begun) and len(begun) < len(whole)
     monkeypatch.undo()
+    begun = (first + second).strip()
+    assert shown[:3] == ["> ", first.strip(), second + "\n> "] and whole.startswith(begun) and begun != whole
+    assert len(prefilled) == 2, "and so there is a new one"
     _, *replies = replies_of("plain", SAID, first=begun)
-    assert "".join(shown[3:]) + rest == "\n" + "".join(f"> {reply}\n" for reply in replies) + "> \n"
+    assert "".join(shown[3:]) + rest == "\n> ".join(replies) + "\n> \n"
 
 
 def test_signs_appear_when_their_bytes_are_complete_and_as_far_as_the_terminal_has_them(talk, monkeypatch):

@@ -142,6 +142,11 @@ def test_a_models_files_are_told_what_ends_its_replies(tokenizer, before, prompt
     assert config.eos_token_id == after
 
 
+def test_a_vocabulary_without_eos_ends_messages_alone(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "eos_id", None)
+    assert [Template(tokenizer, prompt_format).stop_ids for prompt_format in FORMATS] == [{6}, {5}]
+
+
 AUTO = json.loads((ROOT / "tests" / "golden" / "auto_tokenizer.json").read_text(encoding="utf-8"))
 
 
