@@ -24,7 +24,6 @@ import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import sentencepiece
@@ -37,10 +36,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import INSTRUCTION, InputError, fold, read_json, write_json
+from data import InputError, Pair, fold, read_json, write_json
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 NEVER = float("-inf")
+FLOATS = ("BF16", "F16", "F32", "F64")  # the types of safetensors that weights may have
 
 
 @dataclass
@@ -684,9 +684,6 @@ def local_slice(parameter):
     return parameter.to_local(), slice(start, stop)
 
 
-FLOATS = ("BF16", "F16", "F32", "F64")
-
-
 def load_safetensors(tensors, directory, stem="model", prefix=""):
     """Fill `tensors`, name -> tensor (of a DTensor this rank's rows), from STEM.safetensors or its shards.
 
@@ -710,24 +707,20 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{directory / name}: not readable as safetensors ({error})") from None
             for key in file.keys():
-                short = key.removeprefix(prefix)
-                problems += [f"{short} stands in two places"] if short in found else []
-                found[short] = file, key
+                problems += [f"{key} stands in two places"] if key.removeprefix(prefix) in found else []
+                found[key.removeprefix(prefix)] = file, key
         if "lm_head.weight" in found and "embed_tokens.weight" in found:  # some writers store the tied head once more
             tied = found["lm_head.weight"], found["embed_tokens.weight"]
             if torch.equal(*(file.get_tensor(key) for file, key in tied)):
                 del found["lm_head.weight"]
         slices = {name: file.get_slice(key) for name, (file, key) in found.items()}
-        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
         problems += [f"missing {name}" for name in tensors if name not in found]
         problems += [f"unexpected {name}" for name in found if name not in tensors]
         problems += [
-            f"{name} has shape {shapes[name]}, expected {list(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if name in found and shapes[name] != list(tensor.shape)
+            f"{name} is {part.get_dtype()} {part.get_shape()}, expected floats {list(tensors[name].shape)}"
+            for name, part in slices.items()
+            if name in tensors and (part.get_shape() != list(tensors[name].shape) or part.get_dtype() not in FLOATS)
         ]
-        kinds = {name: part.get_dtype() for name, part in slices.items()}
-        problems += [f"{name} is of type {kinds[name]}, expected floats" for name in kinds if kinds[name] not in FLOATS]
         if problems:
             more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise InputError(f"{where}: does not hold the expected tensors: {'; '.join(problems[:12])}{more}")
@@ -817,8 +810,7 @@ class Tokenizer:
         ids = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
         self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)  # None: not in the vocabulary
         self.start_of_turn_id, self.end_of_turn_id = map(self._find, ("<start_of_turn>", "<end_of_turn>"))
-        control = [self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id]
-        self.control_ids = {i for i in control if i is not None}
+        self.control_ids = {self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id} - {None}
         pieces = [re.escape(self.sp.id_to_piece(i)) for i in self.control_ids]
         self._control = re.compile("|".join(pieces) or "(?!)")
 
@@ -1188,13 +1180,11 @@ def candidates(logits, top_k, top_p, guess=1024):
 
 
 @torch.inference_mode()
-def stream(model, prompt, cache, limit, temperature, stop_ids):
-    """Yields the tokens that continue `prompt`, as they are sampled; the cache (KVCache) goes on with the next call."""
-    new = cache.rewind([prompt])
-    logits = cache.advance(model, new, limit) if new else cache.prefill(model, [prompt], limit)
-    for _ in range(limit):
-        u = torch.rand(1, dtype=torch.float64).to(logits.device)
-        [token] = sample(logits, u, temperature, 0, 1.0).tolist()
+def stream(model, prompt, cache, room, temperature, stop_ids):
+    """Yields up to `room` tokens that continue `prompt`, as they are sampled; the next call goes on with the cache."""
+    logits = cache.advance(model, cache.rewind([prompt]), room) if cache.order else cache.prefill(model, [prompt], room)
+    for _ in range(room):
+        [token] = sample(logits, torch.rand(1, dtype=torch.float64).to(logits.device), temperature, 0, 1.0).tolist()
         if token in stop_ids:
             return
         yield token
@@ -1204,7 +1194,7 @@ def stream(model, prompt, cache, limit, temperature, stop_ids):
 def chat(model, template, context, limit, temperature):
     """A conversation in the terminal, until Ctrl-D raises EOFError. Ctrl-C ends a reply."""
     history, cache = [], KVCache()
-    pair = SimpleNamespace(instruction=INSTRUCTION, context=context, history=history)
+    pair = Pair(context, history, action="", chosen=[], rejected=[], gold=[], target="")  # a prompt's part of one
     while True:
         history.append(("user", input("> ")))
         prompt = template.prompt(pair, max(1, model.config.max_position_embeddings - limit))

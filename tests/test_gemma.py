@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo import lookup_backend
 
 import gemma
+from data import INSTRUCTION
 from gemma import Gemma, GemmaConfig, InputError, Tokenizer, generate
 
 ROOT = Path(__file__).parent.parent
@@ -589,7 +590,7 @@ BROKEN = {  # name: (what is done to the directory, file named, what else is sai
     "a FIFO for a shard": (lambda d: (make_shards(d), fifo(d, "b.safetensors")), "b.safetensors", "not a file"),
     **{f"a FIFO for {name}": (lambda d, name=name: fifo(d, name), name, "not a file") for name in (
         "model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json")},
-    **{f"weights of {kind}": (lambda d, kind=kind: edit_tensors(d, norm_weight=lambda x: x.to(kind)), "model.safetensors", f"norm.weight is of type {name}")
+    **{f"weights of {kind}": (lambda d, kind=kind: edit_tensors(d, norm_weight=lambda x: x.to(kind)), "model.safetensors", f"norm.weight is {name} [48], expected floats [48]")
        for kind, name in ((torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int64, "I64"))},
     **{f"weights with {number}": (lambda d, number=number: edit_tensors(d, embed_tokens_weight=lambda x: x.index_fill(0, torch.tensor([7]), number)),
                                   "model.safetensors", "embed_tokens.weight holds numbers that are not finite")
@@ -1085,7 +1086,7 @@ def replies_of(prompt_format, lines, first=None):
     template, history = gemma.Template(tokenizer, prompt_format), []
     for line in lines:
         history.append(("user", line))
-        prompt = template.prompt(SimpleNamespace(history=history, context=CONTEXT, instruction=gemma.INSTRUCTION), 2000)
+        prompt = template.prompt(SimpleNamespace(history=history, context=CONTEXT, instruction=INSTRUCTION), 2000)
         [reply] = generate(model, [prompt], 12, temperature=0, stop_ids=template.stop_ids)
         history.append(("model", template.text(reply) if first is None or len(history) > 1 else first))
     return [text for role, text in history if role == "model"]
