@@ -1170,7 +1170,7 @@ def save_tokenizer(tokenizer, config, directory):
     if not tokenizer.config:
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         turns = [i for i in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) if i is not None]
-        # transformers 5 then does as tokenizer.model says; its GemmaTokenizer omits <bos> and decodes no line breaks
+        # transformers 5 then follows tokenizer.model; its GemmaTokenizer makes a BPE of a unigram, and cuts 32 spaces up
         settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
         settings |= {key: tokenizer.sp.id_to_piece(i) for key, i in ids.items() if i is not None}
         settings["extra_special_tokens"] = [tokenizer.sp.id_to_piece(i) for i in turns]
