@@ -1165,12 +1165,12 @@ def save_tokenizer(tokenizer, config, directory):
     """Copy tokenizer.model and what transformers and vLLM look for beside it, or write what they need."""
     shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if tokenizer.path.with_name(name).exists():
+        if tokenizer.path.with_name(name).is_file():
             shutil.copyfile(tokenizer.path.with_name(name), directory / name)
     if not tokenizer.config:
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         turns = [i for i in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) if i is not None]
-        # transformers 5 then follows tokenizer.model; its GemmaTokenizer makes a BPE of a unigram, and cuts 32 spaces up
+        # transformers 5 then follows tokenizer.model; its GemmaTokenizer takes a unigram for a BPE, and cuts 32 spaces
         settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
         settings |= {key: tokenizer.sp.id_to_piece(i) for key, i in ids.items() if i is not None}
         settings["extra_special_tokens"] = [tokenizer.sp.id_to_piece(i) for i in turns]
