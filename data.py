@@ -661,9 +661,9 @@ def number_text(token):
         if not digits or not digits[1]:
             return "None"
         number = float(digits[1]) if "." in digits[1] else int(digits[1])
-        scaled = re.search(r"[\d.]+\s?[a-zA-Z]+", token)
+        scaled = re.search(r"[\d.]\s?[a-zA-Z]+", token)
         sign = -1 if re.search(r"\([\d.\s]+\)", token) else 1
-        percent = 0.01 if re.search(r"[\d.\s]+%", token.strip()) else 1
+        percent = 0.01 if re.search(r"[\d.\s]%", token.strip()) else 1
         return str(round(number * (scale_of(scaled[0]) if scaled else 1) * sign * percent, 4))
     except (ValueError, OverflowError):  # no number, or thousands of digits (where the scorer itself breaks off)
         return None

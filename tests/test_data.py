@@ -902,6 +902,18 @@ def test_drop_f1_by_hand():
     assert drop_f1("9" * 5000 + "%", "9") == (0.0, 0.0)  # more digits than Python converts
 
 
+@pytest.mark.parametrize(("text", "word"), [
+    ("1." + "1" * 40_000, "1.1111"), ("1." + "1" * 40_000 + "x", None), ("1.5\u00a0million" + "." * 40_000, "1500000.0"),
+    ("1." + "1" * 40_000 + "%", "0.0111"), ("1.0" + "\u00a0" * 40_000 + "%", "0.01"), ("(" * 40_000, None),
+])  # fmt: skip
+def test_drop_f1_takes_no_longer_for_long_numbers(text, word):
+    """Search from every digit to the end of the number was 38 s; this is milliseconds."""
+    start = time.perf_counter()
+    words = data.drop_words(text)
+    assert time.perf_counter() - start < 1
+    assert words == [word] if word else len(words) <= 1
+
+
 @pytest.mark.parametrize("heuristic", [drop_f1, data.coqa_f1, data.exact_match])  # SQL's: test_sql.py
 def test_no_text_breaks_a_heuristic(heuristic):
     words = ("5", "%", "(", ")", ".", "-", "\t", " ", "million", "1e999", "inf", "½", "٣", "_", "a")
