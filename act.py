@@ -1212,6 +1212,7 @@ def prepare(config, overwrite, resume):
     else:
         policy = build_model(checkpoint or source, mesh, dtype, *held)
     gemma.check_vocabulary(tokenizer, policy)
+    template.mark_stops(policy.config)
 
     steps = math.ceil(training.num_train_epochs * len(pairs) / (local * world))
     steps = training.max_steps if training.max_steps > 0 else steps
@@ -1355,14 +1356,30 @@ def save_model(run, directory, optimizer=None, state=None, adapters=False):
     if optimizer:
         gemma.save_safetensors(optimizer_tensors(model, optimizer), partial if is_main() else None, "optimizer")
     if is_main():
-        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if tokenizer.path.with_name(name).exists():  # not read here, but transformers and vLLM look for them
-                shutil.copyfile(tokenizer.path.with_name(name), partial / name)
+        save_tokenizer(tokenizer, model.config, partial)
         if state:
             write_json(partial / "trainer_state.json", state)
         gemma.remove_tree(directory)
         partial.rename(directory)
+
+
+def save_tokenizer(tokenizer, config, directory):
+    """Copy tokenizer.model and what transformers and vLLM look for beside it, or write what they need."""
+    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if tokenizer.path.with_name(name).is_file():
+            shutil.copyfile(tokenizer.path.with_name(name), directory / name)
+    if not tokenizer.config:
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+        turns = [i for i in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) if i is not None]
+        # transformers 5 then follows tokenizer.model; its GemmaTokenizer takes a unigram for a BPE, and cuts 32 spaces
+        settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
+        settings |= {key: tokenizer.sp.id_to_piece(i) for key, i in ids.items() if i is not None}
+        settings["extra_special_tokens"] = [tokenizer.sp.id_to_piece(i) for i in turns]
+        write_json(directory / "tokenizer_config.json", settings)
+    if gemma.is_chat(tokenizer, config) and "chat_template" not in tokenizer.config:
+        if not (directory / "chat_template.jinja").exists():
+            shutil.copyfile(HERE / "configs" / "chat_template.jinja", directory / "chat_template.jinja")
 
 
 def save_checkpoint(run, step):
@@ -1674,6 +1691,7 @@ def load_helper(config, path):
     dtype = torch.bfloat16 if config.training_config.bf16 else getattr(torch, config.policy_model_config.dtype)
     tokenizer = Tokenizer(directory / "tokenizer.model")
     model = Gemma.from_pretrained(directory, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    gemma.check_vocabulary(tokenizer, model)
     return model.requires_grad_(False), tokenizer
 
 

@@ -197,21 +197,28 @@ class ACTDataset:
         self.icl_examples, self.class_balance = max(1, icl_examples), class_balance or {}
         self.preference_model = preference_model or rule_questions
         self.action_model = action_model or rule_actions
-        self.skipped, self.labelled = [], 0
+        self.skipped, self.labelled, self.pairs = [], 0, None
+
+    def __len__(self):
+        return len(self.prepare_datasets() if self.pairs is None else self.pairs)
+
+    def __getitem__(self, i):
+        return (self.prepare_datasets() if self.pairs is None else self.pairs)[i]
 
     def prepare_datasets(self):
         """The pairs, in the order of the data; the turns of a dialogue stay together."""
-        if self.is_preference:
-            return self.balance(self.dataset)
-        pairs, owners = [], []
-        self.skipped = []
+        self.pairs = self.balance(self.dataset if self.is_preference else self.turns())
+        return self.pairs
+
+    def turns(self):
+        pairs, owners, self.skipped = [], [], []
         for owner, messages in enumerate(self.labelled_messages()):
             where = self.dataset[owner].get("where", f"conversation {owner + 1}")
             new = turn_pairs(messages, where, self.skipped)
             pairs += new
             owners += [owner] * len(new)
         self.reject_questions(pairs, owners)
-        return self.balance(pairs)
+        return pairs
 
     def labelled_messages(self):
         """The messages of each conversation, user turns labelled with the action of their reply."""
@@ -654,9 +661,9 @@ def number_text(token):
         if not digits or not digits[1]:
             return "None"
         number = float(digits[1]) if "." in digits[1] else int(digits[1])
-        scaled = re.search(r"[\d.]+\s?[a-zA-Z]+", token)
+        scaled = re.search(r"[\d.]\s?[a-zA-Z]+", token)
         sign = -1 if re.search(r"\([\d.\s]+\)", token) else 1
-        percent = 0.01 if re.search(r"[\d.\s]+%", token.strip()) else 1
+        percent = 0.01 if re.search(r"[\d.\s]%", token.strip()) else 1
         return str(round(number * (scale_of(scaled[0]) if scaled else 1) * sign * percent, 4))
     except (ValueError, OverflowError):  # no number, or thousands of digits (where the scorer itself breaks off)
         return None

@@ -1,5 +1,6 @@
 """Gemma 2 and Gemma 3 (text): tries, decoder, safetensors, SentencePiece tokenizer, batched generation.
 
+    python gemma.py MODEL_DIR                                      talks with it
     python gemma.py MODEL_DIR --prompt "Why is the sky blue?"      continues it: is this checkpoint sound?
 
 To read: from here to the end of class Gemma, what a batch is and what the decoder computes. For reference
@@ -36,10 +37,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, fold, read_json, write_json
+from data import InputError, Pair, fold, read_json, write_json
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 NEVER = float("-inf")
+FLOATS = ("BF16", "F16", "F32", "F64")  # the types of safetensors that weights may have
 
 
 @dataclass
@@ -67,6 +69,7 @@ class GemmaConfig:
     bos_token_id: int = 2
     sliding_window_pattern: int | None = None  # one layer in so many is global: 2, in Gemma 3 6
     layer_types: list | None = None  # LOCAL or GLOBAL, for each layer; default: by the pattern
+    source, generation = {}, {}  # not fields: all that stands in config.json and in generation_config.json beside it
 
     def __post_init__(self):
         gemma3 = self.model_type == "gemma3_text"
@@ -385,8 +388,9 @@ THETAS = {GLOBAL: "rope_theta", LOCAL: "rope_local_base_freq"}
 
 
 def read_config(path):
-    raw = read_json(path)
-    if raw.get("model_type") not in ARCHITECTURES:
+    raw, beside = read_json(regular(Path(path))), regular(Path(path).with_name("generation_config.json"))
+    source, generation = dict(raw), read_json(beside) if beside.exists() else {}
+    if raw.get("model_type") not in [*ARCHITECTURES]:
         hint = " (text only, no pictures)" if raw.get("model_type") == "gemma3" else ""
         known = " or ".join(map(repr, ARCHITECTURES))
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, expected {known}{hint}")
@@ -403,6 +407,8 @@ def read_config(path):
                 raise InputError(f"{path}: {key} is {rope!r}, expected an object with rope_type 'default'")
             raw[name] = scheme.get("rope_theta", raw.get(name))
     raw.setdefault("sliding_window_pattern", raw.get("_sliding_window_pattern"))
+    if ends := id_list(raw.get("eos_token_id"), generation.get("eos_token_id")):
+        raw["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     required = [f.name for f in fields(GemmaConfig) if f.default is MISSING] + CAPS * (raw["model_type"] == "gemma2")
     missing = [name for name in required if name not in raw]
     if missing:
@@ -419,20 +425,36 @@ def read_config(path):
             real, lowest = f.type in (float, float | None), 0 if f.name.endswith("_token_id") else 1e-12
             numbers = value if f.type == int | list and isinstance(value, list) else [value]
             right = all(type(n) is int or real and type(n) is float for n in numbers)
-            right = right and min(numbers, default=1) >= lowest
-            must(f.name, right, f"a {'number' if real else 'whole number'} above 0")
+            highest = 1000 if f.name == "num_hidden_layers" else 2**31
+            right = right and all(lowest <= n <= highest for n in numbers)
+            must(f.name, right, f"a {'number' if real else 'whole number'} above 0 and at most {highest}")
     config = GemmaConfig(**given)
     heads, layers, types = config.num_attention_heads, config.num_hidden_layers, config.layer_types
     must("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of num_attention_heads {heads}")
     must("head_dim", config.head_dim % 2 == 0, "an even number")
     right = isinstance(types, list) and len(types) == layers and all(kind in (LOCAL, GLOBAL) for kind in types)
     must("layer_types", right, f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'")
+    config.source, config.generation = source, generation
     return config
+
+
+def regular(path):
+    """The path, unless something else than a file is there: a FIFO would be waited for. Raises InputError."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file, expected one")
+    return path
+
+
+def id_list(*values):
+    """The ids of some values of eos_token_id, each of which may be a number, a list or null."""
+    ids = [i for value in values for i in (value if isinstance(value, list) else [value])]
+    return [i for n, i in enumerate(ids) if i is not None and i not in ids[:n]]
 
 
 def config_json(config, dtype):
     rope = {kind: {"rope_type": "default", "rope_theta": getattr(config, key)} for kind, key in THETAS.items()}
     written = {
+        **{key: value for key, value in config.source.items() if key != "dtype"},  # torch_dtype in transformers 5
         "architectures": [ARCHITECTURES[config.model_type]],
         **asdict(config),
         "rope_parameters": rope if config.model_type == "gemma3_text" else rope[GLOBAL],
@@ -840,29 +862,33 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
     index = directory / f"{stem}.safetensors.index.json"
     names, where = [f"{stem}.safetensors"], directory / f"{stem}.safetensors"
     if index.exists():
-        weight_map, where = read_json(index).get("weight_map"), index
+        weight_map, where = read_json(regular(index)).get("weight_map"), index
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InputError(f"{index}: weight_map is not an object that maps tensor names to file names")
         names = sorted(set(weight_map.values()))
     with contextlib.ExitStack() as stack:
-        found = {}
+        found, problems = {}, []
         for name in names:
+            if Path(name).name != name:
+                raise InputError(f"{index}: weight_map names {name!r}, expected a file beside it")
             try:
-                file = stack.enter_context(safe_open(directory / name, framework="pt"))
+                file = stack.enter_context(safe_open(regular(directory / name), framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{directory / name}: not readable as safetensors ({error})") from None
-            found.update({key.removeprefix(prefix): (file, key) for key in file.keys()})
+            for key in file.keys():
+                problems += [f"{key} stands in two places"] if key.removeprefix(prefix) in found else []
+                found[key.removeprefix(prefix)] = file, key
         if "lm_head.weight" in found and "embed_tokens.weight" in found:  # some writers store the tied head once more
             tied = found["lm_head.weight"], found["embed_tokens.weight"]
             if torch.equal(*(file.get_tensor(key) for file, key in tied)):
                 del found["lm_head.weight"]
-        shapes = {name: list(file.get_slice(key).get_shape()) for name, (file, key) in found.items()}
-        problems = [f"missing {name}" for name in tensors if name not in found]
+        slices = {name: file.get_slice(key) for name, (file, key) in found.items()}
+        problems += [f"missing {name}" for name in tensors if name not in found]
         problems += [f"unexpected {name}" for name in found if name not in tensors]
         problems += [
-            f"{name} has shape {shapes[name]}, expected {list(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if name in found and shapes[name] != list(tensor.shape)
+            f"{name} is {part.get_dtype()} {part.get_shape()}, expected floats {list(tensors[name].shape)}"
+            for name, part in slices.items()
+            if name in tensors and (part.get_shape() != list(tensors[name].shape) or part.get_dtype() not in FLOATS)
         ]
         if problems:
             more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
@@ -871,7 +897,9 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
             for name, tensor in tensors.items():
                 file, key = found[name]
                 part, rows = local_slice(tensor)
-                part.copy_(file.get_slice(key)[rows] if part.ndim else file.get_tensor(key))
+                part.copy_(slices[name][rows] if part.ndim else file.get_tensor(key))
+                if not part.isfinite().all():
+                    raise InputError(f"{where}: {name} holds numbers that are not finite, expected finite ones")
 
 
 def save_model(model, directory, max_shard_bytes):
@@ -882,7 +910,7 @@ def save_model(model, directory, max_shard_bytes):
         staging.mkdir(parents=True)
         write_json(staging / "config.json", model.config.to_json(model.embed_tokens.weight.dtype))
         ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(staging / "generation_config.json", ids)
+        write_json(staging / "generation_config.json", {**model.config.generation, **ids})
     save_safetensors(base_weights(model), staging, "model", "model.", max_shard_bytes)
     if staging:
         new = sorted(path.name for path in staging.iterdir())
@@ -949,21 +977,22 @@ class Tokenizer:
 
     def __init__(self, path):
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(regular(Path(path))))
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: not readable as a SentencePiece model ({reason})") from None
-        self.path = Path(path)
+        self.path, beside = Path(path), regular(Path(path).with_name("tokenizer_config.json"))
+        self.config = read_json(beside) if beside.exists() else {}
         ids = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
         self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)  # None: not in the vocabulary
         self.start_of_turn_id, self.end_of_turn_id = map(self._find, ("<start_of_turn>", "<end_of_turn>"))
-        control = [self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id]
-        pieces = [re.escape(self.sp.id_to_piece(i)) for i in control if i is not None]
+        self.control_ids = {self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id} - {None}
+        pieces = [re.escape(self.sp.id_to_piece(i)) for i in self.control_ids]
         self._control = re.compile("|".join(pieces) or "(?!)")
 
     def _find(self, piece):
         i = self.sp.piece_to_id(piece)
-        return i if self.sp.id_to_piece(i) == piece else None  # an unknown piece has the id of <unk>
+        return i if i >= 0 and self.sp.id_to_piece(i) == piece else None  # an unknown piece has the id of <unk>, or -1
 
     def __len__(self):
         return self.sp.get_piece_size()
@@ -973,11 +1002,21 @@ class Tokenizer:
         cuts = [match.start() + 1 for match in self._control.finditer(text)]
         ids = [self.bos_id] if bos else []
         for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            ids += self.sp.encode(text[start:stop])
+            part = self.sp.encode(text[start:stop])
+            if not self.control_ids.isdisjoint(part):  # a vocabulary that normalises: spelt with other signs
+                part = [i for sign in text[start:stop] for i in self.sp.encode(sign) if i not in self.control_ids]
+            ids += part
         return ids
 
     def decode(self, ids):
         return self.sp.decode([int(i) for i in ids if i < len(self)])
+
+
+def is_chat(tokenizer, config):
+    """Whether a checkpoint's files say that it talks in Gemma's chat template: replies end with a turn, not a line."""
+    ends, turn = id_list(config.eos_token_id), tokenizer.end_of_turn_id
+    template = "chat_template" in tokenizer.config or tokenizer.path.with_name("chat_template.jinja").exists()
+    return turn is not None and (template or turn in ends) and not set(ends) & set(tokenizer.encode("\n"))
 
 
 def check_vocabulary(tokenizer, model):
@@ -1003,9 +1042,15 @@ class Template:
             raise InputError(f"{tokenizer.path}: no pieces <start_of_turn> and <end_of_turn>, which 'gemma' needs")
         self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
         self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
-        self.stop_ids = {self.end[-1], tokenizer.eos_id}
+        self.stop_ids = {self.end[-1], tokenizer.eos_id} - {None}
+        self.newlines = {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
         if self.plain:  # a message is one line; large vocabularies have pieces of several newlines, too
-            self.stop_ids |= {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
+            self.stop_ids |= self.newlines
+
+    def mark_stops(self, config):
+        """Let a model's files name what ends a reply in this format, for programs that read no more than the files."""
+        others = [i for i in id_list(config.eos_token_id) if i not in self.newlines]
+        config.eos_token_id = id_list(others, sorted(self.stop_ids))
 
     def turn(self, role):
         return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
@@ -1343,20 +1388,65 @@ def candidates(logits, top_k, top_p, guess=1024):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
-# `python gemma.py MODEL_DIR --prompt TEXT`: is this checkpoint sound?
+# `python gemma.py MODEL_DIR`: talk with it. With --prompt TEXT: is this checkpoint sound?
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Continue a prompt with a Gemma checkpoint: is it sound?")
+@torch.inference_mode()
+def stream(model, prompt, cache, room, temperature, stop_ids):
+    """Yields up to `room` tokens that continue `prompt`, as they are sampled; the next call goes on with the cache."""
+    logits = cache.advance(model, cache.rewind([prompt]), room) if cache.order else cache.prefill(model, [prompt], room)
+    for _ in range(room):
+        [token] = sample(logits, torch.rand(1, dtype=torch.float64).to(logits.device), temperature, 0, 1.0).tolist()
+        if token in stop_ids:
+            return
+        yield token
+        logits = cache.advance(model, [[token]])
+
+
+def chat(model, template, context, limit, temperature):
+    """A conversation in the terminal, until Ctrl-D raises EOFError. Ctrl-C ends a reply."""
+    history, cache = [], KVCache()
+    pair = Pair(context, history, action="", chosen=[], rejected=[], gold=[], target="")  # a prompt's part of one
+    while True:
+        history.append(("user", input("> ")))
+        prompt = template.prompt(pair, max(1, model.config.max_position_embeddings - limit))
+        tokens, text = [], ""
+        try:
+            for token in stream(model, prompt, cache, limit, temperature, template.stop_ids):
+                tokens.append(token)
+                shown, text = text, template.text(tokens).rstrip("\ufffd")  # a sign whose last bytes are to come
+                print(text[len(shown) :], end="", flush=True)
+        except KeyboardInterrupt:
+            cache = KVCache()  # the old one may hold half a step
+        print()
+        history.append(("model", text))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or continue a text with it.")
     parser.add_argument("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--prompt", help="a text to continue; without it, a chat: Ctrl-D ends it, Ctrl-C a reply")
+    parser.add_argument("--context", default="", help="what a chat is about: the system text of training")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    args = parser.parse_args()
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    parser.add_argument("--device", default=devices[-1], choices=devices)
+    args = parser.parse_args(arguments)
+    for file in (sys.stdin, sys.stdout):
+        file.reconfigure(errors="replace")
     try:
+        if not (args.temperature >= 0 and args.max_new_tokens > 0):
+            raise InputError("--temperature, --max_new_tokens: expected a number from 0 and one from 1")
         tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
-        model = Gemma.from_pretrained(args.model_dir)
+        model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), args.device)
         check_vocabulary(tokenizer, model)
+        if args.prompt is None:
+            template = Template(tokenizer, "gemma" if is_chat(tokenizer, model.config) else "plain")
+            with contextlib.suppress(EOFError, KeyboardInterrupt):
+                chat(model, template, args.context, args.max_new_tokens, args.temperature)
+            print()
+            return 0
         stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
         prompt = tokenizer.encode(args.prompt, bos=True)
         [tokens] = generate(model, [prompt], args.max_new_tokens, args.temperature, stop_ids=stop)

@@ -902,6 +902,18 @@ def test_drop_f1_by_hand():
     assert drop_f1("9" * 5000 + "%", "9") == (0.0, 0.0)  # more digits than Python converts
 
 
+@pytest.mark.parametrize(("text", "word"), [
+    ("1." + "1" * 40_000, "1.1111"), ("1." + "1" * 40_000 + "x", None), ("1.5\u00a0million" + "." * 40_000, "1500000.0"),
+    ("1." + "1" * 40_000 + "%", "0.0111"), ("1.0" + "\u00a0" * 40_000 + "%", "0.01"), ("(" * 40_000, None),
+])  # fmt: skip
+def test_drop_f1_takes_no_longer_for_long_numbers(text, word):
+    """Search from every digit to the end of the number was 38 s; this is milliseconds."""
+    start = time.perf_counter()
+    words = data.drop_words(text)
+    assert time.perf_counter() - start < 1
+    assert words == [word] if word else len(words) <= 1
+
+
 @pytest.mark.parametrize("heuristic", [drop_f1, data.coqa_f1, data.exact_match])  # SQL's: test_sql.py
 def test_no_text_breaks_a_heuristic(heuristic):
     words = ("5", "%", "(", ")", ".", "-", "\t", " ", "million", "1e999", "inf", "½", "٣", "_", "a")
@@ -1150,3 +1162,12 @@ def test_command_line_refuses_a_wrong_number_of_files(capsys, words):
     with pytest.raises(SystemExit) as ended:
         data.main(words)
     assert ended.value.code == 2 and "expected check FILE [--config CONFIG], spider IN" in capsys.readouterr().err
+
+
+def test_a_dataset_has_a_length_and_its_pairs():
+    """Made once, when first asked for, or by prepare_datasets."""
+    made = []
+    rows = data.read_vertex_jsonl(TINY / "test.jsonl")[:5]
+    dataset = data.ACTDataset(rows, CLARIFY, 2, lambda requests: made.append(1) or data.rule_questions(requests))
+    assert len(dataset) == len(list(dataset)) > 5 and dataset[0].action in (CLARIFY, ANSWER) and made == [1]
+    assert dataset.prepare_datasets() == list(dataset) and made == [1, 1]

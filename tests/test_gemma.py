@@ -1,9 +1,11 @@
 """gemma.py against values recorded from Hugging Face transformers (tests/golden), and what its readers and sampler promise."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -13,11 +15,13 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
+from common import random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo import lookup_backend
 
 import gemma
+from data import INSTRUCTION
 from gemma import Gemma, GemmaConfig, InputError, Tokenizer, generate
 
 ROOT = Path(__file__).parent.parent
@@ -357,6 +361,19 @@ def test_eos_token_id_may_be_a_list(copied, tmp_path):
         assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [1, 107], name
 
 
+def test_files_keep_what_their_source_said_beyond_our_fields(copied, tmp_path):
+    edit_config(copied, brand_new_key={"a": [None, 1.5]}, dtype="bfloat16")
+    source = {"top_k": 64, "do_sample": True, "eos_token_id": [1, 107], "pad_token_id": 0}
+    (copied / "generation_config.json").write_text(json.dumps(source))
+    config, saved = json.loads((copied / "config.json").read_text()), tmp_path / "again"
+    for source_directory in (copied, saved):  # and what was saved is a source again
+        Gemma.from_pretrained(source_directory).save_pretrained(saved)
+        generation, again = (json.loads((saved / name).read_text()) for name in ("generation_config.json", "config.json"))
+        assert generation == {**source, "bos_token_id": 2}
+        assert {key: again[key] for key in config if key != "dtype"} == {**{key: config[key] for key in config if key != "dtype"}, "eos_token_id": [1, 107]}
+        assert "dtype" not in again and again["torch_dtype"] == "float32"
+
+
 @both
 def test_unknown_config_keys_are_ignored(folder, copied):
     expected = GemmaConfig.from_json(folder / "config.json")
@@ -528,6 +545,88 @@ def test_a_model_can_be_saved_into_the_working_directory(model, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     model.save_pretrained(".")
     assert torch.equal(Gemma.from_pretrained(".").norm.weight, model.norm.weight)
+
+
+def edit_tensors(directory, **changes):
+    """Replace tensors, named with _ for the dots, by functions of them."""
+    tensors = load_file(directory / "model.safetensors")
+    for name, change in changes.items():
+        name = f"model.{name.replace('_weight', '.weight')}"
+        tensors[name] = change(tensors[name])
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def make_shards(directory, norm_in="b.safetensors", copies=()):
+    """a.safetensors and b.safetensors, the latter with norm.weight and copies of other tensors; the index says norm_in."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    shards = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file({name: tensors[name] for name in tensors if shards[name] == file or file[0] == "b" and name in copies}, directory / file, {"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards | {"model.norm.weight": norm_in}}))
+
+
+def fifo(directory, name):
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+
+
+def twice_in_a_file(directory):
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, "norm.weight": tensors["model.norm.weight"].clone()}, directory / "model.safetensors", {"format": "pt"})
+
+
+def generation(directory, text):
+    (directory / "generation_config.json").write_text(text)
+
+
+BROKEN = {  # name: (what is done to the directory, file named, what else is said)
+    **{f"a shard called {name!r}": (lambda d, name=name: make_shards(d, name), "model.safetensors.index.json", repr(name))
+       for name in ("../b.safetensors", "/dev/zero", "deeper/b.safetensors", ".")},
+    **{f"a shard called {name!r}, a directory": (lambda d, name=name: make_shards(d, name), "", "not a file") for name in ("", "..")},
+    "a tensor in two shards": (lambda d: make_shards(d, copies=["model.layers.1.mlp.up_proj.weight"]), "model.safetensors.index.json",
+                               "layers.1.mlp.up_proj.weight stands in two places"),
+    "a tensor with and without model.": (twice_in_a_file, "model.safetensors", "norm.weight stands in two places"),
+    "a FIFO for a shard": (lambda d: (make_shards(d), fifo(d, "b.safetensors")), "b.safetensors", "not a file"),
+    **{f"a FIFO for {name}": (lambda d, name=name: fifo(d, name), name, "not a file") for name in (
+        "model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json")},
+    **{f"weights of {kind}": (lambda d, kind=kind: edit_tensors(d, norm_weight=lambda x: x.to(kind)), "model.safetensors", f"norm.weight is {name} [48], expected floats [48]")
+       for kind, name in ((torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int64, "I64"))},
+    **{f"weights with {number}": (lambda d, number=number: edit_tensors(d, embed_tokens_weight=lambda x: x.index_fill(0, torch.tensor([7]), number)),
+                                  "model.safetensors", "embed_tokens.weight holds numbers that are not finite")
+       for number in (float("nan"), float("inf"), float("-inf"))},
+    "weights too large for their type here": (lambda d: edit_tensors(d, norm_weight=lambda x: x.double() + 1e300), "model.safetensors", "norm.weight holds numbers"),
+    **{f"{key} {str(value)[:9]}": (lambda d, key=key, value=value: edit_config(d, rope_parameters=None, **{key: value}), "config.json", key) for key, value in (
+        ("num_hidden_layers", 10**18), ("num_hidden_layers", 1001), ("num_hidden_layers", 1e18), ("vocab_size", 10**400), ("rms_norm_eps", float("inf")),
+        ("rope_theta", float("inf")), ("query_pre_attn_scalar", float("nan")), ("final_logit_softcapping", float("inf")),
+        ("model_type", ["gemma2"]), ("model_type", {}), ("eos_token_id", [[1]]))},
+    **{f"generation_config.json {text}": (lambda d, text=text: generation(d, text), "config.json", said) for text, said in (
+        ("{", "invalid JSON"), ("[]", "expected an object"), ('{"eos_token_id": "<eos>"}', "eos_token_id"), ('{"eos_token_id": [1, [2]]}', "eos_token_id"))},
+    "tokenizer_config.json {": (lambda d: (d / "tokenizer_config.json").write_text("{"), "tokenizer_config.json", "invalid JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_said_in_one_line_with_status_2(copied, tokenizer_path, capsys, monkeypatch, name):
+    """By the command line, in this process; a FIFO that somebody waits for ends in an alarm."""
+    shutil.copy(tokenizer_path, copied / "tokenizer.model")
+    breaks, file, said = BROKEN[name]
+    breaks(copied)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+
+    def waited(*_):
+        pytest.fail("it waits")
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(20)
+    try:
+        assert gemma.main([str(copied), "--prompt", "rome"]) == 2
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    error = capsys.readouterr().err
+    assert error.startswith(f"gemma.py: error: {copied / file if file not in ('config.json',) else copied}") and error.count("\n") == 1, error
+    assert file in error and said in error, error
 
 
 def test_missing_shard_is_named(model, tmp_path):
@@ -938,6 +1037,47 @@ def test_control_strings_in_text_are_ordinary_text(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+def test_no_other_signs_spell_a_control_token_where_the_vocabulary_normalises(tokenizer_path):
+    """NFKC makes < of its wide form before pieces are found; the text stays, the token does not come to be."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tokenizer_path.parent / "corpus.txt"), model_prefix=str(tokenizer_path.parent / "nfkc"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="nfkc", num_threads=1,
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"], pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+    )
+    tokenizer, text = Tokenizer(tokenizer_path.parent / "nfkc.model"), "rome\uff1cend_of_turn\uff1e<start_of_turn>\uff1cstart_of_turn\uff1e"
+    assert tokenizer.end_of_turn_id in tokenizer.sp.encode(text), "as sentencepiece itself has it"
+    ids = tokenizer.encode(text, bos=True)
+    assert not {0, 1, 4, 5} & set(ids) and tokenizer.decode(ids[1:]) == "rome<end_of_turn><start_of_turn><start_of_turn>"
+
+
+def test_a_vocabulary_without_unk_lacks_what_it_lacks():
+    class Pieces:
+        def piece_to_id(self, piece):
+            return -1
+
+        def id_to_piece(self, i):
+            raise IndexError(i)
+
+    assert Tokenizer._find(SimpleNamespace(sp=Pieces()), "<end_of_turn>") is None
+
+
+@pytest.mark.parametrize(("ends", "settings", "files", "chat"), [
+    (1, {}, (), False), ([1, 5], {}, (), True), ([1, 5, 6], {}, (), False), (5, {}, (), True),
+    (1, {"chat_template": "{{ bos_token }}"}, (), True), (1, {}, ("chat_template.jinja",), True), ([1, 6], {}, ("chat_template.jinja",), False),
+    (1, {"bos_token": "<bos>"}, (), False),
+])  # fmt: skip
+def test_a_checkpoints_files_say_whether_it_chats(tmp_path, ends, settings, files, chat):
+    """<end_of_turn> is 5, a line break 6; a model whose replies end with lines was trained as plain, whatever it came from."""
+    shutil.copy(ROOT / "configs" / "tiny" / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in files:
+        (tmp_path / name).write_text("")
+    tokenizer, config = Tokenizer(tmp_path / "tokenizer.model"), SimpleNamespace(eos_token_id=ends)
+    assert gemma.is_chat(tokenizer, config) == chat
+    tokenizer.end_of_turn_id = None
+    assert not gemma.is_chat(tokenizer, config)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a model"])
 def test_unreadable_tokenizer_is_named(tmp_path, content):
     path = tmp_path / "tokenizer.model"
@@ -970,6 +1110,125 @@ def test_wrong_directory_ends_in_one_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert str(tmp_path / "nowhere") in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+TINY = ROOT / "configs" / "tiny" / "sft"
+CONTEXT = "items: sales, debt\nmonths: may, dec\nplaces: berlin, quito"
+SAID = ["Can I see the debt?", "may.", "berlin."]
+
+
+def nonsense():
+    """A random model that says more than line breaks."""
+    model = random_model()
+    with torch.no_grad():
+        model.embed_tokens.weight[[6, 265], 0] = torch.tensor([0.0, 0.7])
+    return model
+
+
+@pytest.fixture
+def talk(tmp_path, monkeypatch, capsys):
+    """talk(lines): what the chat prints for lines typed, by a model that is plain, or by one that is not, and says nonsense."""
+
+    def talk(lines, prompt_format="plain"):
+        if prompt_format == "plain":
+            shutil.copytree(TINY, tmp_path / "model", dirs_exist_ok=True)
+        else:
+            nonsense().save_pretrained(tmp_path / "model")
+            shutil.copy(TINY / "tokenizer.model", tmp_path / "model")
+            edit_config(tmp_path / "model", eos_token_id=[1, 5])
+        typed = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        assert gemma.main([str(tmp_path / "model"), "--context", CONTEXT, "--max_new_tokens", "12"]) == 0
+        return capsys.readouterr().out
+
+    return talk
+
+
+def replies_of(prompt_format, lines, first=None):
+    """The same conversation, each reply from its whole prompt; `first`: what the first reply was."""
+    model, tokenizer = Gemma.from_pretrained(TINY) if prompt_format == "plain" else nonsense(), Tokenizer(TINY / "tokenizer.model")
+    template, history = gemma.Template(tokenizer, prompt_format), []
+    for line in lines:
+        history.append(("user", line))
+        prompt = template.prompt(SimpleNamespace(history=history, context=CONTEXT, instruction=INSTRUCTION), 2000)
+        [reply] = generate(model, [prompt], 12, temperature=0, stop_ids=template.stop_ids)
+        history.append(("model", template.text(reply) if first is None or len(history) > 1 else first))
+    return [text for role, text in history if role == "model"]
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_a_chat_is_the_conversation_in_the_models_template(talk, monkeypatch, prompt_format):
+    """Every reply as from a prompt of its own, though only new tokens are computed after the first."""
+    prefill, advance, computed = gemma.KVCache.prefill, gemma.KVCache.advance, []
+    monkeypatch.setattr(gemma.KVCache, "prefill", lambda self, model, prompts, room: computed.append(len(prompts[0])) or prefill(self, model, prompts, room))
+    monkeypatch.setattr(gemma.KVCache, "advance", lambda self, model, new, room=1: computed.append(len(new[0])) or advance(self, model, new, room))
+    found, work = talk(SAID, prompt_format), list(computed)
+    monkeypatch.undo()
+    replies = replies_of(prompt_format, SAID)
+    assert found == "".join(f"> {reply}\n" for reply in replies) + "> \n" and all(replies)
+    assert max(work[1:]) < work[0], "the first prompt, then what is new"
+
+
+def test_a_reply_appears_token_by_token_and_ctrl_c_ends_it_but_not_the_chat(talk, monkeypatch, capsys):
+    """Pressed while the third token was being computed, which the cache counts from then on and does not hold."""
+    sample, extend, prefill, steps, shown, prefilled = gemma.sample, gemma.extend, gemma.KVCache.prefill, iter(range(100)), [], []
+
+    def watched(*arguments):
+        shown.append(capsys.readouterr().out)
+        return sample(*arguments)
+
+    def interrupted(*arguments):
+        if next(steps) == 1:
+            raise KeyboardInterrupt
+        return extend(*arguments)
+
+    whole, tokenizer = replies_of("plain", SAID[:1])[0], Tokenizer(TINY / "tokenizer.model")
+    first, second = (tokenizer.decode([token]) for token in tokenizer.encode(" " + whole)[:2])
+    monkeypatch.setattr(gemma, "sample", watched)
+    monkeypatch.setattr(gemma, "extend", interrupted)
+    monkeypatch.setattr(gemma.KVCache, "prefill", lambda self, *arguments: prefilled.append(self) or prefill(self, *arguments))
+    rest = talk(SAID)
+    monkeypatch.undo()
+    begun = (first + second).strip()
+    assert shown[:3] == ["> ", first.strip(), second + "\n> "] and whole.startswith(begun) and begun != whole
+    assert len(prefilled) == 2, "and so there is a new one"
+    _, *replies = replies_of("plain", SAID, first=begun)
+    assert "".join(shown[3:]) + rest == "\n> ".join(replies) + "\n> \n"
+
+
+def test_signs_appear_when_their_bytes_are_complete_and_as_far_as_the_terminal_has_them(talk, monkeypatch):
+    text, tokenizer = "caf\u00e9 \U0001f44b\U0001f3ff. ok", Tokenizer(TINY / "tokenizer.model")
+    tokens = tokenizer.encode(text)
+    assert len(tokens) > len(text) + 5
+    monkeypatch.setattr(gemma, "stream", lambda *_: iter(tokens))
+    assert talk([b"na\xefve\n"]) == f"> {text}\n> \n"
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    talk(["hello"])
+    sys.stdout.flush()
+    assert written.getvalue() == b"> caf? ??. ok\n> \n"
+
+
+def test_the_command_line_says_type_device_and_lengths(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+
+    def load(*arguments):
+        seen.append(arguments)
+        raise InputError("enough")
+
+    monkeypatch.setattr(Gemma, "from_pretrained", load)
+    assert gemma.main([str(TINY), "--dtype", "bfloat16", "--device", "cpu"]) == 2
+    assert gemma.main([str(TINY)]) == 2
+    assert seen == [(str(TINY), torch.bfloat16, "cpu"), (str(TINY), torch.float32, "cpu")]
+    for words in (["--max_new_tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]):
+        capsys.readouterr()
+        assert gemma.main([str(TINY), *words]) == 2 and len(seen) == 2
+        error = capsys.readouterr().err
+        assert words[0] in error and error.count("\n") == 1
+    with pytest.raises(SystemExit) as raised:
+        gemma.main([str(TINY), "--device", "cuda"])
+    assert raised.value.code == 2
 
 
 @pytest.mark.parametrize("softcap", [2.0, None])

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -1141,6 +1142,20 @@ def test_gemma_is_asked_in_its_chat_template_and_long_prompts_lose_their_head(
     else:
         assert short == [2, *encode("which")] and stop == {1, encode("\n")[-1]}
     assert len(long) == 512 - 12 and act.HELPER_COUNTS["blocked"] == 2
+
+
+@pytest.mark.parametrize("path", ["itself", "reference"])
+def test_a_helper_whose_vocabulary_is_larger_than_its_embedding_is_refused(tmp_path, gemma_directory, path):
+    """At the start: a token beyond the embedding would end a run at its first request, in any role."""
+    shutil.copytree(gemma_directory, tmp_path / "model")
+    config = GemmaConfig.from_json(tmp_path / "model" / "config.json")
+    Gemma(replace(config, vocab_size=300)).save_pretrained(tmp_path / "model")
+    policy = PolicyModelConfig(str(tmp_path / "model"))
+    helper = act.HelperConfig(backend="gemma", model_path="reference" if path == "reference" else str(tmp_path / "model"))
+    user = {"user_simulator_config": act.HelperConfig(backend="openai", model_id="x")}  # no rule: an intent is needed
+    for role in data.ROLES:
+        with pytest.raises(InputError, match="tokenizer.model: 410 pieces, expected at most the model's vocab_size 300"):
+            act.build_helpers(replace(Config(), policy_model_config=policy, **{**user, role: helper}))
 
 
 def test_roles_that_name_one_checkpoint_share_it(monkeypatch, gemma_directory):

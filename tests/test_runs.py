@@ -58,7 +58,9 @@ PUBLISHED = [
 DEFAULTS = act.TrainingConfig()
 OUTCOMES = ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "cut_off", "same_text", "helper_failed")
 EVALUATION_FILES = {"eval_metrics.json", "eval_samples.jsonl", "report.html"}
-MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+MODEL_FILES = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
+}  # fmt: skip
 
 
 def names_in(folder):
@@ -75,6 +77,8 @@ def test_an_act_run_leaves_its_files(act_run):
     out = folder / "out"
     assert names_in(out) == {"config.json", "metrics.jsonl", "rollouts.jsonl", *EVALUATION_FILES, "model"}
     assert names_in(out / "model") == MODEL_FILES
+    for name in ("config.json", "generation_config.json"):  # whose readers stop where a reply of format "plain" ends
+        assert json.loads((out / "model" / name).read_text())["eos_token_id"] == [1, 6]
     assert load_config(out / "config.json") == load_config(folder / "run.json")
     assert "step 0 to 2" in stdout and str(out / "model") in stdout and "Trajectory-level Exact Match" in stdout
 

@@ -1,17 +1,18 @@
 """Text to tokens: prompts piece by piece, recorded references of the chat template, masks, hostile texts, long ones."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
-from common import FORMATS, ROOT, a_pair, both_sides, pairs_from, training_of, write_lines
+from common import FORMATS, ROOT, TINY, a_pair, both_sides, pairs_from, training_of, write_lines
 from hostile import HOSTILE
 
 import act
 import data
 from act import Template
 from data import ANSWER, CLARIFY
-from gemma import Forest
+from gemma import Forest, GemmaConfig, Tokenizer
 
 FAR = 10**6  # a limit that no prompt reaches
 
@@ -127,6 +128,66 @@ def test_only_that_reference_differs():
 def test_a_response_stops_at_the_end_of_its_turn(plain, chat):
     """A line break (6) or <end_of_turn> (5), or </s> (1)."""
     assert (plain.stop_ids, chat.stop_ids) == ({6, 1}, {5, 1})
+
+
+@pytest.mark.parametrize(("before", "prompt_format", "after"), [
+    (1, "plain", [1, 6]), (1, "gemma", [1, 5]), ([1, 5], "plain", [1, 5, 6]), ([1, 6], "gemma", [1, 5]), ([9, 6], "plain", [9, 1, 6]),
+])  # fmt: skip
+def test_a_models_files_are_told_what_ends_its_replies(tokenizer, before, prompt_format, after):
+    """Beside what ended them before, but for the line break of a model that was plain."""
+    config = replace(GemmaConfig.from_json(TINY / "sft" / "config.json"), eos_token_id=before)
+    Template(tokenizer, prompt_format).mark_stops(config)
+    assert config.eos_token_id == after
+    Template(tokenizer, prompt_format).mark_stops(config)
+    assert config.eos_token_id == after
+
+
+def test_a_vocabulary_without_eos_ends_messages_alone(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "eos_id", None)
+    assert [Template(tokenizer, prompt_format).stop_ids for prompt_format in FORMATS] == [{6}, {5}]
+
+
+AUTO = json.loads((ROOT / "tests" / "golden" / "auto_tokenizer.json").read_text(encoding="utf-8"))
+
+
+def saved_tokenizer(folder, prompt_format, source=TINY):
+    tokenizer, config = Tokenizer(source / "tokenizer.model"), GemmaConfig.from_json(TINY / "sft" / "config.json")
+    Template(tokenizer, prompt_format).mark_stops(config)
+    folder.mkdir()
+    act.save_tokenizer(tokenizer, config, folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files.pop("tokenizer.model") == (TINY / "tokenizer.model").read_bytes()
+    return {name: content.decode() for name, content in files.items()}
+
+
+def test_transformers_reads_a_saved_tokenizer_as_it_is_used_here(tmp_path, tokenizer, chat):
+    """Recorded: what its AutoTokenizer makes of the very files that are saved."""
+    assert saved_tokenizer(tmp_path / "gemma", "gemma") == AUTO["files"]
+    for text, expected, decoded in AUTO["texts"]:
+        assert (tokenizer.encode(text, bos=True), decoded) == (expected, text)
+    assert len(AUTO["texts"]) > 20 and len(AUTO["chats"]) == len(RECORDED)
+    for row in RECORDED:
+        pair = a_pair(context=row["system"] or "", history=[tuple(message) for message in row["messages"]])
+        assert chat.prompt(pair, FAR) == AUTO["chats"][row["name"]], row["name"]
+
+
+def test_a_tokenizers_own_files_stay_as_they_are_and_get_what_they_lack(tmp_path):
+    """A plain model gets no chat template; one that has a template keeps it, wherever it stands."""
+    template, config = ("chat_template.jinja", "tokenizer_config.json")
+    assert saved_tokenizer(tmp_path / "plain", "plain") == {config: AUTO["files"][config]}
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(TINY / "tokenizer.model", source)
+    own = {config: '{"bos_token": "<s>"}', "special_tokens_map.json": "{}", "tokenizer.json": "{ }"}
+    for name, text in own.items():
+        (source / name).write_text(text)
+    assert saved_tokenizer(tmp_path / "a", "plain", source) == own
+    assert saved_tokenizer(tmp_path / "b", "gemma", source) == {**own, template: AUTO["files"][template]}
+    (source / template).write_text("mine")
+    assert saved_tokenizer(tmp_path / "c", "gemma", source) == {**own, template: "mine"}
+    (source / template).unlink()
+    (source / config).write_text('{"chat_template": "mine"}')
+    assert saved_tokenizer(tmp_path / "d", "gemma", source) == {**own, config: '{"chat_template": "mine"}'}
 
 
 def test_plain_mask_is_on_what_the_assistant_wrote(tokenizer, plain):

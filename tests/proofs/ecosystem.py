@@ -1,9 +1,9 @@
 """In and out of the ecosystem: transformers, TRL and the published research code's files. For a person: it needs both.
 
     pip install transformers trl protobuf sentencepiece
-    python tests/proofs/ecosystem.py --python PATH/TO/THIS/PROJECTS/PYTHON [--conversations pacific.jsonl]
+    python tests/proofs/ecosystem.py --python PATH/TO/THIS/PROJECTS/PYTHON [--conversations pacific.jsonl] [--model gemma-3-270m]
 
-act.py runs in --python, everything else here; two minutes. The preference files come from --conversations (labelled
+act.py runs in --python, everything else here; four minutes. The preference files come from --conversations (labelled
 Vertex JSONL). One line a point; ends with status 1 when one of them fails. The research code is
 google-research/learning_to_clarify; what stands here in its manner is written anew from what it reads and writes.
 """
@@ -35,11 +35,17 @@ sys.path.insert(0, str(ROOT))
 
 import act  # noqa: E402
 import data  # noqa: E402
-from gemma import Gemma, Tokenizer, generate  # noqa: E402
+from gemma import Gemma, GemmaConfig, Template, Tokenizer, generate  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "tests"))
+from hostile import HOSTILE  # noqa: E402
 
 TINY = ROOT / "configs" / "tiny"
 LOGIT_LIMIT = 1e-4
 NEW_TOKENS = 24
+AUTO_MODEL = transformers.AutoModelForCausalLM
+ODD = ["né  日本 \n\n 12,345.6%", " leading", "trailing ", "a\n[context]\nb", "\ttab\t\t x", " " * 40 + "x", "cafe\u0301",
+       "\U0001f44b\U0001f3ff \U0001f469\u200d\U0001f469\u200d\U0001f467", "<b>bold</b>", "\n\n\n b", ""]  # fmt: skip
 
 
 def run(args, *words):
@@ -85,12 +91,43 @@ def trained_model(args):
 
 
 def greedy(model, prompt):
-    """New tokens of transformers' generate with the directory's own generation_config.json, without the end token."""
+    """New tokens of transformers' generate beyond the line breaks that the directory says to stop at, to <eos> alone."""
     tokens = torch.tensor([prompt])
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(tokens)}
+    options["eos_token_id"] = 1
     row = model.generate(tokens, **options)[0, len(prompt) :]
-    ends = (row == model.generation_config.eos_token_id).nonzero()
+    ends = (row == 1).nonzero()
     return row[: int(ends[0])].tolist() if len(ends) else row.tolist()
+
+
+def stops(args):
+    """A model of each prompt format in AutoModelForCausalLM and AutoTokenizer: the same prompts, replies, ends."""
+    words = ["--config", "tiny_sft.json", "--task", "sft", "--policy_model_config.model_path", TINY / "sft"]
+    words += ["--data_config.prompt_format", "gemma", "--data_config.validation_path", ""]
+    words += ["--training_config.max_steps", 20, "--training_config.warmup_steps", 0]
+    run(args, *words, "--training_config.learning_rate", 2e-3, "--training_config.output_dir", args.folder / "chat")
+    turns = data.ACTDataset(data.read_vertex_jsonl(TINY / "validation.jsonl"), data.CLARIFY, 1).prepare_datasets()[:8]
+    for prompt_format, name in (("plain", "run"), ("gemma", "chat")):
+        folder = args.folder / name / "model"
+        theirs, read = (cls.from_pretrained(folder) for cls in (AUTO_MODEL, transformers.AutoTokenizer))
+        ours, tokenizer = Gemma.from_pretrained(folder), Tokenizer(folder / "tokenizer.model")
+        template = Template(tokenizer, prompt_format)
+        for turn in turns:
+            prompt = template.prompt(turn, 448)
+            tokens = read(tokenizer.decode(prompt[1:]), return_tensors="pt") if template.plain else chat_of(read, turn)
+            assert tokens["input_ids"].tolist() == [prompt], (prompt, tokens)
+            row = theirs.generate(**tokens, do_sample=False, max_new_tokens=200)[0].tolist()[len(prompt) :]
+            [reply] = generate(ours, [prompt], 200, temperature=0, stop_ids=template.stop_ids)
+            assert row == [*reply, template.end[0]] and reply, (row, reply)
+            said = read.decode(row, skip_special_tokens=True).strip()
+            assert said == template.text(reply), (said, reply)
+    return f"{len(turns)} prompts in plain and in chat: as in training, replies equal, each ended by itself, e.g. {said!r}"
+
+
+def chat_of(tokenizer, turn):
+    messages = [("system", turn.context), *turn.history] if turn.context else turn.history
+    messages = [{"role": {"model": "assistant"}.get(role, role), "content": text} for role, text in messages]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
 
 def configurations(args):
@@ -101,20 +138,28 @@ def configurations(args):
         json.loads((TINY / "sft" / "config.json").read_text()),
     )
     assert isinstance(theirs, transformers.Gemma2Config), type(theirs)
-    names = [name for name in raw if name not in ("architectures", "torch_dtype", "rope_theta", "rope_parameters")]
+    others = ("architectures", "torch_dtype", "rope_theta", "rope_parameters", "eos_token_id")
+    names = [name for name in raw if name not in others]
     wrong = [name for name in names if getattr(theirs, name) != raw[name]]
     assert not wrong and theirs.rope_parameters["rope_theta"] == raw["rope_theta"], wrong
     generation = transformers.GenerationConfig.from_pretrained(folder)
     ids = generation.bos_token_id, generation.eos_token_id, generation.pad_token_id
-    assert ids == (2, 1, 0), ids
+    assert ids == (2, [1, 6], 0), ids  # 6: a line break, with which a "plain" reply ends
     return f"{len(names) + 1} fields of config.json and the 3 of generation_config.json read as written"
 
 
-def tokenizer_model(args):
-    """Copied byte for byte; transformers' GemmaTokenizer reads such a file as we do (a BPE, as Gemma's is)."""
+def turns_of(chat):
+    return data.ACTDataset([data.parse_conversation(chat, "")], data.CLARIFY, 1).prepare_datasets()
+
+
+def tokenizers_as_here(args):
+    """AutoTokenizer gives the ids of training for what act.py saves: a unigram, a BPE like Gemma's, a real Gemma's.
+
+    Of texts without control tokens. One kind differs: a text that spells a byte piece, "<0x41>", is that byte there.
+    """
     copied = args.folder / "run" / "model" / "tokenizer.model"
     assert copied.read_bytes() == (TINY / "sft" / "tokenizer.model").read_bytes(), "tokenizer.model was changed"
-    folder, model = args.folder / "bpe", io.BytesIO()
+    model = io.BytesIO()
     texts = [message["content"] for row in data.read_vertex_jsonl(TINY / "train.jsonl") for message in row["messages"]]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=600, hard_vocab_limit=False,
@@ -123,17 +168,28 @@ def tokenizer_model(args):
         user_defined_symbols=["\n"], normalization_rule_name="identity", add_dummy_prefix=False,
         remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    shutil.copy(TINY / "sft" / "config.json", folder)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder / "tokenizer.model")
-    controls = theirs.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"])
-    assert controls == [ours.pad_id, ours.eos_id, ours.bos_id, ours.start_of_turn_id, ours.end_of_turn_id], controls
-    samples = [*texts[:50], "né  日本 \n\n 12,345.6%", " leading", "trailing ", "a\n[context]\nb"]
-    wrong = [text for text in samples if theirs(text, add_special_tokens=False).input_ids != ours.encode(text)]
-    assert not wrong, wrong[0]
-    words = f"{type(theirs).__name__} gives the ids of {len(samples)} texts as we do, for a BPE with Gemma's pieces"
-    return f"copied byte for byte; {words}"
+    (args.folder / "bpe.model").write_bytes(model.getvalue())
+    sources = {"unigram": TINY / "tokenizer.model", "bpe": args.folder / "bpe.model"}
+    sources |= {"Gemma": args.model / "tokenizer.model"} if args.model else {}
+    texts = [message["content"] for chat in HOSTILE for message in chat["messages"]] + texts[:50] + ODD
+    pairs = [pair for chat in HOSTILE for pair in turns_of(chat)]
+    for name, path in sources.items():
+        folder, ours = args.folder / name, Tokenizer(path)
+        folder.mkdir()
+        shutil.copy(TINY / "sft" / "config.json", folder)
+        template, config = Template(ours, "gemma"), GemmaConfig.from_json(folder / "config.json")
+        template.mark_stops(config)
+        act.save_tokenizer(ours, config, folder)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        for text in texts:
+            tokens = ours.encode(text, bos=True)
+            assert theirs(text).input_ids == tokens or ours._control.search(text), (name, text)
+            assert theirs.decode(tokens, skip_special_tokens=True) == ours.decode(tokens[1:]), (name, text)
+        for pair in pairs:
+            said = "".join([pair.context, *(text for _, text in pair.history)])
+            same = chat_of(theirs, pair)["input_ids"].tolist() == [template.prompt(pair, 10**9)]
+            assert same or ours._control.search(said), (name, pair)
+    return f"{len(texts)} texts, {len(pairs)} chats: the same ids for {', '.join(sources)}"
 
 
 # ------------------------------------------------------------------------------------------------ preference files, out
@@ -375,7 +431,8 @@ def own_chats(args):
 POINTS = {
     "the trained model in transformers": trained_model,
     "config.json, generation_config.json": configurations,
-    "tokenizer.model": tokenizer_model,
+    "it stops, in both prompt formats": stops,
+    "AutoTokenizer": tokenizers_as_here,
     "preference file written here": preferences,
     "preference file in TRL's form": trl_preferences,
     "both files in TRL": trl_step,
@@ -393,6 +450,7 @@ def main():
     parser.add_argument(
         "--conversations", type=Path, default=TINY / "train.jsonl", help="labelled conversations, Vertex JSONL"
     )
+    parser.add_argument("--model", type=Path, help="a real Gemma's directory, whose tokenizer.model is compared, too")
     args = parser.parse_args()
     args.conversations = args.conversations.resolve()
     warnings.simplefilter("ignore", FutureWarning)
