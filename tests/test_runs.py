@@ -1087,6 +1087,17 @@ def test_a_data_file_that_has_changed_is_refused(killed_run, world, tmp_path, ca
     assert run("--config", folder / "run.json", "--resume") == 0
 
 
+def test_an_optimisers_state_that_is_no_number_is_refused_by_name(killed_run, tmp_path, capsys):
+    folder = copy_of(killed_run[1], tmp_path)
+    path = folder / "out" / "checkpoints" / "step-2" / "optimizer.safetensors"
+    with gemma.safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors["exp_avg_sq.norm.weight"][0] = math.inf
+    gemma.save_file(tensors, path)
+    said = error_of(capsys, "--config", folder / "run.json", "--resume")
+    assert f"{path}: exp_avg_sq.norm.weight holds numbers that are not finite" in said
+
+
 def test_a_class_balance_that_was_removed_is_noticed(world, tmp_path, capsys):
     options = {"evaluated": False, "max_steps": 3, "save_steps": 1}
     config = run_config(world, tmp_path, "dpo", class_balance={"CLARIFY": 2}, **options)
