@@ -1253,7 +1253,7 @@ def write_text(path, parts):
             file.writelines(parts)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1272,7 +1272,7 @@ def append_jsonl(path, rows):
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
