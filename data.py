@@ -350,11 +350,12 @@ def get_datasets_from_config(config, preference_model=None, action_model=None, r
                 report(line)
         return random_actions(pairs, training.seed) if action_labels == "random" else pairs
 
-    rows = read("" if config.task == "evaluate" else files.train_path)
     held = read(files.validation_path)
+    rows = read("" if config.task == "evaluate" and held else files.train_path)
     if files.validation_split and not held:
         rows, held = split_conversations(rows, files.validation_split, training.seed)
-        report(f"{files.train_path}: {files.validation_split:.0%} is held out for validation")
+        report(f"{files.train_path}: {len(held)} of {len(rows) + len(held)} are held out for validation")
+    rows = [] if config.task == "evaluate" else rows
     asks = preference_model if written or config.task in ("act", "dpo") else None
     train = prepare(files.train_path, rows, asks, training.class_balance, training.action_labels)
     where = files.validation_path or files.train_path
@@ -845,11 +846,12 @@ MENTIONED = re.compile(r"[?？؟](?=[\"'”’»」』]\s*[a-z,;])")  # a questi
 SENTENCE_END = re.compile(r"(?<=[.!?؟…])[\"'”’»)\]*_]*\s+|(?<=[。？！])(?![」』”\"])|\n")
 QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
 REQUEST = re.compile(r"""(?i)\b(?:please|could\ you|can\ you)\b.{0,20}\b(?:tell|give)\ (?:me|us)\b(?!\ a\ moment)
-    |\blet\ (?:me|us)\ know\ wh|\bplease\ (?:specify|clarify)\b|\b(?:I|we)\ need\ (?:to\ know\ wh|your\b)
+    |\blet\ (?:me|us)\ know\ (?:wh|the\b|your\b)|\bplease\ (?:specify|clarify)\b|\b(?:please|just)\ send\ (?:me|us)\b
+    |\b(?:I|we)(?:['’](?:d|ll)|\ would|\ will)?\ need\ (?:to\ know\ wh|your\b)
     |\A(?:could|can|would)\ you\b|\A(?:what|which)\ (?!a\ )[\w\ ]{1,40}\Z|教えてください""", re.VERBOSE)
 OFFER = re.compile(r"""(?i)\b(?:shall\ I|should\ I|(?:can|may)\ I\ (?:help|do|assist)|(?:like|want)\ me\ to
-    |would\ you\ like\ to|anything\ else|also|(?:does|did|was)\ (?:that|this)|does\ it\ work)\b
-    |algo\ más|sonst\ noch|ほかに""", re.VERBOSE)
+    |would\ you\ like\ to|also|(?:does|did|was)\ (?:that|this)|does\ it\ work)\b""", re.VERBOSE)
+CLOSING = re.compile(r"(?i)\banything else\b|\balgo más\b|\bsonst noch\b|(?:ほか|他)に")  # always an offer
 CHOICE = re.compile(r"(?i)\b(?:or|which|what|when|where|who|how)\b")  # in no offer
 TO_THE_USER = re.compile(r"(?i)\b(?:you|your|or|which|welche[rns]?|quel|quelle|cuál)\b|どちら|どれ")
 ANSWERED, EXPLAINED = re.compile(r"(?i)\W*(?:yes|no|because)\b"), re.compile(r"(?i)\W*(?:how|why)\b")
@@ -876,7 +878,8 @@ def is_question(text):
     stated = False  # whether something was said before
     for sentence, following in zip(sentences, [*sentences[1:], ""], strict=False):
         asked = QUESTION_END.search(sentence[-40:])
-        if asked and not (stated and OFFER.search(sentence) and not CHOICE.search(sentence)):
+        offered = CLOSING.search(sentence) or (stated and OFFER.search(sentence))
+        if asked and not (offered and not CHOICE.search(sentence)):
             choices = LISTED.match(following) and not EXPLAINED.match(sentence)
             if not following or choices or (TO_THE_USER.search(sentence) and not ANSWERED.match(following)):
                 return True

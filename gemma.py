@@ -614,7 +614,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         out, (A, B) = product(x, self.weight), self.names
         A, B = getattr(self, A), getattr(self, B)
-        return out if A is None else out + self.scale * product(product(x, A), B)
+        return out if A is None else out + product(self.scale * product(x, A), B)
 
 
 def product(x, weight):
@@ -976,6 +976,8 @@ class Tokenizer:
     """A SentencePiece model. `encode` never yields a control token for text that merely spells one."""
 
     def __init__(self, path):
+        if not Path(path).exists():
+            raise InputError(f"{path}: no such file, expected a model's directory, as Hugging Face publishes it")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(regular(Path(path))))
         except (OSError, RuntimeError) as error:
