@@ -914,7 +914,7 @@ def check_config(config, path):
         (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
         (task != "generate_preference" and not config.policy_model_config.model_path,
          f"policy_model_config.model_path {needs}"),
-        (task == "evaluate" and not files.validation_path and not files.validation_split,
+        (task == "evaluate" and not files.validation_path and not (files.validation_split and files.train_path),
          f"data_config.validation_path {needs}"),
         (task in WRITES and task != "evaluate" and files.validation_path and files.validation_split,
          f"validation_split is {files.validation_split}, but validation_path is set too, expected one of them"),

@@ -354,7 +354,8 @@ def get_datasets_from_config(config, preference_model=None, action_model=None, r
     rows = read("" if config.task == "evaluate" and held else files.train_path)
     if files.validation_split and not held:
         rows, held = split_conversations(rows, files.validation_split, training.seed)
-        report(f"{files.train_path}: {len(held)} of {len(rows) + len(held)} are held out for validation")
+        share = f"{len(held)} of {len(rows) + len(held)}"
+        report(f"{files.train_path}: {share} are held out for validation")
     rows = [] if config.task == "evaluate" else rows
     asks = preference_model if written or config.task in ("act", "dpo") else None
     train = prepare(files.train_path, rows, asks, training.class_balance, training.action_labels)

@@ -614,7 +614,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         out, (A, B) = product(x, self.weight), self.names
         A, B = getattr(self, A), getattr(self, B)
-        return out if A is None else out + product(self.scale * product(x, A), B)
+        return out if A is None else torch.add(out, product(product(x, A), B), alpha=self.scale)
 
 
 def product(x, weight):

@@ -190,6 +190,12 @@ def test_tasks_need_their_own_files(tmp_path):
     assert "model_path is missing, task 'sft'" in refusal(config_file(tmp_path, task="sft", **nothing))
     files = {"train_path": "", "validation_path": "v"}
     load_config(config_file(tmp_path, task="evaluate", data_config=files))
+    split = {"train_path": "t", "validation_path": "", "validation_split": 0.5}
+    load_config(config_file(tmp_path, task="evaluate", data_config=split))
+    assert needs in refusal(config_file(tmp_path, task="evaluate", data_config={**split, "train_path": ""}))
+    both = {**split, "validation_path": "v"}
+    assert "but validation_path is set too" in refusal(config_file(tmp_path, task="sft", data_config=both))
+    load_config(config_file(tmp_path, task="evaluate", data_config=both))
     clash = config_file(tmp_path, task="generate_preference", training_config={"is_preference": True})
     assert "is_preference is set" in refusal(clash)
 

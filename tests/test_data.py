@@ -849,10 +849,12 @@ def test_a_share_of_the_conversations_is_held_out_where_there_is_no_validation_f
     odd = [conversation(user(f"q{i}", True), model("which?"), user("x", False), model(f"y{i}")) for i in range(20)]
     path, said = write(tmp_path, *odd), []
     train, held = data.get_datasets_from_config(configured(path, split=0.25), report=said.append)
-    assert (len(train), len(held)) == (30, 10) and any("25% is held out" in line for line in said)
+    assert (len(train), len(held)) == (30, 10) and any("5 of 20 are held out" in line for line in said)
     names = [{pair.history[0][1] for pair in pairs} for pairs in (train, held)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 20, "whole conversations"
     assert data.get_datasets_from_config(configured(path, split=0.25), report=said.append) == (train, held)
+    evaluated = data.get_datasets_from_config(configured(path, task="evaluate", split=0.25), report=said.append)
+    assert evaluated == ([], held), "the same part again, without the rest"
     other = data.get_datasets_from_config(configured(path, split=0.25, seed=1), report=said.append)[1]
     assert {pair.history[0][1] for pair in other} != names[1]
     both = data.get_datasets_from_config(configured(path, path, split=0.25), report=said.append)
@@ -1171,3 +1173,13 @@ def test_a_dataset_has_a_length_and_its_pairs():
     dataset = data.ACTDataset(rows, CLARIFY, 2, lambda requests: made.append(1) or data.rule_questions(requests))
     assert len(dataset) == len(list(dataset)) > 5 and dataset[0].action in (CLARIFY, ANSWER) and made == [1]
     assert dataset.prepare_datasets() == list(dataset) and made == [1, 1]
+
+
+@pytest.mark.parametrize(("reply", "asks"), [
+    ("You're welcome 😊 Anything else I can do for you?", False), ("Is there anything else?", False),
+    ("他に何かございますか？", False), ("Let me know your order number.", True), ("Let me know if it works.", False),
+    ("I'd need your customer number to look that up.", True), ("Sure, just send me a photo of the tyre.", True),
+    ("We will send you a photo.", False),
+])  # fmt: skip
+def test_closing_offers_are_no_questions_and_requests_are(reply, asks):
+    assert data.is_question(reply) == asks
