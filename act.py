@@ -806,7 +806,10 @@ HERE = Path(__file__).resolve().parent
 
 def located(path):
     """A path as given if it is there, else beside act.py, so that shipped configs run from any working directory."""
-    return str(HERE / path) if path and not Path(path).exists() and (HERE / path).exists() else str(path)
+    try:
+        return str(HERE / path) if path and not Path(path).exists() and (HERE / path).exists() else str(path)
+    except OSError:  # too long a name: whoever opens it says so
+        return str(path)
 
 
 def load_config(path, overrides=()):
@@ -847,7 +850,7 @@ def build_section(cls, raw, path, prefix, where):
         raise InputError(f"{path}: {prefix.rstrip('.')} is {raw!r}, expected an object")
     types, values = get_type_hints(cls), {}
     for key, value in raw.items():
-        at = where.get(prefix + key, f"{path}: {prefix}{key}")
+        at = where.get(prefix + key, f"{path}: {prefix}{ascii(key)[1:-1]}")
         if key in RENAMED:
             raise InputError(f"{at}: no longer a key, write {RENAMED[key]} instead")
         if key not in types:
@@ -1831,7 +1834,7 @@ class HelperClient:
             raise CallFailed("its reply is not the JSON of an answer") from None
         if not text.strip():
             return None, self.one_line(why)
-        return text.replace(self.key, "[key]") if self.key else text, ""
+        return self.masked(text), ""
 
     def http_failure(self, error):
         """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
@@ -1859,8 +1862,15 @@ class HelperClient:
         return body
 
     def one_line(self, message):
-        message = str(message).replace(self.key, "[key]") if self.key else str(message)
-        return " ".join(message.split())[:300]
+        """What a server said, without what a terminal would obey."""
+        words = "".join(c if c.isprintable() else " " for c in self.masked(str(message))).split()
+        return self.masked(" ".join(words))[:300]
+
+    def masked(self, text):
+        """Without the key, as it is or %-encoded, line breaks and blanks in it or not."""
+        for key in filter(None, dict.fromkeys((self.key, quote(self.key, safe="")))):
+            text = re.sub(r"\s*".join(map(re.escape, key)), "[key]", text)
+        return text
 
 
 class GeminiClient(HelperClient):
@@ -2135,6 +2145,7 @@ def main(arguments=None):
 
 def run_as_program():
     """main(), and the end of the process with what it returns as exit status."""
+    data.speak_plainly()
     try:
         status = main()
     except Exception:  # nobody foresaw it: here is its traceback; Python's own way out could wait for other ranks

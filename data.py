@@ -618,6 +618,13 @@ def read_preferences(path, report=print):
     skipped = len(parsed) - len(pairs)
     if skipped:
         report(f"{path}: {skipped} records without an answer were skipped")
+    same = sum(pair.chosen == pair.rejected for pair in pairs)
+    if same:
+        report(f"{path}: {same} pairs have two equal sides, which teach nothing")
+    preferred = {json.dumps([pair.context, pair.history, pair.chosen]) for pair in pairs}
+    against = sum(json.dumps([pair.context, pair.history, pair.rejected]) in preferred for pair in pairs) - same
+    if against:
+        report(f"{path}: {against} pairs reject what another pair of the same turn prefers")
     alone = sum(pair.action == CLARIFY and len(pair.gold) == 1 for pair in pairs)
     if alone:
         report(f"{path}: {alone} clarifying turns come without the user's reply: a rule cannot play that user")
@@ -1283,7 +1290,15 @@ def append_jsonl(path, rows):
 # Command line
 
 
+def speak_plainly():
+    """A terminal that lacks a character shows its code: no message must end a program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments=None):
+    speak_plainly()
     about = "Checks conversations; converts published datasets, and files of pairs."
     parser = argparse.ArgumentParser(prog="data.py", description=about)
     parser.add_argument("command", choices=["check", *CONVERTERS, "vertex_preferences", "trl_preferences"])

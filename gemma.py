@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, Pair, fold, read_json, write_json
+from data import InputError, Pair, fold, read_json, speak_plainly, write_json
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 NEVER = float("-inf")
@@ -747,13 +747,13 @@ class LoraConfig:
         raw = read_json(path)
         for key, value in raw.items():
             if value and value != "none" and key not in ORDINARY:
-                raise InputError(f"{path}: {key} is {value!r}, expected plain LoRA")
+                raise InputError(f"{path}: {ascii(key)[1:-1]} is {value!r}, expected plain LoRA")
         if raw.get("peft_type", "LORA") != "LORA":
             raise InputError(f"{path}: peft_type is {raw['peft_type']!r}, expected 'LORA'")
         r, alpha, targets = (raw.get(f.name) for f in fields(cls))
         if type(r) is not int or r < 1 or type(alpha) not in (int, float):
             raise InputError(f"{path}: r is {r!r} and lora_alpha {alpha!r}, expected numbers above 0, r whole")
-        if not isinstance(targets, list) or not set(targets) <= set(PROJECTIONS) or not targets:
+        if not isinstance(targets, list) or not targets or not all(target in PROJECTIONS for target in targets):
             raise InputError(f"{path}: target_modules is {targets!r}, expected a list of {', '.join(PROJECTIONS)}")
         return cls(r, alpha, targets)
 
@@ -1425,6 +1425,7 @@ def chat(model, template, context, limit, temperature):
 
 
 def main(arguments=None):
+    speak_plainly()
     parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or continue a text with it.")
     parser.add_argument("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
     parser.add_argument("--prompt", help="a text to continue; without it, a chat: Ctrl-D ends it, Ctrl-C a reply")

@@ -442,3 +442,10 @@ def test_a_key_without_its_section_and_a_misspelt_flag_name_the_nearest(tmp_path
 ])  # fmt: skip
 def test_values_with_which_nothing_could_win_or_be_learnt_are_refused(tmp_path, key, said):
     assert said in refusal(config_file(tmp_path), {key: 1})
+
+
+def test_a_path_that_no_file_can_have_and_a_key_of_two_lines_are_one_line(tmp_path):
+    for path in ("x" * 5000, "9" * 400):
+        assert load_config(config_file(tmp_path, policy_model_config={"model_path": path})).policy_model_config.model_path == path
+    found = refusal(config_file(tmp_path, data_config={"train_\npath": "t"}))
+    assert r"data_config.train_\npath: unknown key" in found and len(found.splitlines()) == 1

@@ -1,5 +1,6 @@
 """What data.py promises. All is made up here, in the published structures; the scorer's verdicts are in golden/."""
 
+import io
 import json
 import math
 import os
@@ -1183,3 +1184,26 @@ def test_a_dataset_has_a_length_and_its_pairs():
 ])  # fmt: skip
 def test_closing_offers_are_no_questions_and_requests_are(reply, asks):
     assert data.is_question(reply) == asks
+
+
+def test_a_terminal_without_a_character_shows_its_code(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    with pytest.raises(UnicodeEncodeError):
+        print("数")
+    data.speak_plainly()
+    print("数")
+    assert raw.getvalue() == b"\\u6570\n"
+
+
+def test_pairs_that_teach_nothing_or_contradict_each_other_are_counted(tmp_path):
+    pairs = data.ACTDataset(data.read_vertex_jsonl(write(tmp_path, SALES, STAFF)), CLARIFY, 1).prepare_datasets()
+    path, said = tmp_path / "pairs.jsonl", []
+    data.write_preferences(path, pairs, "records")
+    data.read_preferences(path, said.append)
+    assert said == []
+    turned = [replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen), replace(pairs[1], rejected=pairs[1].chosen)]
+    data.write_preferences(path, pairs + turned, "trl")
+    data.read_preferences(path, said.append)
+    assert said[:2] == [f"{path}: 1 pairs have two equal sides, which teach nothing",
+                        f"{path}: 2 pairs reject what another pair of the same turn prefers"]  # fmt: skip

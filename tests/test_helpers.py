@@ -1357,3 +1357,10 @@ def test_the_published_cast_is_gemini_in_all_four_roles():
     others = {name: getattr(plain, name) for name in lengths}
     training = replace(config.training_config, output_dir=plain.training_config.output_dir)
     assert replace(config, **others, training_config=training) == plain
+
+
+def test_what_a_server_says_shows_no_key_in_any_spelling_and_obeys_nothing(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk/Ab+1c")
+    client = act.OpenAIClient(act.HelperConfig(backend="openai", base_url="http://localhost:1", model_id="m", cache_path=""))
+    assert client.one_line("key sk/Ab+1c, sk%2FAb%2B1c, sk/\nAb +1c\x1b[31m!\x07\r\u202e.") == "key [key], [key], [key] [31m! ."
+    assert client.masked("sk/Ab+1d") == "sk/Ab+1d"

@@ -156,6 +156,8 @@ def test_adapters_start_alike_for_a_seed():
     ({"lora_alpha": None}, "lora_alpha None"),
     ({"target_modules": "all-linear"}, "target_modules is 'all-linear'"),
     ({"target_modules": ["q_proj", "lm_head"]}, "expected a list of q_proj"),
+    ({"target_modules": [["q_proj"]]}, "expected a list of q_proj"),
+    ({"use_\ndora": True}, r"use_\\ndora is True"),
 ])  # fmt: skip
 def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path, changes, said):
     path = tmp_path / "adapter_config.json"
