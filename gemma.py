@@ -898,7 +898,7 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
                 file, key = found[name]
                 part, rows = local_slice(tensor)
                 part.copy_(slices[name][rows] if part.ndim else file.get_tensor(key))
-                if not part.isfinite().all():
+                if part.numel() and not torch.stack(part.aminmax()).isfinite().all():  # 10 times as fast as each
                     raise InputError(f"{where}: {name} holds numbers that are not finite, expected finite ones")
 
 
