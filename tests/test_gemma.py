@@ -629,6 +629,12 @@ def test_what_is_broken_is_said_in_one_line_with_status_2(copied, tokenizer_path
     assert file in error and said in error, error
 
 
+def test_a_rank_without_rows_of_a_tensor_loads_none(tmp_path):
+    """As where there are more ranks than rows."""
+    save_file({"norm.weight": torch.zeros(0)}, tmp_path / "model.safetensors")
+    gemma.load_safetensors({"norm.weight": torch.zeros(0)}, tmp_path)
+
+
 def test_missing_shard_is_named(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_bytes=60_000)
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
