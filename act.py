@@ -48,6 +48,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -356,7 +357,8 @@ def train(config, overwrite=False, resume=False):
             due = between or step in (0, run.steps)
             if run.validation and due and step not in log.evaluated:
                 setting = run.template, run.validation, run.helpers, config
-                log.evaluation(step, *evaluate_pairs(run.policy, *setting))
+                with set_aside(run):
+                    log.evaluation(step, *evaluate_pairs(run.policy, *setting))
             if step == run.steps:
                 break
 
@@ -368,7 +370,8 @@ def train(config, overwrite=False, resume=False):
             # on-policy pairs (Algorithm 2)
             n = training.sample_frequency
             if config.task == "act" and n and (step + 1) % n == 0:
-                batch, counts, samples = on_policy(run, batch, step, positions)
+                with set_aside(run):
+                    batch, counts, samples = on_policy(run, batch, step, positions)
                 log.rollouts(step + 1, samples)
                 sums.update(counts)
             rolled = time.perf_counter()
@@ -746,6 +749,7 @@ class TrainingConfig:
     load_best_model_at_end: bool = False  # model/ is the best checkpoint, where that is better than the last step
     bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
+    offload_for_generation: bool = False  # optimiser state and reference are in CPU memory while replies are made
     dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding stays inside a node
     max_length: int = 1024  # tokens of prompt and trajectory; longer ones lose their end; no room for a reply: left out
     max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context, of its turn
@@ -1145,6 +1149,27 @@ def unsharded(model, bf16=False):
     return whole
 
 
+@contextmanager
+def set_aside(run):
+    """With offload_for_generation: what sampling does without is in the CPU's memory, and its own is free for it."""
+    tensors = []
+    if run.config.training_config.offload_for_generation:
+        tensors = [x for state in run.optimizer.state.values() for x in state.values() if x.ndim]
+        tensors += run.reference.parameters() if isinstance(run.reference, Gemma) else []
+    tensors = [x.detach().to_local() if isinstance(x, DTensor) else x.detach() for x in tensors]
+    aside = [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x) for x in tensors]
+    storages = [x.untyped_storage() for x in tensors]  # with what FSDP pads a rank's rows by
+    sizes = [storage.nbytes() for storage in storages]
+    for storage in storages:
+        storage.resize_(0)
+    try:
+        yield
+    finally:
+        for x, copy, storage, size in zip(tensors, aside, storages, sizes, strict=True):
+            storage.resize_(size)
+            x.copy_(copy)
+
+
 def make_optimizer(model, training):
     """The optimiser with its state in place from the start, so that saving and loading need no special case."""
     cls, moments, options = torch.optim.RMSprop, ("square_avg",), {}
@@ -1276,8 +1301,9 @@ def load_pairs(config, helpers, template=None):
 
 
 def fitting(pairs, path, template, training, trained_on=True):
-    """(pairs without those whose first reply does not fit into max_length, lines about these and about cut prompts)."""
+    """(pairs without those whose first reply does not fit into max_length, lines about these and what else is cut)."""
     longest, room, kept, cut, unfit = training.max_prompt_length, training.max_length, [], {}, {}  # cut: turn -> tokens
+    unsaid = {}  # turns whose gold replies are longer than a sample can be
     for pair in pairs:
         turn = "" if training.is_preference else f".{sum(role == 'user' for role, _ in pair.history)}"
         at, whole = pair.where.rpartition(":")[2] + turn, len(template.prompt(pair, sys.maxsize))
@@ -1286,8 +1312,10 @@ def fitting(pairs, path, template, training, trained_on=True):
             cut[at] = whole - length
         if trained_on and length + len(template.reply(pair.chosen[:1])[0]) > room:
             unfit[at] = True
-        else:
-            kept.append(pair)
+            continue
+        kept.append(pair)
+        if any(len(template.reply([message])[0]) > training.max_new_tokens for message in pair.gold[::2]):
+            unsaid[at] = True
     lines = []
     if cut:
         lost = " to ".join(map(str, sorted({min(cut.values()), max(cut.values())})))
@@ -1295,6 +1323,9 @@ def fitting(pairs, path, template, training, trained_on=True):
     if unfit:
         turns = f"{len(unfit)} turns whose reply does not fit into max_length {room} are left out"
         lines.append(f"{path}: {turns}: {data.listed(unfit)}")
+    if unsaid:
+        turns = f"{len(unsaid)} turns have gold replies longer than max_new_tokens {training.max_new_tokens}"
+        lines.append(f"{path}: {turns}: {data.listed(unsaid)}")
     return kept, lines
 
 

@@ -1235,8 +1235,10 @@ def parse_lines(path, parse, shown=20):
 
     Lines end at "\\n" alone: U+2028 and its like may stand inside a JSON string.
     """
-    parsed, errors = [], []
-    for number, raw in enumerate(read_bytes(path).split(b"\n"), start=1):
+    parsed, errors, content = [], [], read_bytes(path)
+    if content.lstrip().startswith(b"["):
+        raise InputError(f"{path}: begins with '[', expected JSON Lines, an object a line (jq -c '.[]' makes them)")
+    for number, raw in enumerate(content.split(b"\n"), start=1):
         try:
             if raw.strip():
                 row = expect(parse_json(raw, path, number), f"{path}:{number}: the line", dict)

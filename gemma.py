@@ -1410,7 +1410,10 @@ def chat(model, template, context, limit, temperature):
     history, cache = [], KVCache()
     pair = Pair(context, history, action="", chosen=[], rejected=[], gold=[], target="")  # a prompt's part of one
     while True:
-        history.append(("user", input("> ")))
+        said = input("> ")
+        if not said.strip():
+            continue
+        history.append(("user", said))
         prompt = template.prompt(pair, max(1, model.config.max_position_embeddings - limit))
         tokens, text = [], ""
         try:

@@ -1125,12 +1125,21 @@ def test_command_line_checks_lengths_with_a_config(tmp_path, capsys):
     """The tiny world's own: its tokenizer, and room for 448 tokens of prompt, 512 in all."""
     long = "sales " * 500
     path = write(tmp_path, SALES, conversation(user(long, False), model("5"), user("And?", False), model("6")),
-                 conversation(user("a", False), model(long)))  # fmt: skip
+                 conversation(user("a", False), model(long)), conversation(user("a", False), model("sales " * 16)))  # fmt: skip
     assert data.main(["check", str(path), "--config", "tiny.json"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and said[0].endswith("7 user turns: 2 CLARIFY, 5 ANSWER, 0 skipped")
+    assert len(said) == 4 and said[0].endswith("8 user turns: 2 CLARIFY, 6 ANSWER, 0 skipped")
     assert re.fullmatch(rf"{path}: 2 prompts lose \d\d to 5\d\d tokens to max_prompt_length 448: 2\.1, 2\.2", said[1])
     assert said[2] == f"{path}: 1 turns whose reply does not fit into max_length 512 are left out: 3.1"
+    assert said[3] == f"{path}: 1 turns have gold replies longer than max_new_tokens 16: 4.1"
+
+
+def test_an_array_is_not_json_lines(tmp_path):
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps([conversation(user("a"), model("b"))], indent=1))
+    with pytest.raises(InputError) as error:
+        read_vertex_jsonl(path)
+    assert str(error.value) == f"{path}: begins with '[', expected JSON Lines, an object a line (jq -c '.[]' makes them)"
 
 
 def test_command_line_checks_labels_with_the_classifier_of_a_config(tmp_path, capsys, monkeypatch):

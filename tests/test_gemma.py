@@ -1175,6 +1175,11 @@ def test_a_chat_is_the_conversation_in_the_models_template(talk, monkeypatch, pr
     assert max(work[1:]) < work[0], "the first prompt, then what is new"
 
 
+def test_an_empty_line_is_not_sent(talk):
+    first, *_ = replies_of("plain", SAID)
+    assert talk(["", SAID[0], "  "]) == f"> > {first}\n> > \n"
+
+
 def test_a_reply_appears_token_by_token_and_ctrl_c_ends_it_but_not_the_chat(talk, monkeypatch, capsys):
     """Pressed while the third token was being computed, which the cache counts from then on and does not hold."""
     sample, extend, prefill, steps, shown, prefilled = gemma.sample, gemma.extend, gemma.KVCache.prefill, iter(range(100)), [], []

@@ -232,6 +232,29 @@ def test_gradient_accumulation_and_checkpointing_change_no_result(world, act_run
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("optim", ["rmsprop", "adamw"])
+def test_what_sampling_does_without_is_set_aside_and_comes_back(world, tmp_path, monkeypatch, optim):
+    settings, held = {"optim": optim, "bf16": True}, []
+    assert run("--config", run_config(world, tmp_path, **settings)) == 0
+    respond = act.Sampler.__call__
+
+    def watched(self, *asked):
+        [(optimizer, reference)] = runs
+        state = [x for values in optimizer.state.values() for x in values.values() if x.ndim]
+        held.append(sum(x.untyped_storage().nbytes() for x in [*state, *reference.parameters()]))
+        return respond(self, *asked)
+
+    prepare, runs = act.prepare, []
+    monkeypatch.setattr(act, "prepare", lambda *words: runs.append(((made := prepare(*words)).optimizer, made.reference)) or made)
+    monkeypatch.setattr(act.Sampler, "__call__", watched)
+    aside = ["--training_config.offload_for_generation", "true", "--training_config.output_dir", tmp_path / "aside" / "out"]
+    assert run("--config", tmp_path / "run.json", *aside) == 0
+    assert held and not any(held)
+    runs.clear()
+    assert metrics_of(tmp_path / "aside") == metrics_of(tmp_path)
+    assert_same_weights(tmp_path / "aside" / "out" / "model", tmp_path / "out" / "model")
+
+
 def test_a_bfloat16_run_is_close(world, tmp_path):
     assert run("--config", run_config(world, tmp_path, "dpo", evaluated=False)) == 0
     changed = ["--training_config.bf16", "true", "--training_config.output_dir", tmp_path / "bf16" / "out"]
@@ -736,8 +759,9 @@ def test_two_ranks_match_one(world, one_rank_run, two_rank_run):
 
 @pytest.mark.parametrize("ranks", [2, 4], ids=["replicated", "two-by-two"])
 def test_ranks_with_copies_match_one(world, one_rank_run, tmp_path, ranks):
-    """The first two of the five steps."""
+    """The first two of the five steps; with 2 x 2 ranks, what sampling does without is set aside meanwhile."""
     options = {"per_device_train_batch_size": 4 // ranks, "dp_replicate_size": 2, **FIVE_STEPS, "max_steps": 2}
+    options["offload_for_generation"] = ranks == 4
     config = run_config(world, tmp_path, evaluated=False, **options)
     statuses, said = run_on_ranks(ranks, tmp_path, "--config", config)
     assert statuses == [0] * ranks, said

@@ -103,7 +103,7 @@ class Folds:
         if self.lora:
             own["learning_rate"] *= 10
             settings = {f"policy_model_config.{key}": value for key, value in LORA.items()}
-        settings |= {f"training_config.{key}": value for key, value in own.items()}
+        settings |= {f"{'data' if key == 'tolerance' else 'training'}_config.{key}": value for key, value in own.items()}
         self.act(self.name(method, fold, changed), config, {
             "policy_model_config.model_path": start, "data_config.train_path": self.out / fold / "train.jsonl",
             "data_config.validation_path": "", "training_config.seed": seed, **settings,
