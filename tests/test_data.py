@@ -466,6 +466,18 @@ def test_question_rule_on_labelled_replies():
     assert found["Binary Precision"] >= 0.98 and found["Binary Recall"] >= 0.95, found
 
 
+def test_user_rule_on_labelled_questions():
+    """200 that a model asked on PACIFIC: 123 for what was left open, the others not; tests/proofs/users.py has more."""
+    answered = {True: [], False: []}
+    for _, row in data.read_jsonl(HERE / "golden" / "asked.jsonl"):
+        gold = [("model", row["gold"]), ("user", "that one"), ("model", "5")]
+        pair = Pair("", [("user", row["user"])], CLARIFY, gold, gold, gold, "5")
+        answered[row["right"]] += data.rule_users([(pair, [("model", row["asked"])], None)])
+    given = {right: replies.count("that one") for right, replies in answered.items()}
+    assert len(answered[True]) == 123 and given[True] >= 114
+    assert len(answered[False]) == 77 and given[False] <= 2
+
+
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 def test_question_rule_gives_all_labels_of_the_tiny_world(name):
     pairs = pairs_of(*read_vertex_jsonl(TINY / f"{name}.jsonl"))

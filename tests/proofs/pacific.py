@@ -53,8 +53,8 @@ COLUMNS = {  # title -> (what of the samples, scale, digits)
     ),
     "questions a turn": (lambda rows: mean(rows, "questions"), 1, 2),
 }  # fmt: skip
-GRID = (  # what the search tries for DPO and ACT
-    {}, {"learning_rate": 3e-5}, {"class_balance": '{"CLARIFY": 3}'}, {"learning_rate": 3e-6}, {"rpo_alpha": 1.0},
+GRID = (  # what the search tries for ACT, and for DPO where it makes a difference; first: what the configs have by now
+    {}, {"tolerance": 0.9, "rpo_alpha": 0.3}, {"tolerance": 0.9}, {"rpo_alpha": 0.3},
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ class Folds:
         name = self.name(method, fold, changed)
         self.act(f"{name}-test", METHODS[method][0], {
             "task": "evaluate", "policy_model_config.model_path": self.out / name / "model",
-            "data_config.validation_path": self.out / fold / "test.jsonl",
+            "data_config.validation_split": 0, "data_config.validation_path": self.out / fold / "test.jsonl",
         })  # fmt: skip
         with open(self.out / f"{name}-test/eval_samples.jsonl", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
@@ -106,7 +106,7 @@ class Folds:
         settings |= {f"{'data' if key == 'tolerance' else 'training'}_config.{key}": value for key, value in own.items()}
         self.act(self.name(method, fold, changed), config, {
             "policy_model_config.model_path": start, "data_config.train_path": self.out / fold / "train.jsonl",
-            "data_config.validation_path": "", "training_config.seed": seed, **settings,
+            "data_config.validation_split": 0, "training_config.seed": seed, **settings,
         })  # fmt: skip
 
     def name(self, method, fold, changed=()):
@@ -198,7 +198,8 @@ def main():
     args = parser.parse_args()
     runs = Folds(args.conversations, args.model, args.out, args.jobs, args.lora)
     if args.search:
-        cells = [(method, "search", tuple(change.items())) for change in GRID for method in ("ACT", "offline DPO")]
+        cells = [("ACT", "search", tuple(change.items())) for change in GRID]
+        cells += [("offline DPO", "search", tuple(change.items())) for change in GRID if "tolerance" not in change]
         found = runs.map([("SFT", "search", ()), *cells])
         rows = {" ".join([m, *(f"{k} {v}" for k, v in c)]): samples for (m, _, c), samples in found.items()}
         return write(runs.out, "search", *table(rows))

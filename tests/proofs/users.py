@@ -1,11 +1,12 @@
 """How well the rule that plays the user tells a right question from one about something else, on real conversations.
 
-    python tests/proofs/users.py pacific.jsonl                      conversations as `data.py pacific` writes them
-    python tests/proofs/users.py pacific.jsonl --labelled Q.jsonl   and questions that somebody has labelled
+    python tests/proofs/users.py pacific.jsonl        conversations as `data.py pacific` writes them
 
 For each turn that calls for a question: the gold question, which must get the gold reply, and the gold questions of other
-turns that are about something else (other content words), which must not. Q.jsonl: {"where", "user", "gold", "asked",
-"right": true | false} a line, a question that a model asked on such a turn and whether it asks for what was left open.
+turns that are about something else (other content words), which must not. Then tests/golden/asked.jsonl: 200 questions
+that Gemma 3 270M asked on such turns of PACIFIC during and after training, labelled by reading, all but the first 33
+before the rule's answers were seen: {"user": the turn, "gold": the gold question, "asked", "right": does it ask for what
+was left open?}.
 """
 
 import argparse
@@ -18,10 +19,18 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 
+ASKED = ROOT / "tests" / "golden" / "asked.jsonl"
+
 
 def replied(pair, question):
     [reply] = data.rule_users([(pair, [("model", question)], None)])
     return reply != data.NOTHING_TO_ADD
+
+
+def answered(row):
+    """Does a labelled question get the gold reply?"""
+    gold = [("model", row["gold"]), ("user", "that one"), ("model", "5")]
+    return replied(data.Pair("", [("user", row["user"])], data.CLARIFY, gold, gold, gold, "5"), row["asked"])
 
 
 def share(hits):
@@ -31,7 +40,6 @@ def share(hits):
 def main():
     parser = argparse.ArgumentParser(description="The rule that plays the user, measured.")
     parser.add_argument("conversations")
-    parser.add_argument("--labelled")
     given = parser.parse_args()
     pairs = data.ACTDataset(data.read_vertex_jsonl(given.conversations), data.CLARIFY, 1).prepare_datasets()
     pairs = [pair for pair in pairs if pair.action == data.CLARIFY]
@@ -46,15 +54,10 @@ def main():
             for k in others if here else rng.sample(others, min(20, len(others))):
                 given_away.append(replied(pair, questions[k]))
         print(f"questions {name} about something else get it:", share(given_away))
-    if given.labelled:
-        rows = [row for _, row in data.read_jsonl(given.labelled)]
-        for right in (True, False):
-            hits = []
-            for row in rows:
-                if row["right"] is right:
-                    pair = next(p for p in pairs if p.where.endswith(row["where"]) and p.history[-1][1] == row["user"])
-                    hits.append(replied(pair, row["asked"]))
-            print(f"sampled questions labelled {'right' if right else 'wrong'} get it:", share(hits))
+    rows = [row for _, row in data.read_jsonl(ASKED)]
+    for right in (True, False):
+        hits = [answered(row) for row in rows if row["right"] is right]
+        print(f"sampled questions labelled {'right' if right else 'wrong'} get it:", share(hits))
 
 
 if __name__ == "__main__":
