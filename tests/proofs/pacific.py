@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from act import summarize  # noqa: E402
-from data import CLARIFY, read_json, write_json, write_jsonl  # noqa: E402
+from data import CLARIFY, read_json, read_jsonl, write_json, write_jsonl  # noqa: E402
 
 SFT, DPO, ACT = (f"configs/gemma3_270m_pacific_{name}.json" for name in ("sft", "dpo", "act"))
 METHODS = {  # method -> its config, and what differs from it; SFT starts from the base model, the others from SFT's
@@ -53,8 +53,8 @@ COLUMNS = {  # title -> (what of the samples, scale, digits)
     ),
     "questions a turn": (lambda rows: mean(rows, "questions"), 1, 2),
 }  # fmt: skip
-GRID = (  # what the search tries for ACT, and for DPO where it makes a difference; first: what the configs have by now
-    {}, {"tolerance": 0.9, "rpo_alpha": 0.3}, {"tolerance": 0.9}, {"rpo_alpha": 0.3},
+SEARCHED = (  # (method, what differs from its config); the last is the table's ACT
+    ("SFT", {}), ("SFT", {"num_train_epochs": 4}), ("SFT continued", {}), ("offline DPO", {}), ("ACT", {"temperature": 0}), ("ACT", {}),
 )  # fmt: skip
 
 
@@ -113,9 +113,9 @@ class Folds:
         return "-".join([f"{fold}/{method.replace(',', '').replace(' ', '_')}", *(f"{k}={v}" for k, v in changed)])
 
     def act(self, name, config, settings):
-        """One run of act.py, unless it is finished; seconds.json finishes it."""
+        """One run of act.py, unless it is finished."""
         folder, began = self.out / name, time.monotonic()
-        if (folder / "seconds.json").exists():
+        if (folder / "finished").exists():
             return
         folder.mkdir(exist_ok=True)
         again = [] if "task" in settings else ["--resume"]
@@ -128,12 +128,13 @@ class Folds:
             ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         if ran.returncode:
             raise SystemExit(f"{' '.join(map(str, command))}\nended with {ran.returncode}: see {folder / 'log.txt'}")
-        write_json(folder / "seconds.json", time.monotonic() - began)
+        (folder / "finished").touch()
         print(f"{time.strftime('%H:%M')} {name}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
 
-    def seconds(self, method, changed=(), folds=()):
-        names = [self.name(method, fold, changed) for fold in folds]
-        return statistics.fmean(read_json(self.out / name / "seconds.json") for name in names)
+    def minutes(self, method, folds):
+        """Of training, a mean over folds; resumed runs count as one."""
+        rows = [row for fold in folds for _, row in read_jsonl(self.out / self.name(method, fold) / "metrics.jsonl")]
+        return sum(row.get("seconds/rollout", 0) + row.get("seconds/train", 0) for row in rows) / 60 / len(folds)
 
     def map(self, cells):
         """{(method, fold, changed): samples}: first the SFT models, from which the others start."""
@@ -198,16 +199,14 @@ def main():
     args = parser.parse_args()
     runs = Folds(args.conversations, args.model, args.out, args.jobs, args.lora)
     if args.search:
-        cells = [("ACT", "search", tuple(change.items())) for change in GRID]
-        cells += [("offline DPO", "search", tuple(change.items())) for change in GRID if "tolerance" not in change]
-        found = runs.map([("SFT", "search", ()), *cells])
+        found = runs.map([(method, "search", tuple(changed.items())) for method, changed in SEARCHED])
         rows = {" ".join([m, *(f"{k} {v}" for k, v in c)]): samples for (m, _, c), samples in found.items()}
         return write(runs.out, "search", *table(rows))
     folds = [f"fold{k}" for k in range(args.folds)]
     found = runs.map([(method, fold, ()) for fold in folds for method in args.methods])
     rows = {method: [row for fold in folds for row in found[method, fold, ()]] for method in args.methods}
     text, numbers = table(rows)
-    minutes = ", ".join(f"{m} {runs.seconds(m, (), folds) / 60:.0f}" for m in args.methods)
+    minutes = ", ".join(f"{m} {runs.minutes(m, folds):.0f}" for m in args.methods)
     turns = rows[args.methods[0]]
     dialogues = len({row["dialogue"] for row in turns})
     text += f"\n\n{dialogues} dialogues, {len(turns)} turns a row; minutes of training a fold: {minutes}."
