@@ -22,8 +22,9 @@ import random
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,17 @@ class GemmaConfig:
     def to_json(self, dtype):
         """What transformers (4 and 5) and vLLM expect to find in config.json."""
         return config_json(self, dtype)
+
+
+def fused(function):
+    """The function's lines; on a GPU one kernel instead of several, if flex attention compiles there."""
+
+    @wraps(function)
+    def call(x, *args):
+        alone = x.is_cuda and not torch.compiler.is_compiling() and FLEX not in FAILED
+        return compiled(function, dynamic=True)(x, *args) if alone else function(x, *args)
+
+    return call
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,17 +209,21 @@ def common_prefix(a, b):
 # The decoder
 
 
-class RMSNorm(nn.Module):
+@fused
+def normalized(x, weight, eps):
     """x / rms(x) * (1 + weight), in float32 whatever the dtype of x."""
+    gain = 1 + weight.float()
+    return F.rms_norm(x.float(), gain.shape, gain, eps).to(x.dtype)
 
+
+class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size))
         self.eps = eps
 
     def forward(self, x):
-        gain = 1 + self.weight.float()
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+        return normalized(x, self.weight, self.eps)
 
 
 def rotary(positions, theta, head_dim):
@@ -220,6 +236,7 @@ def rotary(positions, theta, head_dim):
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
+@fused
 def rotate(x, cos, sin):
     """x [B, T, heads, D] turned by the angles of its positions."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
@@ -255,6 +272,11 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
+@fused
+def gated(gate, up):
+    return F.gelu(gate, approximate="tanh") * up
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -263,7 +285,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -495,10 +517,10 @@ def flex_compiles(heads, kv_heads, head_dim, softcap, dtype, device="cuda"):
         return True
 
     with torch.inference_mode(False), torch.enable_grad():
-        return attempt("flex attention", work) or False
+        return attempt(FLEX, work) or False
 
 
-FAILED = set()  # optimisations that do not work on this machine
+FAILED, FLEX = set(), "flex attention"  # optimisations that do not work on this machine; the name of one
 
 
 def attempt(name, work):
@@ -507,6 +529,8 @@ def attempt(name, work):
         return None
     try:
         return work()
+    except torch.OutOfMemoryError:  # a smaller batch may do
+        raise
     except Exception as error:  # a compiler's, of whatever kind
         FAILED.add(name)
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -591,6 +615,7 @@ def compiled(function, **options):
     """
     if torch._dynamo.config.recompile_limit < 64:  # in each thread: autograd has its own
         torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")  # advice to those who write compilers
     return compile_once(function, **options)
 
 

@@ -856,6 +856,26 @@ def test_a_step_that_cannot_be_recorded_is_said_once_and_done_without(model, gol
     assert capsys.readouterr().out == "a recorded step does not work on this machine, going on without it (division by zero)\n"
 
 
+def test_a_step_for_which_memory_does_not_suffice_has_not_failed_for_good(monkeypatch):
+    monkeypatch.setattr(gemma, "FAILED", set())
+    with pytest.raises(torch.OutOfMemoryError):
+        gemma.attempt("a recorded step", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("20 MiB")))
+    assert not gemma.FAILED and gemma.attempt("a recorded step", lambda: "recorded") == "recorded"
+
+
+def test_a_fused_function_is_one_kernel_on_a_gpu_alone_and_where_kernels_compile(monkeypatch):
+    monkeypatch.setattr(gemma, "compiled", lambda function, dynamic: lambda *args: ("kernel", *args))
+    monkeypatch.setattr(gemma, "FAILED", set())
+    function = gemma.fused(lambda x, y: ("lines", x, y))
+    on_gpu, on_cpu = SimpleNamespace(is_cuda=True), torch.ones(1)
+    assert function(on_gpu, 2) == ("kernel", on_gpu, 2) and function(on_cpu, 2) == ("lines", on_cpu, 2)
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert function(on_gpu, 2)[0] == "lines"
+    gemma.FAILED.add(gemma.FLEX)
+    assert function(on_gpu, 2)[0] == "lines"
+
+
 def test_flex_attention_that_does_not_compile_is_said_once_and_blocks_take_its_place(model, golden, monkeypatch, capsys):
     """On a CPU it has no backward pass."""
     monkeypatch.setattr(gemma, "FAILED", set())

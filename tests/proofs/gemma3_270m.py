@@ -58,7 +58,9 @@ def tokenizer(info):
             model.pieces.add(piece=piece, score=float(-normal), type=int(kind))
             normal += 1
             continue
-        if kind == TokenType.CONTROL and i > 3:
+        if piece == "<unk>":  # a control piece in the file; without an unknown one sentencepiece before 0.2.3 refuses
+            kind = TokenType.UNKNOWN
+        elif kind == TokenType.CONTROL and i > 3:
             kind = TokenType.USER_DEFINED
         piece = piece if piece.strip(" ") else piece.replace(" ", "\u2581")
         model.pieces.add(piece=piece, score=0.0, type=int(kind))

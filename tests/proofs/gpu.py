@@ -94,26 +94,30 @@ def two_turns(model):
     return replies + gemma.generate(model, later, 24, temperature=0, stop_ids=stops, kv_cache=cache)
 
 
-def parity(device):
+def parity(device, only=""):
     cases = [(64, sizes, checkpointing, False) for sizes in ((100,), (70, 90, 260), (20,), (300, 400))
              for checkpointing in (False, True)]  # fmt: skip
     cases += [(head_dim, sizes, True, False) for head_dim in (128, 256) for sizes in ((65,), (300, 400))]
     cases += [(64, (70, 90, 260), True, True), (256, (100,), False, True)]
     for dtype, limit in LIMITS.items():
         for head_dim, sizes, checkpointing, lora in cases:
-            began = time.monotonic()
             sequences = [tokens(sizes[0], sizes[0])] if sizes in ((65,), (100,)) else dialogues(sizes)
-            models = model_on(device, dtype, head_dim, lora), model_on("cpu", torch.float32, head_dim, lora)
-            difference = worst(*(logps_and_gradients(each, sequences, checkpointing) for each in models))
             title = f"{str(dtype)[6:]}, heads of {head_dim}, {'one row' if len(sequences) == 1 else 'forest'} of {sizes}"
             title += ", checkpointing" * checkpointing + ", LoRA" * lora
+            if only not in title:
+                continue
+            began = time.monotonic()
+            models = model_on(device, dtype, head_dim, lora), model_on("cpu", torch.float32, head_dim, lora)
+            difference = worst(*(logps_and_gradients(each, sequences, checkpointing) for each in models))
             report(title, f"difference {difference:.1e}", difference < limit, began)
     for head_dim in (64, 256):
+        title = f"float32, heads of {head_dim}, replies of two turns"
+        if only not in title:
+            continue
         began = time.monotonic()
         models = model_on(device, torch.float32, head_dim), model_on("cpu", torch.float32, head_dim)
         found, expected = map(two_turns, models)
         same = sum(a == b for a, b in zip(found, expected, strict=True))
-        title = f"float32, heads of {head_dim}, replies of two turns"
         report(title, f"{same} of {len(expected)} equal", same == len(expected), began)
     if gemma.FAILED:
         report("compilations and recorded steps", f"failed: {', '.join(sorted(gemma.FAILED))}", False, time.monotonic())
@@ -206,19 +210,22 @@ def speeds(prompt=1500, reply=100, pairs=4, new=64):
         cache = 4 * rows * prompt * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         share = (weights + cache) / step / bandwidth
         print(f"decoding, {rows} rows: {rows / step:.0f} tokens/s, {1000 * step:.1f} ms a step, {share:.0%} of bandwidth")
+        if rows == pairs:
+            print(f"replies of {reply} tokens for such a step: {seconds(lambda: decode(reply)):.2f} s")
     print(f"largest memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--speeds", action="store_true", help="only these")
+    parser.add_argument("--only", default="", metavar="TEXT", help="points with this in their line, or: runs, speeds")
     args = parser.parse_args()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if not args.speeds:
-        parity(args.device)
+    if args.only not in ("runs", "speeds"):
+        parity(args.device, args.only)
+    if args.only in ("", "runs"):
         runs(args.device)
-    if args.device == "cuda":
+    if args.device == "cuda" and args.only in ("", "speeds"):
         speeds()
     print(f"\n{len(FAILED)} failed" if FAILED else "\nall is well")
     return int(bool(FAILED))
