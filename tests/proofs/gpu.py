@@ -1,6 +1,7 @@
 """Is all well on this GPU? Its path against the CPU's, whole runs, then how fast it is.
 
-    python tests/proofs/gpu.py                   some five minutes, compilations included
+    python tests/proofs/gpu.py                   some ten minutes, nearly all of them compilations
+    python tests/proofs/gpu.py --only bfloat16   a part of it; parts may run side by side, but not beside the speeds
     python tests/proofs/gpu.py --device cpu      a check of this script, without the speeds
 
 For a person with a GPU, to be run first. Random models of four layers, with heads of 64, 128 and 256 and a window of 48:

@@ -1,15 +1,18 @@
 """A real Gemma on conversations that people wrote: five methods on PACIFIC, every dialogue tested once. `act.py` does the work.
 
     python data.py pacific validation.json pacific.jsonl
-    python tests/proofs/pacific.py pacific.jsonl gemma-3-270m             the table: hours on two cores
+    python tests/proofs/pacific.py pacific.jsonl gemma-3-270m             the table: many hours on two cores; with
+                                                                          --jobs 8 half an hour on a GPU of 80 GB
     python tests/proofs/pacific.py pacific.jsonl gemma-3-270m --search    how settings were chosen
 
 The dialogues are dealt into folds. Fold k is tested with models that were trained on the other folds with seed k, which
 fixes the order of the data and every sample: one SFT model a fold, from which the other methods start. The search sees
-the training dialogues of the first fold only, a quarter of which it holds out. Everything is kept in --out: a finished
-run is not run again and an interrupted one resumes, so the command can be stopped at any time and given again. After a
-change of configs or code take another --out. Written there: pacific.md or search.md, and pacific.json or search.json
-with every number.
+the training dialogues of the first fold only, a quarter of which it holds out. With --halves, SFT learns from every
+other training dialogue and the other methods from those between, which its model has not seen (seed 100 + k).
+
+Everything is kept in --out: a finished run is not run again and an interrupted one resumes, so the command can be stopped
+at any time and given again. After a change of configs, code or options take another --out. Written there: pacific.md or
+search.md, and pacific.json or search.json with every number.
 
 A standard error is the bootstrap's, over dialogues, since the turns of one are not independent; of a difference, over
 the same draws for both methods.
@@ -54,7 +57,9 @@ COLUMNS = {  # title -> (what of the samples, scale, digits)
     "questions a turn": (lambda rows: mean(rows, "questions"), 1, 2),
 }  # fmt: skip
 SEARCHED = (  # (method, what differs from its config); the last is the table's ACT
-    ("SFT", {}), ("SFT", {"num_train_epochs": 4}), ("SFT continued", {}), ("offline DPO", {}), ("ACT", {"temperature": 0}), ("ACT", {}),
+    ("SFT", {"num_train_epochs": 2}), ("SFT", {}), ("SFT", {"num_train_epochs": 8}), ("SFT continued", {}),
+    ("offline DPO", {"learning_rate": 5e-6}), ("offline DPO", {"learning_rate": 2e-5}), ("offline DPO", {}),
+    ("ACT", {"learning_rate": 5e-6}), ("ACT", {"learning_rate": 2e-5}), ("ACT", {}),
 )  # fmt: skip
 
 
@@ -65,8 +70,8 @@ def mean(rows, key):
 class Folds:
     """Runs `act.py` in `out`, `jobs` runs at a time; every run once."""
 
-    def __init__(self, conversations, model, out, jobs, lora=False, count=3):
-        self.lora = lora
+    def __init__(self, conversations, model, out, jobs, lora=False, halves=False, count=3):
+        self.lora, self.halves = lora, halves
         self.model, self.out, self.jobs, self.count = Path(model).resolve(), out.resolve(), jobs, count
         with open(conversations, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
@@ -78,7 +83,7 @@ class Folds:
 
     def write(self, fold, train, test):
         (self.out / fold).mkdir(parents=True, exist_ok=True)
-        for name, rows in (("train", train), ("test", test)):
+        for name, rows in (("train", train), ("first", train[::2]), ("second", train[1::2]), ("test", test)):
             write_jsonl(self.out / fold / f"{name}.jsonl", rows)
 
     @cache  # noqa: B019
@@ -97,7 +102,8 @@ class Folds:
     def train(self, method, fold, changed=()):
         config, own = METHODS[method]
         start = self.model if method == "SFT" else self.out / self.name("SFT", fold) / "model"
-        seed = int(fold[-1]) if fold[-1].isdigit() else 100
+        seed = int(fold[-1]) + 100 * self.halves if fold[-1].isdigit() else 100
+        part = ("first" if method == "SFT" else "second") if self.halves else "train"
         own = {"learning_rate": read_json(ROOT / config)["training_config"]["learning_rate"], **own, **dict(changed)}
         settings = {}
         if self.lora:
@@ -105,7 +111,7 @@ class Folds:
             settings = {f"policy_model_config.{key}": value for key, value in LORA.items()}
         settings |= {f"{'data' if key == 'tolerance' else 'training'}_config.{key}": value for key, value in own.items()}
         self.act(self.name(method, fold, changed), config, {
-            "policy_model_config.model_path": start, "data_config.train_path": self.out / fold / "train.jsonl",
+            "policy_model_config.model_path": start, "data_config.train_path": self.out / fold / f"{part}.jsonl",
             "data_config.validation_split": 0, "training_config.seed": seed, **settings,
         })  # fmt: skip
 
@@ -147,7 +153,7 @@ class Folds:
 
 
 def table(rows, draws=1000):
-    """(markdown, numbers) of {label: samples}, all of the same turns; the last two rows are compared with the others."""
+    """(markdown, numbers) of {label: samples}, all of the same turns; the last row is compared with the others."""
     dialogues = sorted({row["dialogue"] for row in next(iter(rows.values()))})
     grouped = {label: {key: [] for key in dialogues} for label in rows}
     for label, samples in rows.items():
@@ -194,10 +200,11 @@ def main():
     parser.add_argument("--jobs", type=int, choices=range(1, 17), metavar="N", default=1, help="runs at a time")
     parser.add_argument("--folds", type=int, choices=range(1, 4), metavar="N", default=3, help="the first N of 3 only")
     parser.add_argument("--lora", action="store_true", help="train adapters instead of all weights; take another --out")
+    parser.add_argument("--halves", action="store_true", help="SFT learns from one half, the others from the other")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
     parser.add_argument("--search", action="store_true", help="try settings on a part of fold 0's training dialogues")
     args = parser.parse_args()
-    runs = Folds(args.conversations, args.model, args.out, args.jobs, args.lora)
+    runs = Folds(args.conversations, args.model, args.out, args.jobs, args.lora, args.halves)
     if args.search:
         found = runs.map([(method, "search", tuple(changed.items())) for method, changed in SEARCHED])
         rows = {" ".join([m, *(f"{k} {v}" for k, v in c)]): samples for (m, _, c), samples in found.items()}
