@@ -33,10 +33,11 @@ import act  # noqa: E402
 import gemma  # noqa: E402
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-FAILED = []
+DONE, FAILED = [], []
 
 
 def report(what, value, ok, began):
+    DONE.append(what)
     FAILED.extend([] if ok else [what])
     print(f"{what:64} {value:<26} {time.monotonic() - began:6.1f} s  {'ok' if ok else 'FAILED'}", flush=True)
 
@@ -228,6 +229,8 @@ def main():
         runs(args.device)
     if args.device == "cuda" and args.only in ("", "speeds"):
         speeds()
+    if not DONE and args.only != "speeds":
+        parser.error(f"--only: no point has {args.only!r} in its line")
     print(f"\n{len(FAILED)} failed" if FAILED else "\nall is well")
     return int(bool(FAILED))
 
