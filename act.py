@@ -837,7 +837,7 @@ def load_config(path, overrides=()):
             print0(f"{path}: {section}: not read here: {', '.join(sorted(unread))}")
             raw[section] = {key: value for key, value in raw[section].items() if key not in unread}
     config = build_section(Config, raw, str(path), "", where)
-    check_config(config, path)
+    check_config(config, f"{path} with {', '.join(where.values())}" if where else path)
     return config
 
 

@@ -444,6 +444,14 @@ def test_values_with_which_nothing_could_win_or_be_learnt_are_refused(tmp_path, 
     assert said in refusal(config_file(tmp_path), {key: 1})
 
 
+def test_a_rule_of_two_keys_names_the_file_and_the_flags(tmp_path):
+    path = config_file(tmp_path, training_config={"max_prompt_length": 600})
+    flags = {"training_config.max_length": "512", "training_config.seed": "1"}
+    rule = "max_prompt_length 600 leaves no room below max_length 512 for a response"
+    assert refusal(path, flags) == f"{path} with --training_config.max_length, --training_config.seed: {rule}"
+    assert refusal(config_file(tmp_path, training_config={"max_length": 512, "max_prompt_length": 600})) == f"{path}: {rule}"
+
+
 def test_a_path_that_no_file_can_have_and_a_key_of_two_lines_are_one_line(tmp_path):
     for path in ("x" * 5000, "9" * 400):
         assert load_config(config_file(tmp_path, policy_model_config={"model_path": path})).policy_model_config.model_path == path

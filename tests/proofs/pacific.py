@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from act import summarize  # noqa: E402
 from data import CLARIFY, read_json, read_jsonl, write_json, write_jsonl  # noqa: E402
 
+EVEN = '{"CLARIFY": 2.5, "ANSWER": 0.5}'  # as many pairs as before, about half of them of each action
 SFT, DPO, ACT = (f"configs/gemma3_270m_pacific_{name}.json" for name in ("sft", "dpo", "act"))
 METHODS = {  # method -> its config, and what differs from it; SFT starts from the base model, the others from SFT's
     "SFT": (SFT, {}),
@@ -43,6 +44,9 @@ METHODS = {  # method -> its config, and what differs from it; SFT starts from t
     "offline DPO": (DPO, {}),
     "ACT, no simulation": (ACT, {"simulate_user": False}),
     "ACT": (ACT, {}),
+    "offline DPO, balanced": (DPO, {"class_balance": EVEN}),
+    "ACT, no simulation, balanced": (ACT, {"simulate_user": False, "class_balance": EVEN}),
+    "ACT, balanced": (ACT, {"class_balance": EVEN}),
 }
 LORA = {"lora_r": 16, "dtype": "bfloat16"}  # --lora: adapters are trained, at ten times the learning rate
 COLUMNS = {  # title -> (what of the samples, scale, digits)
@@ -97,7 +101,7 @@ class Folds:
         })  # fmt: skip
         with open(self.out / f"{name}-test/eval_samples.jsonl", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        return [{**row, "dialogue": (fold, row["where"])} for row in rows]
+        return [{**row, "dialogue": (fold, row["where"].rpartition(":")[2])} for row in rows]  # its line
 
     def train(self, method, fold, changed=()):
         config, own = METHODS[method]
@@ -201,7 +205,7 @@ def main():
     parser.add_argument("--folds", type=int, choices=range(1, 4), metavar="N", default=3, help="the first N of 3 only")
     parser.add_argument("--lora", action="store_true", help="train adapters instead of all weights; take another --out")
     parser.add_argument("--halves", action="store_true", help="SFT learns from one half, the others from the other")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:5], help="rows of the table")
     parser.add_argument("--search", action="store_true", help="try settings on a part of fold 0's training dialogues")
     args = parser.parse_args()
     runs = Folds(args.conversations, args.model, args.out, args.jobs, args.lora, args.halves)
