@@ -1749,7 +1749,7 @@ def gemma_asker(model, tokenizer, config):
         tokens = [before + tokenizer.encode(prompt)[-room:] + after for prompt in prompts]  # too long: without its head
         sampling = {"stop_ids": template.stop_ids, "generator": generators}
         answers = generate(model, tokens, config.max_new_tokens, config.temperature, **sampling)
-        return [tokenizer.decode(answer).strip() or None for answer in answers]
+        return [tokenizer.decode(answer).strip() for answer in answers]
 
     def ask(prompts):
         new, answers = list(dict.fromkeys(prompts)), {}
@@ -1757,7 +1757,6 @@ def gemma_asker(model, tokenizer, config):
             batch = new[start : start + config.batch_size]
             answers.update(zip(batch, continued(batch), strict=True))
         count("asked", len(new))
-        count("blocked", sum(answer is None for answer in answers.values()))
         return [answers[prompt] for prompt in prompts]
 
     return ask
@@ -2060,7 +2059,8 @@ def evaluate(config, overwrite=False, resume=False):
     _, pairs = load_pairs(config, helpers, template)
     dtype = getattr(torch, config.policy_model_config.dtype)
     policy, mesh = config.policy_model_config, make_mesh(device, training.dp_replicate_size)
-    model = build_model(source, mesh, dtype, trainable=False, lora=lora_config(policy), start=policy.adapter_path)
+    lora = lora_config(policy) if policy.adapter_path else None  # new adapters, of lora_r, would change nothing
+    model = build_model(source, mesh, dtype, trainable=False, lora=lora, start=policy.adapter_path)
     gemma.check_vocabulary(tokenizer, model)
     on_main(start_output, config, resume, overwrite)
     metrics, samples = evaluate_pairs(model, template, pairs, helpers, config)

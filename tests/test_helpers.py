@@ -1133,7 +1133,7 @@ def test_gemma_is_asked_in_its_chat_template_and_long_prompts_lose_their_head(
 
     monkeypatch.setattr(act, "generate", generate)
     ask = act.gemma_asker(model, tokenizer, act.HelperConfig(max_new_tokens=12))
-    assert ask(["which", "which " * 600]) == [None, None]
+    assert ask(["which", "which " * 600]) == ["", ""]
     [([short, long], stop)] = seen
     encode = tokenizer.encode
     if end_of_turn:
@@ -1141,7 +1141,17 @@ def test_gemma_is_asked_in_its_chat_template_and_long_prompts_lose_their_head(
         assert short == [2, *user, *encode("which"), 5, *encode("\n"), *assistant] and stop == {1, 5}
     else:
         assert short == [2, *encode("which")] and stop == {1, encode("\n")[-1]}
-    assert len(long) == 512 - 12 and act.HELPER_COUNTS["blocked"] == 2
+    assert len(long) == 512 - 12
+
+
+def test_a_local_helper_that_says_nothing_stops_the_run_as_a_remote_one_does(monkeypatch, gemma_and_tokenizer):
+    monkeypatch.setattr(act, "generate", lambda model, prompts, *_, **__: [[] for _ in prompts])
+    config = act.HelperConfig(backend="gemma", model_path="x", max_failures=3)
+    monkeypatch.setattr(act, "load_helper", lambda *_: gemma_and_tokenizer)
+    helpers = act.build_helpers(replace(Config(), action_model_config=config))
+    assert helpers.classify_actions(["a", "b"]) == [None, None] and act.HELPER_COUNTS["unusable"] == 2
+    with pytest.raises(act.HelperError, match="3 answers to action.txt in a row were of no use, like ''"):
+        helpers.classify_actions(["c"])
 
 
 @pytest.mark.parametrize("path", ["itself", "reference"])

@@ -212,10 +212,18 @@ def test_a_run_begins_at_ln_2_and_leaves_adapters_and_a_model(world, lora_run):
     assert all(".lora_" in name for name in moments)
 
 
-def test_an_adapter_and_the_merged_model_are_the_same(world, lora_run, tmp_path):
-    """Evaluated: the adapter on its base, the model alone, and the run itself at its end."""
-    metrics = []
-    for name, policy in (("merged", {"model_path": str(lora_run / "out/model")}),
+def test_an_adapter_and_the_merged_model_are_the_same(world, lora_run, tmp_path, monkeypatch):
+    """Evaluated: the adapter on its base, the model alone, and the run itself at its end. The config of the model alone
+    has lora_r too, and no adapters: memory that nothing was loaded into must not count as some."""
+    to_empty, metrics = torch.nn.Module.to_empty, []
+
+    def poisoned(module, **options):
+        for parameter in to_empty(module, **options).parameters():
+            parameter.data.fill_(math.nan)
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", poisoned)
+    for name, policy in (("merged", {**LORA, "model_path": str(lora_run / "out/model")}),
                          ("adapter", {"adapter_path": str(lora_run / "out/adapter")})):  # fmt: skip
         path = lora_config(world, tmp_path / name, policy)
         assert run("--config", path, "--task", "evaluate") == 0
