@@ -195,7 +195,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
         sigmoid   -log sigmoid(beta m), DPO (arXiv 2305.18290, equation 7); `label_smoothing` is
                   the share of pairs taken to be the wrong way round (conservative DPO)
         hinge     max(0, 1 - beta m), SLiC (arXiv 2305.10425)
-        ipo       (m - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17)
+        ipo       (m - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17; TRL takes m per token)
     Returns (losses, chosen_rewards, rejected_rewards), rewards being beta times the log-ratios.
     """
     chosen_ratios = policy_chosen_logps - reference_chosen_logps
@@ -362,7 +362,7 @@ def train(config, overwrite=False, resume=False):
             if step == run.steps:
                 break
 
-            # this rank's part of the global batch: the same examples whatever the number of ranks
+            # this rank's part of the global batch, which is the same however it is divided
             began = time.perf_counter()
             positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
             batch, sums = [run.pairs[order[position]] for position in positions], Counter()
@@ -722,7 +722,7 @@ class DataConfig:
     validation_path: str = ""  # the same, for the evaluations; "": none
     validation_split: float = 0.0  # without a validation_path: the share of the training conversations held out for it
     prompt_format: Literal["plain", "gemma"] = "plain"  # "plain": User: / Assistant: lines; "gemma": its chat template
-    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # the task's score of a final answer; see judge_model_config
+    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # or coqa_f1, exact_match, execution_match, judge
     tolerance: float = 0.9  # a trajectory wins if its score is above this
 
 
@@ -918,6 +918,8 @@ def check_config(config, path):
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
         (not set(config.policy_model_config.lora_target_modules or gemma.PROJECTIONS) <= set(gemma.PROJECTIONS),
          f"lora_target_modules has {config.policy_model_config.lora_target_modules}, not of {gemma.PROJECTIONS}"),
+        (training.label_smoothing and training.loss_type != "sigmoid",
+         f"label_smoothing is {training.label_smoothing}, which loss_type '{training.loss_type}' does not read"),
         (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
         (task != "generate_preference" and not config.policy_model_config.model_path,
          f"policy_model_config.model_path {needs}"),

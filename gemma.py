@@ -110,8 +110,8 @@ def fused(function):
 class Forest:
     """Token sequences laid out so that what they share is computed once.
 
-    Sequences that begin alike are merged into a trie, and tries that share nothing are packed side
-    by side into rows, as long as the longest of them or up to half longer, where that leaves less
+    Sequences that have half or more in common are merged into a trie, and tries are packed side by
+    side into rows, as long as the longest of them or up to half longer, where that leaves less
     empty. Inside a row a trie lies in depth-first order, so the descendants of the token in slot s
     are the slots s+1 .. ends[s]-1: the token in slot t may attend to slot s if s <= t < ends[s].
 

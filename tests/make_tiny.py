@@ -1,6 +1,6 @@
 """Make the tiny world: dialogues, tokenizer and checkpoints small enough to train on a laptop's CPU.
 
-    python tests/make_tiny.py                       # everything, about five minutes on two cores
+    python tests/make_tiny.py                       # everything, about four minutes on two cores
     python tests/make_tiny.py --only data           # train.jsonl, validation.jsonl, test.jsonl (Vertex JSONL)
     python tests/make_tiny.py --only data --train 400    # more training conversations; the first 100 stay the same
     python tests/make_tiny.py --only tokenizer      # tokenizer.model (SentencePiece)

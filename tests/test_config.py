@@ -452,6 +452,14 @@ def test_a_rule_of_two_keys_names_the_file_and_the_flags(tmp_path):
     assert refusal(config_file(tmp_path, training_config={"max_length": 512, "max_prompt_length": 600})) == f"{path}: {rule}"
 
 
+def test_a_key_that_the_loss_does_not_read_is_refused(tmp_path):
+    smooth = {"training_config.label_smoothing": "0.1"}
+    assert load_config(config_file(tmp_path), smooth).training_config.label_smoothing == 0.1
+    for loss_type in ("hinge", "ipo"):
+        found = refusal(config_file(tmp_path), {**smooth, "training_config.loss_type": loss_type})
+        assert f"label_smoothing is 0.1, which loss_type '{loss_type}' does not read" in found
+
+
 def test_a_path_that_no_file_can_have_and_a_key_of_two_lines_are_one_line(tmp_path):
     for path in ("x" * 5000, "9" * 400):
         assert load_config(config_file(tmp_path, policy_model_config={"model_path": path})).policy_model_config.model_path == path
