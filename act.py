@@ -521,14 +521,21 @@ FAILED_TURN = {"trajectory": [], "final_answer": None, "inferred_action": None, 
                "exact_match": 0.0, "f1": 0.0}  # fmt: skip
 
 
+def score_of(compare, pair, answer, gold):
+    """(exact, score) of an answer on this turn. Raises InputError naming it, where a gold query fails, say."""
+    try:
+        return data.score_of(compare, answer, gold, pair.context)
+    except InputError as error:
+        raise InputError(f"{pair.where}: {error}") from None
+
+
 def sample_of(pair, turn, heuristic):
     """A line of eval_samples.jsonl: the turn, how it was played, and its first reply beside the gold one.
 
     inferred_action is None where a helper failed (turn is None): it is then counted, but left out of all means.
     """
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
-    first = (turn["trajectory"][0][1], pair.gold[0][1], pair.context) if turn else None
-    exact, f1 = data.score_of(compare, *first) if turn else (0.0, 0.0)
+    exact, f1 = score_of(compare, pair, turn["trajectory"][0][1], pair.gold[0][1]) if turn else (0.0, 0.0)
     source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
     source |= {"target_action": pair.action, "gold_target": pair.target}
     source |= {"gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY)}
@@ -632,7 +639,7 @@ class Log:
             row |= {"trajectory": said, "outcome": outcome, "replaced": replaced}
             rows.append({"step": step, **row, "score": None})
             if judged:
-                rows[-1]["score"] = data.score_of(compare, said[-1][1], pair.target, pair.context)[1]
+                rows[-1]["score"] = score_of(compare, pair, said[-1][1], pair.target)[1]
         self.append("rollouts.jsonl", all_gathered(rows))
 
     def evaluation(self, step, metrics, samples):
@@ -676,8 +683,8 @@ def write_report(folder):
     for name in ("config.json", "eval_metrics.json", "metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl"):
         path = folder / name
         if path.exists():
-            text = path.read_text(encoding="utf-8")  # of lines, a killed run leaves half a one
-            held[path.stem] = read(text) if path.suffix == ".json" else [read(line) for line in text.split("\n")[:-1]]
+            raw = path.read_bytes()  # of lines, a killed run leaves half a one
+            held[path.stem] = read(raw) if path.suffix == ".json" else [read(line) for line in raw.split(b"\n")[:-1]]
     held = json.dumps(held | {"texts": [json.loads(text) for text in texts]})  # in ASCII, U+2028 is \u2028
     held = re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", held)
     before, at, after = template.read_text(encoding="utf-8").partition('<script type="application/json" id="data">')
@@ -900,7 +907,7 @@ def checked_value(key, value, kind, at, typed=False):
 
 def check_config(config, path):
     """The rules that concern more than one key."""
-    training, files, task = config.training_config, config.data_config, config.task
+    training, files, policy, task = config.training_config, config.data_config, config.policy_model_config, config.task
     longest, shorter, preference = training.max_length, training.max_prompt_length, training.is_preference
     balance = "class_balance" if training.class_balance else f"task {task!r}"
     needs = f"is missing, task '{task}' needs it"
@@ -915,13 +922,17 @@ def check_config(config, path):
         (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
         (training.load_best_model_at_end and (training.save_steps or math.nan) % (training.eval_steps or math.nan),
          "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"),
+        (training.load_best_model_at_end and not (files.validation_path or files.validation_split),
+         "load_best_model_at_end is set, expected a validation_path or validation_split to tell the best by"),
         (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
-        (not set(config.policy_model_config.lora_target_modules or gemma.PROJECTIONS) <= set(gemma.PROJECTIONS),
-         f"lora_target_modules has {config.policy_model_config.lora_target_modules}, not of {gemma.PROJECTIONS}"),
+        (not all(target in gemma.PROJECTIONS for target in policy.lora_target_modules or ()),
+         f"lora_target_modules has {policy.lora_target_modules}, not of {gemma.PROJECTIONS}"),
+        (policy.adapter_path and any(getattr(config, name).model_path == "reference" for name in ROLES),
+         "a helper's model_path is 'reference', which is the base alone where adapter_path is set, expected a model"),
         (training.label_smoothing and training.loss_type != "sigmoid",
          f"label_smoothing is {training.label_smoothing}, which loss_type '{training.loss_type}' does not read"),
         (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
-        (task != "generate_preference" and not config.policy_model_config.model_path,
+        (task != "generate_preference" and not policy.model_path,
          f"policy_model_config.model_path {needs}"),
         (task == "evaluate" and not files.validation_path and not (files.validation_split and files.train_path),
          f"data_config.validation_path {needs}"),
@@ -1233,7 +1244,8 @@ def prepare(config, overwrite, resume):
     helpers = build_helpers(config)
     pairs, validation = load_pairs(config, helpers, template)
     if not pairs:
-        raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
+        expected = "expected complete answers that fit into max_length, not all held out, and a class_balance above 0"
+        raise InputError(f"{config.data_config.train_path}: no turn is left to train on, {expected}")
     held = training.bf16, True, training.gradient_checkpointing
     if lora:  # a checkpoint holds adapters only
         policy = build_model(source, mesh, dtype, *held, lora, config.policy_model_config.adapter_path)
@@ -1263,6 +1275,10 @@ def prepare(config, overwrite, resume):
 def fingerprints(config):
     """{key: bytes and hash} of the files, weights aside, that decide what is learnt."""
     paths = {key: path for key, path in flat(asdict(config)).items() if key.endswith(INPUT_FILES) and path}
+    for name, role in ROLES.items():
+        helper = getattr(config, name)
+        if backend_of(helper) != "rule":
+            paths[f"{name}.prompt_path"] = helper.prompt_path or located(f"configs/prompts/{role.prompt}")
     files = {key: data.read_bytes(path) for key, path in paths.items()}
     return {key: f"{len(raw)} bytes, sha256 {hashlib.sha256(raw).hexdigest()}" for key, raw in files.items()}
 
@@ -1292,8 +1308,14 @@ def load_pairs(config, helpers, template=None):
         lines += fitting(validation, held, template, config.training_config, trained_on=False)[1]
         for line in lines:
             print0(line)
-    if sum(HELPER_COUNTS.values()):
-        counts = ", ".join(f"{HELPER_COUNTS[key]} {key}" for key in COUNTED)
+    if files.heuristic == "execution_match":
+        progress = Progress("trying gold query", len(pairs + validation))
+        for i, pair in enumerate(pairs + validation):
+            score_of(HEURISTICS[files.heuristic], pair, pair.target, pair.target)
+            progress(i + 1)
+    asked = all_sum([HELPER_COUNTS[key] for key in COUNTED], "cpu")
+    if sum(asked):
+        counts = ", ".join(f"{number:.0f} {key}" for number, key in zip(asked, COUNTED, strict=True))
         print0(f"helper models: {counts}; where one gave nothing, the rule took its place")
     texts = [text for pair in pairs + validation for _, text in (pair.history[-1], pair.gold[0])]
     broken = sum(len(text.strip().splitlines()) > 1 for text in texts)
@@ -1337,7 +1359,14 @@ def checks_of(config):
     tokenizer = Tokenizer(Path(config.policy_model_config.model_path) / "tokenizer.model")
     template = Template(tokenizer, config.data_config.prompt_format)
     helpers = build_helpers(replace(config, task="generate_preference"))  # of which two are needed
-    return helpers.label_actions, lambda path, pairs: fitting(pairs, path, template, config.training_config)[1]
+
+    def classify(replies):
+        try:
+            return helpers.label_actions(replies)
+        except RunStopped as error:
+            raise InputError(str(error)) from None
+
+    return classify, lambda path, pairs: fitting(pairs, path, template, config.training_config)[1]
 
 
 def split_over_ranks(label, answer):
@@ -1477,6 +1506,7 @@ MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, 
     "metric_for_best_model", "load_best_model_at_end",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
     "gradient_checkpointing", "timeout", "concurrency", "max_retries", "max_failures", "base_url", "cache_path",
+    "offload_for_generation", "batch_size",
 }  # fmt: skip
 
 
@@ -1534,9 +1564,8 @@ def resume_from(output, config):
 def start_output(config, resume=False, overwrite=False, checkpoint=None):
     """Remove what a former run wrote and this one will write again: the first thing that a run changes on disk."""
     output = Path(config.training_config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / ".lock").touch()
-    if check_output(config, resume, overwrite) != checkpoint:  # locks it
+    claim(output)
+    if check_output(config, resume, overwrite) != checkpoint:
         raise InputError(f"{output}: another run has written to it meanwhile, expected to be the only one")
     for path in output.glob("checkpoints/.*"):  # left where a run was killed
         gemma.remove_tree(path)
@@ -1550,6 +1579,12 @@ def start_output(config, resume=False, overwrite=False, checkpoint=None):
         for name in WRITES[config.task]:
             gemma.remove_tree(output / name)
     write_json(output / "config.json", asdict(config))
+
+
+def claim(output):
+    output.mkdir(parents=True, exist_ok=True)
+    (output / ".lock").touch()
+    lock(output)
 
 
 HELD = []  # the file whose lock says that output_dir is this process's, as long as it lives
@@ -1568,7 +1603,7 @@ def lock(output):
 
 def whole_rows(path):
     """The rows of a JSONL file that a killed run may have left with half a line at its end."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]  # the half line may end in half a character
     try:
         return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
     except (ValueError, TypeError, KeyError):
@@ -1616,17 +1651,11 @@ class Helpers:
     def answers(self, pairs, heuristic):
         """What `in_lockstep` may ask for besides the policy's responses, about these pairs."""
 
-        def score_of(pair, answer):
-            try:
-                return data.score_of(HEURISTICS[heuristic], answer, pair.target, pair.context)
-            except InputError as error:  # of a gold query that fails, say
-                raise InputError(f"{pair.where}: {error}") from None
-
         def score(rows, trajectories):
             ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
             if heuristic == "judge":
                 return [None if right is None else (right, right) for right in self.judge_answers(ends)]
-            return [score_of(pair, answer) for pair, answer in ends]
+            return [score_of(HEURISTICS[heuristic], pair, answer, pair.target) for pair, answer in ends]
 
         classify = self.classify_actions
         return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}
@@ -2059,13 +2088,17 @@ def evaluate(config, overwrite=False, resume=False):
     tokenizer = Tokenizer(Path(source) / "tokenizer.model")
     template, helpers = Template(tokenizer, config.data_config.prompt_format), build_helpers(config)
     _, pairs = load_pairs(config, helpers, template)
+    if not pairs:
+        path = config.data_config.validation_path or config.data_config.train_path
+        raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
     dtype = getattr(torch, config.policy_model_config.dtype)
     policy, mesh = config.policy_model_config, make_mesh(device, training.dp_replicate_size)
     lora = lora_config(policy) if policy.adapter_path else None  # new adapters, of lora_r, would change nothing
     model = build_model(source, mesh, dtype, trainable=False, lora=lora, start=policy.adapter_path)
     gemma.check_vocabulary(tokenizer, model)
-    on_main(start_output, config, resume, overwrite)
+    on_main(claim, Path(training.output_dir))  # what an earlier evaluation left stays until there is another
     metrics, samples = evaluate_pairs(model, template, pairs, helpers, config)
+    on_main(start_output, config, resume, overwrite)
     on_main(write_evaluation, Path(training.output_dir), metrics, samples)
     for name, value in metrics.items():
         print0(f"{name:50} {'-' if value is None else round(value, 4)}")
@@ -2075,9 +2108,11 @@ def generate_preference(config, overwrite=False, resume=False):
     """Task generate_preference: conversations in, files of pairs out (Algorithm 1), in output_dir."""
     start_processes()
     on_main(check_output, config, resume, overwrite)
-    splits = zip(("train", "validation"), load_pairs(config, build_helpers(config)), strict=True)
+    both = load_pairs(config, build_helpers(config))
+    if not any(both):
+        raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
     on_main(start_output, config, resume, overwrite)
-    for name, pairs in splits:
+    for name, pairs in zip(("train", "validation"), both, strict=True):
         start = str(Path(config.training_config.output_dir) / name)
         paths = {form: start + ending for form, ending in PAIR_FILES.items()}
         if pairs and is_main():

@@ -850,6 +850,7 @@ def mean_or_none(values):
 FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
 NOTHING_TO_ADD = "I have nothing to add."
 NOT_SAID = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w", re.DOTALL)  # code and links
+QUERY = re.compile(r"(?is)\s*(?:select\b.*\bfrom|with\b.*\bselect)\b")  # in SQL, what is quoted asks nobody
 MENTIONED = re.compile(r"[?？؟](?=[\"'”’»」』]\s*[a-z,;])")  # a question quoted in the middle of a sentence
 SENTENCE_END = re.compile(r"(?<=[.!?؟…])[\"'”’»)\]*_]*\s+|(?<=[。？！])(?![」』”\"])|\n")
 QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
@@ -881,6 +882,7 @@ def is_question(text):
     and with a request ("Please tell me the date."); not with an offer after an answer ("Shall I also book it?"), with a
     question that it answers itself, or with one in code, in a link or quoted in the middle of a sentence.
     """
+    text = SQL_QUOTED.sub("''", text) if QUERY.match(text) else text
     said = MENTIONED.sub("", NOT_SAID.sub("code", text))
     sentences = [sentence for sentence in SENTENCE_END.split(said) if re.search(r"[\w?？؟]", sentence)]
     stated = False  # whether something was said before
@@ -1153,7 +1155,11 @@ def convert_file(name, source, target, *more):
     try:
         for i, item in enumerate(items_of(content)):
             at = f"item {i}"
-            conversations.append(parse_conversation(convert(item, *more), f"{source}: {at}"))
+            try:
+                conversation = convert(item, *more)
+            except InputError as error:  # of what belongs to it
+                raise InputError(f"{source}: {at}: {error}") from None
+            conversations.append(parse_conversation(conversation, f"{source}: {at}"))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -753,8 +753,9 @@ def recomputed(function, *args):
 # the model is then its base. The loss's reference is the same model with the adapters that it started from, or none.
 
 ADAPTERS, STARTS = ("lora_A", "lora_B"), ("start_A", "start_B")
-ORDINARY = """r lora_alpha target_modules peft_type task_type base_model_name_or_path inference_mode init_lora_weights
-    lora_dropout auto_mapping peft_version revision megatron_core qalora_group_size""".split()
+ORDINARY = """r lora_alpha target_modules peft_type task_type base_model_name_or_path inference_mode lora_dropout
+    auto_mapping peft_version revision megatron_core qalora_group_size""".split()
+STARTED = True, "gaussian", "orthogonal", "eva"  # init_lora_weights that leave the base as it is, as PiSSA does not
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -771,7 +772,8 @@ class LoraConfig:
         """Of an adapter that PEFT or this project wrote. Raises InputError for what is not plain LoRA."""
         raw = read_json(path)
         for key, value in raw.items():
-            if value and value != "none" and key not in ORDINARY:
+            known = key in ORDINARY or (key == "init_lora_weights" and value in STARTED)
+            if value and value != "none" and not known:
                 raise InputError(f"{path}: {ascii(key)[1:-1]} is {value!r}, expected plain LoRA")
         if raw.get("peft_type", "LORA") != "LORA":
             raise InputError(f"{path}: peft_type is {raw['peft_type']!r}, expected 'LORA'")
@@ -1452,12 +1454,19 @@ def chat(model, template, context, limit, temperature):
         history.append(("model", text))
 
 
+def readable(argument):
+    """A text of the command line, with a sign for each byte that is not UTF-8."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def main(arguments=None):
     speak_plainly()
     parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or continue a text with it.")
     parser.add_argument("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
-    parser.add_argument("--prompt", help="a text to continue; without it, a chat: Ctrl-D ends it, Ctrl-C a reply")
-    parser.add_argument("--context", default="", help="what a chat is about: the system text of training")
+    help = "a text to continue; without it, a chat: Ctrl-D ends it, Ctrl-C a reply"
+    parser.add_argument("--prompt", type=readable, help=help)
+    help = "what a chat is about: the system text of training"
+    parser.add_argument("--context", type=readable, default="", help=help)
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -1472,7 +1481,11 @@ def main(arguments=None):
         tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
         model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), args.device)
         check_vocabulary(tokenizer, model)
+        positions = model.config.max_position_embeddings
         if args.prompt is None:
+            if 2 * args.max_new_tokens > positions:
+                raise InputError(f"--max_new_tokens {args.max_new_tokens}: expected at most {positions // 2} in a chat,"
+                                 " half of the model's positions; the rest is for what was said")  # fmt: skip
             template = Template(tokenizer, "gemma" if is_chat(tokenizer, model.config) else "plain")
             with contextlib.suppress(EOFError, KeyboardInterrupt):
                 chat(model, template, args.context, args.max_new_tokens, args.temperature)

@@ -163,7 +163,18 @@ def test_the_best_model_cannot_be_loaded_if_none_is_both_saved_and_evaluated(tmp
     asked = {"load_best_model_at_end": True, "save_steps": save_steps, "eval_steps": eval_steps}
     said = "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"
     assert said in refusal(config_file(tmp_path, training_config=asked))
-    load_config(config_file(tmp_path, training_config={**asked, "save_steps": 4, "eval_steps": 2}))
+    asked |= {"save_steps": 4, "eval_steps": 2}
+    load_config(config_file(tmp_path, training_config=asked, data_config={"validation_split": 0.1}))
+    said = "load_best_model_at_end is set, expected a validation_path or validation_split"
+    assert said in refusal(config_file(tmp_path, training_config=asked))
+
+
+def test_lora_settings_that_would_mean_something_else(tmp_path):
+    policy = {"lora_target_modules": [["q_proj"]]}
+    assert "lora_target_modules has [['q_proj']], not of" in refusal(config_file(tmp_path, policy_model_config=policy))
+    helper = {"backend": "gemma", "model_path": "reference"}
+    path = config_file(tmp_path, policy_model_config={"adapter_path": "a"}, judge_model_config=helper)
+    assert "is 'reference', which is the base alone where adapter_path is set" in refusal(path)
 
 
 LITERALS = [("task", get_args(get_type_hints(Config)["task"]))]

@@ -1171,6 +1171,13 @@ def test_command_line_checks_labels_with_the_classifier_of_a_config(tmp_path, ca
     said = capsys.readouterr().out
     assert f"{path}: 2 user turns are labelled ANSWER, but the classifier says CLARIFY: 1.3, 1.4\n" in said
 
+    def gone(replies):
+        raise act.HelperError("the server is gone")
+
+    monkeypatch.setattr(act, "build_helpers", lambda config: replace(helpers, classify_actions=gone))
+    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 2
+    assert capsys.readouterr().err == "data.py: error: the server is gone\n"
+
 
 def test_a_program_that_checks_with_a_bad_config_says_so_in_one_line(tmp_path):
     """data.py is then a program and what act.py imports: its errors must stay one class."""

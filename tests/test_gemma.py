@@ -1262,6 +1262,22 @@ def test_the_command_line_says_type_device_and_lengths(monkeypatch, capsys):
     assert raised.value.code == 2
 
 
+def test_a_reply_may_not_take_the_room_of_what_was_said(monkeypatch, capsys):
+    """TINY has 2048 positions: a chat refuses what would leave a question less than half of them."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert gemma.main([str(TINY), "--max_new_tokens", "1024"]) == 0
+    capsys.readouterr()
+    assert gemma.main([str(TINY), "--max_new_tokens", "1025"]) == 2
+    assert "--max_new_tokens 1025: expected at most 1024 in a chat" in capsys.readouterr().err
+
+
+def test_bytes_of_the_command_line_that_are_no_utf8_become_signs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n"), encoding="utf-8"))
+    assert gemma.main([str(TINY), "--context", "items: sales \udca3", "--max_new_tokens", "4"]) == 0
+    assert gemma.main([str(TINY), "--prompt", "get \udca3", "--max_new_tokens", "1"]) == 0
+    assert "get \ufffd" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("softcap", [2.0, None])
 def test_flex_attention_with_block_masks_equals_attention_in_blocks(softcap):
     """The GPU's path, as far as a CPU can run it: the forward pass, on a forest of two tries and padding."""

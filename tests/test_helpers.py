@@ -1,5 +1,6 @@
 """Helper models: two servers' APIs played by a local one that misbehaves, a local Gemma, who plays which role."""
 
+import hashlib
 import json
 import os
 import random
@@ -1192,6 +1193,19 @@ def test_a_model_id_means_gemini_and_nothing_means_rule(configured):
     assert found == (data.rule_actions, data.rule_intents, data.rule_users, data.rule_questions) and not rules.cost
     assert rules.users_of([PAIR])([0], [PAIR.gold[:1]]) == ["The second."]
     assert act.build_helpers(replace(Config(), action_model_config=configured())).cost, "one model is enough"
+
+
+def test_what_models_are_told_is_among_the_files_that_must_not_change(tmp_path):
+    """Also where it is the file that comes with this project; what nobody reads may change."""
+    (tmp_path / "mine.txt").write_text("{response}?")
+    asked = {"user_simulator_config": act.HelperConfig(backend="openai", model_id="m"),
+             "action_model_config": act.HelperConfig(model_id="g", prompt_path=str(tmp_path / "mine.txt")),
+             "judge_model_config": act.HelperConfig(backend="rule")}  # fmt: skip
+    found = act.fingerprints(replace(Config(), **asked))
+    files = {"user_simulator_config.prompt_path": ROOT / "configs/prompts/user.txt",
+             "action_model_config.prompt_path": tmp_path / "mine.txt"}  # fmt: skip
+    assert found.keys() == files.keys()
+    assert all(found[key].endswith(hashlib.sha256(path.read_bytes()).hexdigest()) for key, path in files.items())
 
 
 def test_who_makes_files_of_pairs_casts_no_user(configured):

@@ -150,6 +150,8 @@ def test_adapters_start_alike_for_a_seed():
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
     ({"bias": "all"}, "bias is 'all'"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', expected plain LoRA"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
     ({"r": 0}, "r is 0"),
     ({"r": True}, "r is True"),

@@ -398,7 +398,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed_run, tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_passed_over(killed_run, tmp_path):
-    """Half a checkpoint, and half a line of metrics."""
+    """Half a checkpoint, half a line of metrics, and one that ends within a character."""
     whole, killed = killed_run
     folder = copy_of(killed, tmp_path)
     checkpoints = folder / "out" / "checkpoints"
@@ -407,6 +407,9 @@ def test_what_a_killed_run_left_half_written_is_passed_over(killed_run, tmp_path
     (checkpoints / ".step-1.old").mkdir()  # of a step that is not saved again
     with open(folder / "out" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 0.6')
+    with open(folder / "out" / "rollouts.jsonl", "ab") as file:
+        file.write('{"step": 4, "context": "é'.encode()[:-1])
+    act.write_report(folder / "out")
     assert_resumes_exactly(whole, folder)
 
 
@@ -516,6 +519,29 @@ def test_evaluation_and_pairs_replace_what_they_left_before(world, tmp_path, tas
     if task == "generate_preference":
         assert run("--config", config, "--data_config.validation_path", "") == 0
         assert not [name for name in names_in(tmp_path / "out") if name.startswith("validation")]
+
+
+def test_an_evaluation_that_fails_leaves_the_last_one(world, tmp_path, monkeypatch):
+    config = run_config(world, tmp_path, "evaluate")
+    assert run("--config", config) == 0
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fails(*_):
+        raise act.RunStopped("a helper is gone")
+
+    monkeypatch.setattr(act, "evaluate_pairs", fails)
+    assert run("--config", config) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+
+
+def test_a_gold_query_that_fails_is_named_before_anything_is_done(world, tmp_path, capsys):
+    system = [{"role": "system", "content": "CREATE TABLE t (a);"}]
+    rows = [{"messages": system + data.exchange("How many?", f"SELECT count(*) FROM {table}")} for table in "tu"]
+    path = write_lines(tmp_path / "sql.jsonl", rows)
+    found = error_of(capsys, "--config", run_config(world, tmp_path), "--data_config.heuristic", "execution_match",
+                     "--data_config.train_path", path, "--data_config.validation_path", "")  # fmt: skip
+    assert f"{path}:2: execution_match: the gold query" in found and "no such table: u" in found
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]], ids=["", "overwrite"])
@@ -698,7 +724,11 @@ def test_missing_and_empty_data_are_named(world, tmp_path, capsys):
     assert f"{missing}: cannot be read" in error_of(capsys, "--config", config, "--data_config.train_path", missing)
     nobody = write_lines(tmp_path / "open.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
     found = error_of(capsys, "--config", config, "--data_config.train_path", nobody)
-    assert found == f"act.py: error: {nobody}: holds no turn with a complete answer\n"
+    assert found.startswith(f"act.py: error: {nobody}: no turn is left to train on, expected complete answers")
+    for task, key in (("evaluate", "validation_path"), ("generate_preference", "train_path")):
+        words = ("--config", config, "--task", task, f"--data_config.{key}", nobody)
+        words += ("--data_config.validation_path", "") if task != "evaluate" else ()
+        assert f"{nobody}: holds no turn with a complete answer" in error_of(capsys, *words)
     found = error_of(capsys, "--config", tmp_path / "none.json")
     assert found.startswith(f"act.py: error: {tmp_path / 'none.json'}: cannot be read")
 

@@ -58,6 +58,8 @@ RIGHT, SAME_ROWS, WRONG = (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)
     ("SELECT name FROM items", "Which items do you mean?", WRONG),
     ("Which items?", "SELECT name FROM items", WRONG),
     ("SELECT name FROM items WHERE name = 'O''Hara'", "SELECT name FROM items WHERE name LIKE 'O%'", SAME_ROWS),
+    ("SELECT i.name FROM items i WHERE i.name = 'ok?'", "SELECT name FROM items WHERE name = 'ok?'", SAME_ROWS),
+    ("SELECT name FROM items", "with x as (select 1) select * from x where 1 <> 'ok?'", WRONG),  # a query, no question
 ])  # fmt: skip
 def test_execution_match_by_hand(predicted, gold, want):
     assert execution_match(predicted, gold, SHOP) == want
@@ -318,7 +320,8 @@ INSERT INTO "food" VALUES(2,NULL);"""},
 
 
 @pytest.mark.parametrize(("item", "problem"), [
-    ({"db_id": "zoo", "question": "Names?", "query": "SELECT nope FROM food"}, "no such column: nope"),
+    ({"db_id": "zoo", "question": "Names?", "query": "SELECT nope FROM food"}, "q.json: item 0: execution_match: the gold query 'S"),
+    ({"db_id": "zoo", "question": "Names?", "query": "SELECT nope FROM food WHERE kilos = '?'"}, "no such column: nope"),
     ({"db_id": "none", "question": "Names?", "query": "SELECT 1"}, "db/none/none.sqlite: cannot be read as a database"),
     ({"db_id": "evil", "question": "Names?", "query": "SELECT 1"}, "db/evil/evil.sql: cannot be read as a database"),
     ({"db_id": "text", "question": "Names?", "query": "SELECT 1"}, "text.sqlite: cannot be read as a database (file"),

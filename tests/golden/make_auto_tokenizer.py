@@ -4,7 +4,8 @@
 
 Needs transformers and this project's packages; run it again when act.save_tokenizer or configs/chat_template.jinja changes.
 The tokenizer is configs/tiny/tokenizer.model, saved for the prompt format "gemma". Recorded: the files beside it; [text, ids
-with <bos>, the text that these are decoded to without control tokens]; {name in chat_template.json: ids of the prompt}.
+with <bos>, the text that these are decoded to without control tokens]; {name in chat_template.json: ids of the prompt}; ids of
+the prompt of a chat that the assistant opens, with words that no prompt of Gemma's has room for.
 """
 
 import json
@@ -41,12 +42,14 @@ def main():
         (folder / "config.json").write_text(json.dumps(config.to_json("float32")))
         theirs = AutoTokenizer.from_pretrained(folder)
     texts = [[text, ids := theirs(text).input_ids, theirs.decode(ids, skip_special_tokens=True)] for text in TEXTS]
-    chats = {}
+    opened = [{"role": "system", "content": "tax"}, {"role": "assistant", "content": "get tax"}, {"role": "user", "content": "jan"}]
+    opened, chats = theirs.apply_chat_template(opened, add_generation_prompt=True)["input_ids"], {}
     for row in json.loads((HERE / "chat_template.json").read_text())["conversations"]:
         said = [("system", row["system"])] * (row["system"] is not None) + row["messages"]
         messages = [{"role": role.replace("model", "assistant"), "content": text} for role, text in said]
         chats[row["name"]] = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     made = {"made_with": {package: version(package) for package in ("transformers", "tokenizers", "jinja2")}, "files": files}
+    made["opened"] = opened
     lines = {"texts": ",\n".join(map(json.dumps, texts)), "chats": json.dumps(chats).replace("], ", "],\n")}
     text = f'{json.dumps(made, indent=1)[:-2]},\n "texts": [\n{lines["texts"]}\n],\n "chats": {lines["chats"]}}}\n'
     assert json.loads(text)["chats"] == chats and json.loads(text)["texts"] == texts
