@@ -1463,10 +1463,8 @@ def main(arguments=None):
     speak_plainly()
     parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or continue a text with it.")
     parser.add_argument("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
-    help = "a text to continue; without it, a chat: Ctrl-D ends it, Ctrl-C a reply"
-    parser.add_argument("--prompt", type=readable, help=help)
-    help = "what a chat is about: the system text of training"
-    parser.add_argument("--context", type=readable, default="", help=help)
+    parser.add_argument("--prompt", type=readable, help="a text to continue; without it, a chat (Ctrl-D ends it)")
+    parser.add_argument("--context", type=readable, default="", help="what a chat is about: its system text")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
