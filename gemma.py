@@ -727,9 +727,10 @@ class Lookup(torch.autograd.Function):
         tokens, embedding = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return None, None, None
-        embedding_grad = ctx.tied[0] if ctx.tied else torch.zeros_like(embedding)
+        waiting = ctx.tied.pop() if ctx.tied else None  # held here alone, so that autograd takes it without a copy
+        embedding_grad = torch.zeros_like(embedding) if waiting is None else waiting
         add_rows(embedding_grad, tokens.flatten(), grad.flatten(0, -2))
-        return None, None if ctx.tied else embedding_grad, None
+        return None, embedding_grad if waiting is None else None, None
 
 
 def add_rows(matrix, rows, values):
