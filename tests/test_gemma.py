@@ -243,6 +243,20 @@ def test_sequences_in_a_forest_are_scored_as_in_rows_of_their_own(model, golden)
         assert not x.is_sparse and (x - y).abs().max() < 1e-4 * y.abs().max(), name
 
 
+@both
+def test_the_gradient_of_an_embedding_used_twice_is_made_once(model, golden, monkeypatch):
+    """What both uses wrote to is the gradient itself: autograd neither adds up nor copies."""
+    add_rows, written = gemma.add_rows, []
+    monkeypatch.setattr(gemma, "add_rows", lambda matrix, *rest: written.append(matrix.data_ptr()) or add_rows(matrix, *rest))
+    tokens = golden["tokens"][0].tolist()
+    forest = gemma.Forest([tokens])
+    [(row, path)] = forest.paths
+    model.zero_grad()
+    model.logps(forest, torch.full((len(path) - 1,), row), torch.tensor(path[:-1]), torch.tensor(tokens[1:])).sum().backward()
+    assert written == [model.embed_tokens.weight.grad.data_ptr()] * 2
+    model.zero_grad()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("held", [1, 40, 1000])
