@@ -8,7 +8,8 @@
 The dialogues are dealt into folds. Fold k is tested with models that were trained on the other folds with seed k, which
 fixes the order of the data and every sample: one SFT model a fold, from which the other methods start. The search sees
 the training dialogues of the first fold only, a quarter of which it holds out. With --halves, SFT learns from every
-other training dialogue and the other methods from those between, which its model has not seen (seed 100 + k).
+other training dialogue and the other methods from those between, which its model has not seen (seed 100 + k). Methods
+called balanced take CLARIFY turns 2.5 times as often and ANSWER turns half as often; --methods names them.
 
 Everything is kept in --out: a finished run is not run again and an interrupted one resumes, so the command can be stopped
 at any time and given again. After a change of configs, code or options take another --out. Written there: pacific.md or
