@@ -214,13 +214,13 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
 
 
 class Scored:
-    """Sequences (prompt, reply, mask) as one Forest; each scored token's place, id and owner."""
+    """Sequences (prompt, reply, mask) as one Forest; each scored token's place and id."""
 
     def __init__(self, sequences, device):
         self.forest = Forest([prompt + reply for prompt, reply, _ in sequences])
         # the tokens that are computed, for the log
         self.used = round((1 - self.forest.padding) * self.forest.tokens.numel())
-        rows, slots, targets, owners = [], [], [], []
+        rows, slots, targets = [], [], []
         for i, (prompt, reply, mask) in enumerate(sequences):
             row, path = self.forest.paths[i]
             for j, written in enumerate(mask):
@@ -228,18 +228,17 @@ class Scored:
                     rows.append(row)
                     slots.append(int(path[len(prompt) + j - 1]))  # the token before predicts it
                     targets.append(reply[j])
-                    owners.append(i)
         self.rows, self.slots = torch.tensor([rows, slots], device=device)
-        self.targets, self.owners = torch.tensor([targets, owners], device=device)
+        self.targets = torch.tensor(targets, device=device)
         # the number of scored tokens of each sequence
-        self.lengths = torch.bincount(self.owners, minlength=len(sequences))
+        self.counts = [sum(mask) for *_, mask in sequences]
+        self.lengths = torch.tensor(self.counts, device=device)
         self.forest.to(device)
 
     def logps(self, model):
         """Log-probability of each reply, summed over its scored tokens: float32 [sequences]."""
         token_logps = model.logps(self.forest, self.rows, self.slots, self.targets)
-        sums = torch.zeros(len(self.lengths), device=token_logps.device)
-        return sums.index_add(0, self.owners, token_logps)
+        return torch.stack([part.sum() for part in token_logps.split(self.counts)])
 
 
 def preference_step(run, pairs, weight):

@@ -308,7 +308,8 @@ class Layer(nn.Module):
         out = self.self_attn(self.input_layernorm(x), angles, masks, cache)
         x = x + self.post_attention_layernorm(out)
         if at is not None:
-            x = x[at]
+            rows, slots = at
+            x = Lookup.apply(rows * x.shape[1] + slots, x.flatten(0, 1), ())
         out = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(out)
 
@@ -714,7 +715,11 @@ class TokenLogps(torch.autograd.Function):
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of an embedding. Their gradient is added to what `TokenLogps` has left in `tied`, if it has."""
+    """Rows of a matrix. Their gradient is added to what `TokenLogps` has left in `tied`, if it has.
+
+    A row may be taken several times: what plain indexing adds up on a CPU, or an embedding on a GPU, depends on which
+    thread comes first.
+    """
 
     @staticmethod
     def forward(ctx, tokens, embedding, tied):
@@ -734,8 +739,15 @@ class Lookup(torch.autograd.Function):
 
 
 def add_rows(matrix, rows, values):
-    """matrix[row] += value, of each; the same sum whatever the device's threads do."""
-    matrix.index_put_((rows,), values.to(matrix.dtype), accumulate=True)
+    """matrix[row] += value, of each, always in the same order: of the two ways each is so on one kind of device only.
+
+    On a CPU index_put_ adds float32 from several threads at once; on a GPU, where it sorts, index_add_ does.
+    """
+    values = values.to(matrix.dtype)
+    if matrix.is_cuda:
+        matrix.index_put_((rows,), values, accumulate=True)
+    else:
+        matrix.index_add_(0, rows, values)
 
 
 LOGITS_HELD = {"cpu": 2**20, "cuda": 2**27}  # on a CPU what its cache holds

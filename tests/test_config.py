@@ -1,6 +1,5 @@
 """Configuration and command line: what is refused, and how; what every key and command of the project does."""
 
-import ast
 import json
 import re
 import shlex
@@ -415,24 +414,6 @@ def test_readme_commands_parse():
             load_config(path, overrides)
         except data.InputError as error:
             pytest.fail(f"{shlex.join(command)}: {error}")
-
-
-def test_readme_points_to_the_lines_that_hold_the_method():
-    """Each row of "Read it": its first line begins a definition of the file's top level, its last line ends one."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \d \| `(\w+\.py)` (\d+)-(\d+) \|", readme, re.MULTILINE)
-    assert len(rows) == 6
-    for file, first, last in rows:
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        tree = ast.parse("\n".join(lines))
-        named = {"read_vertex_jsonl", "ACTDataset", "act_pair", "dpo_loss", "DataOrder", "Forest"}
-        spans = [(node.lineno, node.end_lineno, getattr(node, "name", "")) for node in tree.body]
-        assert any(start == int(first) and name in named for start, _, name in spans), (file, first)
-        assert any(end == int(last) for _, end, _ in spans), (file, last)
-        method = lines[int(first) - 1 : int(last)]
-        assert max(map(len, method)) <= 100, f"{file}: {max(method, key=len)}"
-    loop = next(node for node in ast.parse((ROOT / "act.py").read_text()).body if getattr(node, "name", "") == "train")
-    assert loop.end_lineno <= 480
 
 
 def test_a_key_without_its_section_and_a_misspelt_flag_name_the_nearest(tmp_path):
