@@ -1,16 +1,16 @@
 """ACT, Action-Based Contrastive Self-Training (arXiv 2406.00222): when to ask instead of guessing.
 
-    torchrun act.py --config tiny.json                           on a laptop: 45 seconds
+    torchrun act.py --config tiny.json                  on a laptop: less than a minute
     torchrun --nproc-per-node 8 act.py --config gemma2_2b_pacific.json
-                                                                 on GPUs, sharded with fully_shard
-    torchrun act.py --config tiny.json --training_config.beta 0.1
-                                                                 any key can be overridden
-    python act.py --help                                         all tasks, flags and keys
+                                                        on GPUs, sharded with fully_shard
+    torchrun act.py --config tiny.json --beta 0.1       any key can be overridden
+    python act.py --config tiny.json --task check       what is wrong with a run's data?
+    python act.py --help                                all tasks, flags and keys
 
 Reading order: data.py to the end of Algorithm 1, this file to the end of `train`, gemma.py to the
 end of the decoder. That is the method. What comes after it here are rooms to enter when you change
-what stands in them: sampling, evaluation, configuration, processes, models, runs and
-checkpoints, helper models, command line.
+what stands in them: turns and tokens, evaluation, configuration, processes, models, output
+directories and checkpoints, helper models, command line.
 
 Where we depart from the paper's Algorithm 2 and from the published research code, and why
 (README.md has the whole list):
@@ -26,35 +26,41 @@ Where we depart from the paper's Algorithm 2 and from the published research cod
     be zero.
   - The action is classified from every response, by the same classifier that labels unlabelled
     data.
+  - With `num_generations` above 1 both sides of a pair can be the policy's own.
 """
 
+import email.utils
 import fcntl
 import hashlib
 import http.client
 import inspect
+import ipaddress
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
 import signal
-import sqlite3
+import socket
 import sys
 import threading
 import time
 import traceback
 import urllib.error
 import urllib.request
+from array import array
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 from urllib.parse import quote, urlsplit
 
 import torch
@@ -67,7 +73,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import gemma
-from data import ANSWER, CLARIFY, HEURISTICS, ROLES, InputError, read_json, write_json
+from data import ANSWER, CLARIFY, HEURISTICS, InputError, Pair, read_json, write_json
 from gemma import Forest, Gemma, GemmaConfig, KVCache, Template, Tokenizer, generate
 
 # --------------------------------------------------------------------------------------------------
@@ -83,37 +89,56 @@ HELPER_FAILED = "helper_failed"  # a helper model gave no usable answer: the ori
 OUTCOMES = (WRONG_ACTION, GOOD_OUTCOME, BAD_OUTCOME, NO_ANSWER, CUT_OFF, SAME_TEXT, HELPER_FAILED)
 
 
+class HelperFailed(Exception):
+    """A helper model gave no usable answer in this conversation."""
+
+
+@dataclass
+class Rollout:
+    """What Algorithm 2 made of an example."""
+
+    before: Pair
+    pair: Pair  # the on-policy pair
+    trajectory: list  # messages of the policy and of the simulated user
+    outcome: str  # one of OUTCOMES
+    score: float | None = None  # H(y, g), where the final answer was judged
+    replaced: str | None = None  # the side that the trajectory has become: "chosen" or "rejected"
+
+
 def act_pair(pair, tolerance, max_turns, simulate_user=True):
-    """The paper's Algorithm 2 for one example: returns the on-policy pair and its outcome.
+    """The paper's Algorithm 2 for one example: returns its Rollout.
 
     A generator that yields what it asks for, so that `in_lockstep` can run a batch side by side:
         ("respond", trajectory)   is sent (y, ended): a response, and whether it came to its end
         ("classify", y)           is sent A(y), the action of a response
         ("simulate", trajectory)  is sent U(p, trajectory), the simulated user's reply
         ("score", trajectory)     is sent (exact, score), score being H(y, g) of its final answer
+    A helper without an answer throws HelperFailed into it.
 
     In the paper's symbols: p is pair.context and pair.history, a pair.action, y_w pair.chosen,
     y_l pair.rejected, g pair.target, H the heuristic, epsilon `tolerance`, pi the policy. Without
     simulate_user (an ablation) a question where one is called for wins as it is.
     """
     trajectory = []
-    y, action, ended = yield from respond(trajectory)      # y ~ pi(. | p)
-    if ended and action != pair.action:                    # if A(y) != a:
-        return contrast(pair, trajectory, WRONG_ACTION)    #     y_l = y
-    while ended and action == CLARIFY and simulate_user:   # while A(y) != ANSWER:
-        if len(trajectory) == 2 * max_turns - 1:
-            return contrast(pair, trajectory, NO_ANSWER)
-        user = yield "simulate", trajectory                #     u = U(p, trajectory)
-        trajectory.append(("user", user))                  #     trajectory += u
-        y, action, ended = yield from respond(trajectory)  #     trajectory += y ~ pi
-    if not ended:
-        return contrast(pair, trajectory, CUT_OFF)
-    if action == CLARIFY:  # nobody was simulated
-        return contrast(pair, trajectory, GOOD_OUTCOME)
-    _, score = yield "score", trajectory                   # H(y, g)
-    if score > tolerance:                                  # if H(y, g) > epsilon:
-        return contrast(pair, trajectory, GOOD_OUTCOME)    #     y_w = trajectory
-    return contrast(pair, trajectory, BAD_OUTCOME)         # else: y_l = trajectory
+    try:
+        y, action, ended = yield from respond(trajectory)      # y ~ pi(. | p)
+        if ended and action != pair.action:                    # if A(y) != a:
+            return contrast(pair, trajectory, WRONG_ACTION)    #     y_l = y
+        while ended and action == CLARIFY and simulate_user:   # while A(y) != ANSWER:
+            if len(trajectory) == 2 * max_turns - 1:
+                return contrast(pair, trajectory, NO_ANSWER)
+            user = yield "simulate", trajectory                #     u = U(p, trajectory)
+            trajectory.append(("user", user))                  #     trajectory += u
+            y, action, ended = yield from respond(trajectory)  #     trajectory += y ~ pi
+        if not ended:
+            return contrast(pair, trajectory, CUT_OFF)
+        if action == CLARIFY:  # nobody was simulated
+            return contrast(pair, trajectory, GOOD_OUTCOME)
+        _, score = yield "score", trajectory                   # H(y, g)
+        outcome = GOOD_OUTCOME if score > tolerance else BAD_OUTCOME
+        return contrast(pair, trajectory, outcome, score)      # y_w or y_l = trajectory
+    except HelperFailed:
+        return Rollout(pair, pair, trajectory, HELPER_FAILED)
 
 
 def respond(trajectory):
@@ -123,21 +148,47 @@ def respond(trajectory):
     return y, (yield "classify", y), ended
 
 
-def contrast(pair, trajectory, outcome):
+def contrast(pair, trajectory, outcome, score=None):
     """A good trajectory becomes y_w, any other y_l; two sides of the same words tell nothing."""
-    if outcome == GOOD_OUTCOME:
-        new = replace(pair, chosen=trajectory)
-    else:
-        new = replace(pair, rejected=trajectory, cut=outcome == CUT_OFF)
-    words = [[(role, text.split()) for role, text in side] for side in (new.chosen, new.rejected)]
-    return (pair, SAME_TEXT) if words[0] == words[1] else (new, outcome)
+    replaced = "chosen" if outcome == GOOD_OUTCOME else "rejected"
+    cut = outcome == CUT_OFF and bool(trajectory[-1][1])  # a reply of nothing has its end alone
+    new = replace(pair, cut=cut, **{replaced: trajectory})
+    if same_words(new):
+        return Rollout(pair, pair, trajectory, SAME_TEXT)
+    return Rollout(pair, new, trajectory, outcome, score, replaced)
+
+
+def same_words(pair):
+    chosen, rejected = pair.chosen, pair.rejected
+    return [(r, t.split()) for r, t in chosen] == [(r, t.split()) for r, t in rejected]
+
+
+def best_contrast(rollouts):
+    """One pair of several rollouts of an example: its first win against its first loss.
+
+    A side that no rollout has won, or lost, stays what the example has. Those that are not taken
+    forget that they replaced a side.
+    """
+    new, taken = rollouts[0].before, []
+    for side in ("chosen", "rejected"):
+        first = next((rollout for rollout in rollouts if rollout.replaced == side), None)
+        if first:
+            cut = first.pair.cut if side == "rejected" else new.cut
+            new = replace(new, cut=cut, **{side: first.trajectory})
+            taken.append(first)
+    if same_words(new):
+        new, taken = rollouts[0].before, []
+    for rollout in rollouts:
+        if not any(rollout is one for one in taken):
+            rollout.replaced = None
+    return new
 
 
 def in_lockstep(conversations, answers):
     """Run generators that ask as `act_pair` does side by side: one batch for what many wait for.
 
     answers: {what is asked for: function(rows, requests) -> [answer]}, rows being positions in
-    `conversations`. Returns what each conversation returned; None where a helper had no answer.
+    `conversations`; an answer None throws HelperFailed. Returns what each conversation returned.
     """
     results = [None] * len(conversations)
     waiting = {row: next(conversation) for row, conversation in enumerate(conversations)}
@@ -146,40 +197,52 @@ def in_lockstep(conversations, answers):
             rows = sorted(row for row, (what, _) in waiting.items() if what == wanted)
             requests = [waiting.pop(row)[1] for row in rows]
             for row, answer in zip(rows, answer_all(rows, requests) if rows else [], strict=True):
-                if answer is None:  # a helper failed: this conversation ends here
-                    continue
+                conversation = conversations[row]
                 try:
-                    waiting[row] = conversations[row].send(answer)
+                    if answer is None:
+                        waiting[row] = conversation.throw(HelperFailed())
+                    else:
+                        waiting[row] = conversation.send(answer)
                 except StopIteration as end:
                     results[row] = end.value
     return results
 
 
 def on_policy(run, pairs, step, positions):
-    """Algorithm 2 for a batch: its new pairs, how many had which outcome, and what was sampled.
+    """Algorithm 2 for a batch, `num_generations` samples an example.
 
-    Samples are (pair before, trajectory, pair after, outcome), one for each example.
+    Returns its new pairs, how many rollouts had which outcome, and the lines of rollouts.jsonl that
+    all ranks have to say.
     """
-    training, helpers = run.config.training_config, run.helpers
-    rules = run.config.data_config.tolerance, training.max_turns, training.simulate_user
-    noise = noise_generators(training.seed, step, positions)
-    policy = Sampler(unsharded(run.policy, training.bf16), run.template, pairs, training, noise)
-    answers = {"respond": policy, **helpers.answers(pairs, run.config.data_config.heuristic)}
-    before = Counter(HELPER_COUNTS)
-    results = together(lambda: in_lockstep([act_pair(pair, *rules) for pair in pairs], answers))
-    results = [result or (pair, HELPER_FAILED) for pair, result in zip(pairs, results, strict=True)]
-    samples = [(pair, policy.trajectories[i], *results[i]) for i, pair in enumerate(pairs)]
-    outcomes = Counter(outcome for _, outcome in results)
+    training, files = run.config.training_config, run.config.data_config
+    n = training.num_generations
+    examples = [pair for pair in pairs for _ in range(n)]
+    noise = noise_generators(training.seed, step, positions, n)
+    policy = Sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
+    answers = {"respond": policy, **run.helpers.answers(examples, files.heuristic)}
+    rules = files.tolerance, training.max_turns, training.simulate_user
+    groups, new = [], []
+
+    def sample():
+        rollouts = in_lockstep([act_pair(pair, *rules) for pair in examples], answers)
+        groups.extend(rollouts[i : i + n] for i in range(0, len(rollouts), n))
+        new.extend(map(best_contrast, groups))
+        return [rollout_row(step + 1, rollout) for rollout in rollouts]
+
+    rows = sum(on_all(sample), [])
+    outcomes = Counter(rollout.outcome for group in groups for rollout in group)
     counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
-    if helpers.cost:
-        counts |= {f"helpers/{key}": HELPER_COUNTS[key] - before[key] for key in COUNTED}
-    return [new for new, _ in results], counts, samples
+    if n > 1:
+        taken = [sum(rollout.replaced is not None for rollout in group) for group in groups]
+        counts["act/both_sides_own"] = taken.count(2)
+    return new, counts, rows
 
 
-def noise_generators(seed, step, positions):
-    """A generator for each example, keyed so that no batching, rank or resume changes a sample."""
-    keys = [random.Random(f"{seed}/{step}/{position}").getrandbits(62) for position in positions]
-    return [torch.Generator().manual_seed(key) for key in keys]
+def noise_generators(seed, step, positions, samples=1):
+    """A generator for each sample, keyed so that no batching, rank or resume changes it."""
+    keys = [f"{seed}/{step}/{position}" for position in positions]
+    keys = [f"{key}/{n}" if n else key for key in keys for n in range(samples)]
+    return [torch.Generator().manual_seed(random.Random(key).getrandbits(62)) for key in keys]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,50 +276,21 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
     return losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach()
 
 
-class Scored:
-    """Sequences (prompt, reply, mask) as one Forest; each scored token's place and id."""
-
-    def __init__(self, sequences, device):
-        self.forest = Forest([prompt + reply for prompt, reply, _ in sequences])
-        # the tokens that are computed, for the log
-        self.used = round((1 - self.forest.padding) * self.forest.tokens.numel())
-        rows, slots, targets = [], [], []
-        for i, (prompt, reply, mask) in enumerate(sequences):
-            row, path = self.forest.paths[i]
-            for j, written in enumerate(mask):
-                if written:
-                    rows.append(row)
-                    slots.append(int(path[len(prompt) + j - 1]))  # the token before predicts it
-                    targets.append(reply[j])
-        self.rows, self.slots = torch.tensor([rows, slots], device=device)
-        self.targets = torch.tensor(targets, device=device)
-        # the number of scored tokens of each sequence
-        self.counts = [sum(mask) for *_, mask in sequences]
-        self.lengths = torch.tensor(self.counts, device=device)
-        self.forest.to(device)
-
-    def logps(self, model):
-        """Log-probability of each reply, summed over its scored tokens: float32 [sequences]."""
-        token_logps = model.logps(self.forest, self.rows, self.slots, self.targets)
-        return torch.stack([part.sum() for part in token_logps.split(self.counts)])
-
-
 def preference_step(run, pairs, weight):
     """Forward and backward of a micro-batch of pairs, its gradient times `weight`. Returns sums."""
     training = run.config.training_config
     sequences = []  # chosen, rejected, chosen, rejected, ...
     for pair in pairs:
-        for messages, ended in ((pair.chosen, True), (pair.rejected, not pair.cut)):
-            sequences.append(sequence_of(pair, messages, ended, run.template, training))
-    scored = Scored(sequences, run.device)
-    with torch.no_grad():
-        reference_logps = scored.logps(run.reference)
-    chosen, rejected = scored.logps(run.policy).view(-1, 2).T
-    options = training.beta, training.label_smoothing, training.loss_type
+        sequences.append(sequence(pair, pair.chosen, True, run.template, training))
+        sequences.append(sequence(pair, pair.rejected, not pair.cut, run.template, training))
+    forest = Forest(*zip(*sequences, strict=True)).to(run.device)
+    reference_chosen, reference_rejected = reference_logps(run, forest).view(-1, 2).T
+    chosen, rejected = run.policy.logps(forest).view(-1, 2).T
     losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, *reference_logps.view(-1, 2).T, *options
-    )
-    likelihoods = chosen / scored.lengths[::2].clamp(min=1)  # per token
+        chosen, rejected, reference_chosen, reference_rejected,
+        training.beta, training.label_smoothing, training.loss_type,
+    )  # fmt: skip
+    likelihoods = chosen / scored_tokens(forest)[::2]  # per token
     losses = losses - training.rpo_alpha * likelihoods
     (losses.sum() * weight).backward()
     sums = {
@@ -269,27 +303,39 @@ def preference_step(run, pairs, weight):
         "logps/rejected": rejected.detach().sum(),
     }
     values = torch.stack(list(sums.values())).tolist()  # one wait for the device
-    return {**dict(zip(sums, values, strict=True)), "tokens": scored.used}
+    return {**dict(zip(sums, values, strict=True)), "tokens": forest.used}
+
+
+@torch.no_grad()
+def reference_logps(run, forest):
+    """Under the initial policy: a second model, or with LoRA the policy without its adapters."""
+    with gemma.adapters_off(run.policy) if run.policy.lora else nullcontext():
+        return (run.reference or run.policy).logps(forest)
 
 
 def sft_step(run, pairs, weight):
     """The same for gold replies: negative log-likelihood per token, a mean over each reply."""
     training = run.config.training_config
-    golds = [sequence_of(pair, pair.gold[:1], True, run.template, training) for pair in pairs]
-    scored = Scored(golds, run.device)
-    losses = -scored.logps(run.policy) / scored.lengths.clamp(min=1)
+    golds = [sequence(pair, pair.gold[:1], True, run.template, training) for pair in pairs]
+    forest = Forest(*zip(*golds, strict=True)).to(run.device)
+    losses = -run.policy.logps(forest) / scored_tokens(forest)
     (losses.sum() * weight).backward()
-    return {"loss": losses.sum().item(), "tokens": scored.used}
+    return {"loss": losses.sum().item(), "tokens": forest.used}
 
 
-def sequence_of(pair, messages, ended, template, training):
-    """(prompt, reply, mask) of a prompt and one side, cut to max_length; mask: 1 where scored."""
-    prompt = template.prompt(pair, training.max_prompt_length)
+def sequence(pair, messages, ended, template, training):
+    """(tokens, mask) of a prompt and one side, cut to max_length; mask: 1 where scored."""
+    prompt = list(pair.prompt)
     tokens, mask = template.reply(messages, ended)
     if training.loss_on == "all":
         mask = [1] * len(tokens)
     room = max(1, training.max_length - len(prompt))
-    return prompt, tokens[:room], mask[:room]
+    return prompt + tokens[:room], [0] * len(prompt) + mask[:room]
+
+
+def scored_tokens(forest):
+    """How many tokens of each sequence are scored, at least 1: float32 [sequences]."""
+    return torch.tensor(forest.counts, device=forest.tokens.device).clamp(min=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,8 +390,8 @@ def train(config, overwrite=False, resume=False):
         return
     training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
     local, micro = run.local, training.per_device_train_batch_size  # of a step, a forward pass
-    order, log = DataOrder(run.pairs, training.seed), Log(config, run.start)
-    progress = Progress("step", run.steps)
+    order, log, progress = run.order, run.log, Progress("step", run.steps)
+    take_step = sft_step if config.task == "sft" else preference_step
     print0(f"{config.task}: {len(run.pairs)} training turns, {len(run.validation)} for validation, "
            f"steps of {local * world} turns, step {run.start} to {run.steps}")  # fmt: skip
     done = run.start
@@ -355,9 +401,8 @@ def train(config, overwrite=False, resume=False):
             between = training.eval_steps and step % training.eval_steps == 0
             due = between or step in (0, run.steps)
             if run.validation and due and step not in log.evaluated:
-                setting = run.template, run.validation, run.helpers, config
-                with set_aside(run):
-                    log.evaluation(step, *evaluate_pairs(run.policy, *setting))
+                evaluated = run.policy, run.template, run.validation, run.helpers, config
+                log.evaluation(step, *evaluate_pairs(*evaluated))
             if step == run.steps:
                 break
 
@@ -369,204 +414,318 @@ def train(config, overwrite=False, resume=False):
             # on-policy pairs (Algorithm 2)
             n = training.sample_frequency
             if config.task == "act" and n and (step + 1) % n == 0:
-                with set_aside(run):
-                    batch, counts, samples = on_policy(run, batch, step, positions)
-                log.rollouts(step + 1, samples)
+                batch, counts, rows = on_policy(run, batch, step, positions)
+                log.append("rollouts.jsonl", rows)
                 sums.update(counts)
             rolled = time.perf_counter()
 
             # forward and backward, micro-batch by micro-batch; gradients are averaged over ranks
             for i in range(0, local, micro):
-                take_step = preference_step if run.reference else sft_step
                 sums.update(take_step(run, batch[i : i + micro], 1 / local))
-            check_finite(sums, NotANumber)  # on all ranks, before anything is learnt from them
+            totals = dict(zip(sums, all_sum(list(sums.values()), run.device), strict=True))
+            require_finite(totals)  # on all ranks, before anything is learnt from them
             lr = learning_rate(step, run.steps, training)
             grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
             done = step + 1
 
             # one line of metrics: means over the global batch, sums of what is counted
             if done % training.logging_steps == 0 or done == run.steps:
-                totals = zip(sums, all_sum(list(sums.values()), run.device), strict=True)
-                row = {key: x if is_total(key) else x / (local * world) for key, x in totals}
+                row = {k: x if is_total(k) else x / (local * world) for k, x in totals.items()}
                 row |= {"grad_norm": grad_norm, "learning_rate": lr}
                 row |= {"seconds/rollout": rolled - began}
                 row |= {"seconds/train": time.perf_counter() - rolled}
-                log.step(done, row)
-                margin = f"  margin {row['rewards/margins']:.3f}" if run.reference else ""
+                log.append("metrics.jsonl", [{"step": done, **row}])
+                margin = f"  margin {row['rewards/margins']:.3f}" if config.task != "sft" else ""
                 progress(done, f"loss {row['loss']:.4f}{margin}")
 
-            if training.save_steps and done % training.save_steps == 0 and done < run.steps:
+            together(stop_if_asked, log)  # by Ctrl-C, SIGTERM or a full disk
+            last = done == run.steps
+            if training.save_steps and (last or done % training.save_steps == 0):
                 save_checkpoint(run, done)
-            together(stop_if_asked)  # by Ctrl-C or SIGTERM
-    except RunStopped as error:  # a number that is none, a helper that gave up, a signal
+    except (RunStopped, torch.OutOfMemoryError) as error:
         raise stopped(run, done, error) from None
     save_trained(run)
     log.finish()
+    run.helpers.report("these turns kept their pair, or are left out of the means")
 
 
 def is_total(key):
     """Whether the log shows a metric as a sum over the global batch rather than as a mean."""
-    return key == "tokens" or key.startswith(("act/", "helpers/"))
+    return key == "tokens" or key.startswith("act/")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-# The policy's voice in a conversation.
+# --------------------------------------------------------------------------------------------------
+# Turns and tokens
+# From files to pairs with the tokens of their prompts; the policy's voice in a conversation.
+
+
+def load_pairs(config, helpers, template, contents):
+    """(training, validation) pairs of a configuration's files. Raises InputError.
+
+    Read, label, pair, ask, balance, tokenise, report. Only training pairs are balanced, and may
+    take their actions from elsewhere (`action_labels`). A losing question is asked for only where
+    it is used: in training on pairs, and in files of pairs. contents: {key: bytes} of the files.
+    """
+    files, training, task = config.data_config, config.training_config, config.task
+    rows, held_out = read_rows(config, contents)
+    writes = task == "generate_preference"
+    asks = writes or task in ("act", "dpo")
+    pairs = make_pairs(files.train_path, rows, config, helpers, asks, training.action_labels)
+    pairs = data.balance(pairs, training.class_balance, training.seed)
+    if training.action_labels == "random":
+        pairs = data.random_actions(pairs, training.seed)
+    held_path = files.validation_path or files.train_path
+    validation = make_pairs(held_path, held_out, config, helpers, writes)
+    if template:
+        pairs = tokenize(pairs, files.train_path, template, training)
+        validation = tokenize(validation, held_path, template, training, trained_on=False)
+    if files.heuristic == "execution_match":  # a gold query that fails is named now
+        progress = Progress("trying gold query", len(pairs + validation))
+        for i, pair in enumerate(pairs + validation):
+            score(data.execution_match, pair, pair.target, pair.target)
+            progress(i + 1)
+    helpers.report("there the rule took its place")
+    return pairs, validation
+
+
+def read_rows(config, contents):
+    """(training rows, validation rows): conversations, or pairs where is_preference is set."""
+    files, training = config.data_config, config.training_config
+
+    def read(key):
+        path = getattr(files, key)
+        if not path:
+            return []
+        read_file = data.read_preferences if training.is_preference else data.read_conversations
+        rows, lines = read_file(path, contents[f"data_config.{key}"])
+        for line in lines:
+            print0(line)
+        return rows
+
+    held_out = read("validation_path")
+    rows = [] if config.task == "evaluate" and held_out else read("train_path")
+    if files.validation_split and not held_out:
+        rows, held_out = data.split_dialogues(rows, files.validation_split, training.seed)
+        share = f"{len(held_out)} of {len(rows) + len(held_out)}"
+        print0(f"{files.train_path}: {share} are held out for validation")
+    if files.half:
+        start = HALVES.index(files.half)
+        rows = [row for i, row in enumerate(rows) if getattr(row, "dialogue", i) % 2 == start]
+        print0(f"{files.train_path}: trains on the {files.half} half, {len(rows)} of it")
+    return [] if config.task == "evaluate" else rows, held_out
+
+
+def make_pairs(path, rows, config, helpers, asks, action_labels="gold"):
+    """The pairs of rows as `read_rows` gives them; asks: with losing questions of the helper's."""
+    training = config.training_config
+    if training.is_preference or not rows:
+        return rows
+    if action_labels == "classifier":
+        for message in (message for row in rows for message in row["messages"]):
+            message.pop("requires_clarification", None)
+    free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
+    labels = data.labelled_turns(rows) if free else []
+    missing = data.missing_labels(rows)
+    data.label_turns(missing, helpers.label_actions([reply for _, reply in missing]))
+    pairs, skipped = data.make_pairs(rows)
+    requests = data.question_requests(pairs, training.icl_examples, training.seed)
+    questions = helpers.write_questions(requests) if asks else data.rule_questions(requests)
+    data.reject_questions(requests, questions)
+    actions = data.rule_actions([reply for *_, reply in labels])
+    for line in data.check_conversations(path, skipped, len(missing), labels, actions):
+        print0(line)
+    return pairs
+
+
+def tokenize(pairs, path, template, training, trained_on=True):
+    """Pairs with the tokens of their prompts; of those trained on the ones whose reply fits.
+
+    Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
+    too long to be sampled is said.
+    """
+    longest, room, kept = training.max_prompt_length, training.max_length, []
+    cut, unfit, unsaid, folded = {}, {}, {}, {}  # of turns, "line.turn"
+    progress = Progress("tokenising turn", len(pairs), quiet=True)
+    for _, turns in groupby(pairs, key=lambda pair: (id(pair.messages), pair.context)):
+        turns = list(turns)
+        first = turns[0]
+        lengths = [pair.length or len(first.messages) for pair in turns]
+        asked = first.context, first.messages, lengths, longest, first.instruction
+        for pair, (prompt, lost) in zip(turns, template.prompts(*asked), strict=True):
+            at = f"{pair.line}.{pair.turn}" if pair.turn else pair.line
+            pair.prompt = array("i", prompt)
+            if lost:
+                cut[at] = lost
+            if trained_on and len(prompt) + len(template.reply(pair.chosen[:1])[0]) > room:
+                unfit[at] = True
+                continue
+            kept.append(pair)
+            replies = (template.reply([message])[0] for message in pair.gold[::2])
+            if any(len(tokens) > training.max_new_tokens for tokens in replies):
+                unsaid[at] = True
+            said = first.messages[(pair.length or 0) - 1], pair.gold[0]
+            if template.plain and any("\n" in text.strip() for _, text in said):
+                folded[at] = True
+        progress(len(kept) + len(unfit))
+    lost = " to ".join(map(str, sorted({min(cut.values()), max(cut.values())}))) if cut else ""
+    for found, said in (
+        (cut, f"prompts lose {lost} tokens to max_prompt_length {longest}"),
+        (unfit, f"turns whose reply does not fit into max_length {room} are left out"),
+        (unsaid, f"turns have gold replies longer than max_new_tokens {training.max_new_tokens}"),
+        (folded, "turns have line breaks, which prompt_format 'plain' makes spaces"),
+    ):
+        if found:
+            print0(f"{path}: {len(found)} {said}: {data.listed(found)}")
+    return kept
+
+
+def score(compare, pair, answer, gold):
+    """(exact, score) of an answer on this turn. Raises InputError naming it, where SQL fails."""
+    try:
+        return data.scored(compare, answer, gold, pair.context)
+    except InputError as error:
+        raise InputError(f"{pair.where}: {error}") from None
 
 
 class Sampler:
-    """`respond` of `in_lockstep`: continues all prompts in one batch and keeps their key-value cache between turns.
+    """`respond` of `in_lockstep`: continues all prompts in one batch, and keeps their cache.
 
-    Where a GPU has no memory for that, the batch is halved, which changes no reply, and said.
+    generators: one for each pair; None: greedy.
     """
 
     def __init__(self, model, template, pairs, training, generators=None):
-        """generators: one for each pair; None: greedy."""
-        self.model, self.template, self.max_new_tokens = model, template, training.max_new_tokens
-        self.max_length = training.max_length
-        self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
-        self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
-        self.generators, self.trajectories = generators, {}  # row -> the list that its conversation goes on filling
-        self.parts = [(list(range(len(pairs))), KVCache())]  # rows that are continued together
+        self.model, self.template, self.training = model, template, training
+        self.prompts = [list(pair.prompt) for pair in pairs]
+        self.generators, self.cache = generators, KVCache()
+        self.rows = []  # that the cache holds, in its order
 
     def __call__(self, rows, trajectories):
         """[(the policy's next message, whether it came to its end)] in each of these rows."""
-        self.trajectories.update(zip(rows, trajectories, strict=True))
-        parts, replies = [([row for row in held if row in rows], held, cache) for held, cache in self.parts], {}
-        self.parts = []
-        while parts:
-            part, held, cache = parts.pop(0)
-            if not part:
-                continue
-            said, half = self.continued(part, held, cache), len(part) // 2
-            if said is None:
-                print0(f"no memory to continue {len(part)} conversations at once: going on with {half or 1}")
-                parts = [(part[:half], [], KVCache()), (part[half:], [], KVCache()), *parts]
-            else:
-                replies |= zip(part, said, strict=True)
-                self.parts.append((part, cache))
-        return [(self.template.text(replies[row]), len(replies[row]) < self.max_new_tokens) for row in rows]
-
-    def continued(self, part, held, cache):
-        """The replies' tokens in the rows `part` of those that a cache holds; None: there is not the memory."""
-        prompts = []
-        for row in part:
-            said = self.template.following(self.trajectories[row]) if self.trajectories[row] else []
-            prompts.append(self.prompts[row] + said[-max(1, self.max_length - len(self.prompts[row])) :])
-        sampling, generators = {"temperature": 0.0}, [self.generators[row] for row in part] if self.generators else []
-        if generators:
-            sampling = {**self.sampling, "generator": generators}
-        before = [generator.get_state() for generator in generators]
-        stop_ids = self.template.stop_ids
-        try:
-            if cache.order:
-                cache.keep([held.index(row) for row in part])
-            return generate(self.model, prompts, self.max_new_tokens, stop_ids=stop_ids, kv_cache=cache, **sampling)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-        for generator, state in zip(generators, before, strict=True):  # the same noise once more
-            generator.set_state(state)
-        return None
+        training, prompts = self.training, []
+        for row, trajectory in zip(rows, trajectories, strict=True):
+            said = self.template.following(trajectory) if trajectory else []
+            room = max(1, training.max_length - len(self.prompts[row]))
+            prompts.append(self.prompts[row] + said[-room:])
+        sampling = {"temperature": 0.0}
+        if self.generators:
+            sampling = {key: getattr(training, key) for key in ("temperature", "top_k", "top_p")}
+            sampling["generator"] = [self.generators[row] for row in rows]
+        if self.rows:
+            self.cache.keep([self.rows.index(row) for row in rows])
+        self.rows = rows
+        most = training.max_new_tokens
+        sampling |= {"stop_ids": self.template.stop_ids, "kv_cache": self.cache}
+        replies = generate(self.model, prompts, most, **sampling)
+        return [(self.template.text(reply), len(reply) < most) for reply in replies]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# Every validation turn played to its end with greedy decoding, by the driver of Algorithm 2.
+# --------------------------------------------------------------------------------------------------
+# Evaluation and logs
+# Every validation turn to its end with greedy decoding, by the driver of Algorithm 2; what a run
+# writes down on the way.
 
 
 def play_turn(pair, max_turns):
     """Asks as `act_pair` does; goes on whatever the first action. Returns what is kept of the turn.
 
-    A conversation that does not end in an answer scores 0.
+    A conversation that does not end in an answer scores 0. inferred_action is None where a helper
+    failed: the turn is then counted, but left out of all means.
     """
-    trajectory, actions, final = [], [], (0.0, 0.0)
-    while True:
-        y, action, ended = yield from respond(trajectory)
-        actions.append(action)
-        if not ended or action == ANSWER or len(actions) == max_turns:
-            break
-        trajectory.append(("user", (yield "simulate", trajectory)))
-    answered = ended and action == ANSWER
-    if answered:
-        final = yield "score", trajectory
-    texts = {"trajectory": trajectory, "final_answer": y if answered else None}
-    scores = {"exact_match": float(final[0]), "f1": float(final[1])}
-    return {**texts, "inferred_action": actions[0], "questions": actions.count(CLARIFY), **scores}
+    trajectory, actions, answer, ended = [], [], None, True
+    exact = score = 0.0
+    try:
+        while ended and ANSWER not in actions and len(actions) < max_turns:
+            if actions:
+                trajectory.append(("user", (yield "simulate", trajectory)))
+            y, action, ended = yield from respond(trajectory)
+            actions.append(action)
+        if ended and action == ANSWER:
+            answer = y
+            exact, score = yield "score", trajectory
+    except HelperFailed:
+        actions = [None]
+    return {
+        "trajectory": trajectory, "final_answer": answer, "inferred_action": actions[0],
+        "questions": actions.count(CLARIFY), "exact_match": float(exact), "f1": float(score),
+        "ended": ended,
+    }  # fmt: skip
 
 
 def evaluate_pairs(model, template, pairs, helpers, config):
-    """Play every turn. Returns (metrics, samples), the same on all ranks."""
+    """Every turn to its end. Returns (metrics, samples), the same on all ranks."""
     training, heuristic = config.training_config, config.data_config.heuristic
-    mine = shares(len(pairs), dist.get_rank(), dist.get_world_size())
+    mine, size = share_of(len(pairs)), training.per_device_eval_batch_size
     policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
 
-    def play():
+    def evaluate_share():
         samples = []
-        for start in range(0, len(mine), training.per_device_eval_batch_size):
+        for start in range(0, len(mine), size):
             stop_if_asked()
-            batch = [pairs[i] for i in mine[start : start + training.per_device_eval_batch_size]]
-            answers = {"respond": Sampler(policy, template, batch, training), **helpers.answers(batch, heuristic)}
-            played = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
-            samples += [sample_of(pair, turn, heuristic) for pair, turn in zip(batch, played, strict=True)]
+            batch = [pairs[i] for i in mine[start : start + size]]
+            sampler = Sampler(policy, template, batch, training)
+            answers = {"respond": sampler, **helpers.answers(batch, heuristic)}
+            turns = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
+            samples += map(partial(sample_row, heuristic), batch, turns)
             progress(len(samples))
         return samples
 
-    samples = all_gathered(together(play))
+    samples = sum(on_all(evaluate_share), [])
     return summarize(samples), samples
 
 
-FAILED_TURN = {"trajectory": [], "final_answer": None, "inferred_action": None, "questions": 0,
-               "exact_match": 0.0, "f1": 0.0}  # fmt: skip
-
-
-def score_of(compare, pair, answer, gold):
-    """(exact, score) of an answer on this turn. Raises InputError naming it, where a gold query fails, say."""
-    try:
-        return data.score_of(compare, answer, gold, pair.context)
-    except InputError as error:
-        raise InputError(f"{pair.where}: {error}") from None
-
-
-def sample_of(pair, turn, heuristic):
-    """A line of eval_samples.jsonl: the turn, how it was played, and its first reply beside the gold one.
-
-    inferred_action is None where a helper failed (turn is None): it is then counted, but left out of all means.
-    """
+def sample_row(heuristic, pair, turn):
+    """A line of eval_samples.jsonl: the turn, how it went, and its first reply beside the gold."""
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
-    exact, f1 = score_of(compare, pair, turn["trajectory"][0][1], pair.gold[0][1]) if turn else (0.0, 0.0)
-    source = {"where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold}
-    source |= {"target_action": pair.action, "gold_target": pair.target}
-    source |= {"gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY)}
-    return {**source, **(turn or FAILED_TURN), "turn_exact_match": float(exact), "turn_f1": float(f1)}
+    exact = f1 = 0.0
+    if turn["inferred_action"]:
+        exact, f1 = score(compare, pair, turn["trajectory"][0][1], pair.gold[0][1])
+    return {
+        "where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold,
+        "target_action": pair.action, "gold_target": pair.target,
+        "gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY),
+        **turn, "turn_exact_match": float(exact), "turn_f1": float(f1),
+    }  # fmt: skip
+
+
+def rollout_row(step, rollout):
+    """A line of rollouts.jsonl."""
+    pair = rollout.before
+    return {
+        "step": step, "where": pair.where, "context": pair.context, "history": pair.history,
+        "action": pair.action, "target": pair.target, "trajectory": rollout.trajectory,
+        "outcome": rollout.outcome, "replaced": rollout.replaced, "score": rollout.score,
+    }  # fmt: skip
 
 
 def summarize(samples):
-    """Metrics of evaluated turns, as fractions; a mean over nothing is None, and counts say how many each is over."""
+    """Metrics of evaluated turns, as fractions.
 
-    def means(name, f1, exact_match, chosen):
-        return {
-            f"{name} DROP F1": data.mean_or_none(sample[f1] for sample in chosen),
-            f"{name} Exact Match": data.mean_or_none(sample[exact_match] for sample in chosen),
-            f"{name} Turns": len(chosen),
-        }
+    A mean over nothing is None, and counts say how many turns each mean is over.
+    """
+    usable = [sample for sample in samples if sample["inferred_action"]]
 
-    failures = sum(sample["inferred_action"] is None for sample in samples)
-    samples = [sample for sample in samples if sample["inferred_action"] is not None]
-    asked = [sample for sample in samples if sample["inferred_action"] == CLARIFY]
-    of = {action: [sample for sample in samples if sample["target_action"] == action] for action in (CLARIFY, ANSWER)}
-    gold, inferred = ([sample[key] for sample in samples] for key in ("target_action", "inferred_action"))
-    return {
-        **data.action_metrics(gold, inferred),
-        **means("Turn-Level", "turn_f1", "turn_exact_match", samples),
-        **means("Trajectory-level", "f1", "exact_match", samples),
-        **means("Post-Clarification", "f1", "exact_match", asked),
-        **means("CLARIFY Turns: Trajectory-level", "f1", "exact_match", of[CLARIFY]),
-        **means("ANSWER Turns: Trajectory-level", "f1", "exact_match", of[ANSWER]),
-        "Questions per Turn": data.mean_or_none(sample["questions"] for sample in samples),
-        "Gold Questions per Turn": data.mean_or_none(sample["gold_questions"] for sample in samples),
-        "Helper Failures": failures,
-    }
+    def those(key, action):
+        return [sample for sample in usable if sample[key] == action]
+
+    gold, inferred = (
+        [sample[key] for sample in usable] for key in ("target_action", "inferred_action")
+    )
+    metrics = data.action_metrics(gold, inferred)
+    for name, prefix, chosen in (
+        ("Turn-Level", "turn_", usable),
+        ("Trajectory-level", "", usable),
+        ("Post-Clarification", "", those("inferred_action", CLARIFY)),
+        ("CLARIFY Turns: Trajectory-level", "", those("target_action", CLARIFY)),
+        ("ANSWER Turns: Trajectory-level", "", those("target_action", ANSWER)),
+    ):
+        for metric, key in (("DROP F1", "f1"), ("Exact Match", "exact_match")):
+            values = [sample[prefix + key] for sample in chosen]
+            metrics[f"{name} {metric}"] = data.mean_or_none(values)
+        metrics[f"{name} Turns"] = len(chosen)
+    for name, key in (("Questions", "questions"), ("Gold Questions", "gold_questions")):
+        metrics[f"{name} per Turn"] = data.mean_or_none([sample[key] for sample in usable])
+    metrics["Helper Failures"] = len(samples) - len(usable)
+    return metrics
 
 
 SHOWN = (
@@ -576,211 +735,269 @@ SHOWN = (
 )  # fmt: skip
 
 
-def comparison(before, after):
-    """A table of the main metrics before and after training; the whole of them is in metrics.jsonl."""
-    lines = [f"{'':44} {'before':>8} {'after':>8}"]
-    for name in SHOWN:
-        scale, digits = (1, 2) if name == "Questions per Turn" else (100, 1)
-        found = [metrics[name] for metrics in (before, after)]
-        cells = ["-" if value is None else f"{scale * value:.{digits}f}" for value in found]
-        lines.append(f"{name:44} {cells[0]:>8} {cells[1]:>8}")
-    return "\n".join(lines)
+def shown(name, metrics, heuristic):
+    """A metric for people: its name, DROP F1 only where that is the heuristic, and in percent."""
+    value = metrics[name]
+    if value is not None and type(value) is not int:
+        value = f"{value:.2f}" if "per Turn" in name else f"{100 * value:.1f}"
+    name = name if heuristic == "drop_f1" else name.replace("DROP F1", heuristic)
+    return name, "-" if value is None else value
 
 
-def changed_conversations(before, after):
-    """How many turns ended in a better answer after training than before, and how many in a worse one, as text.
+def comparison(before, after, heuristic):
+    """Lines: the main metrics before and after training over the turns that both have, and turns.
 
-    Two of the first and one of the others are shown, those that became right or wrong first, then those with questions.
+    Of the conversations that ended better or worse than before two and one are shown, those that
+    became right or wrong first, with the last messages before them.
     """
-    rows = [(b, a) for b, a in zip(before, after, strict=True) if b["inferred_action"] and a["inferred_action"]]
-    better = [(b, a) for b, a in rows if a["f1"] > b["f1"]]
-    worse = [(b, a) for b, a in rows if a["f1"] < b["f1"]]
-    better.sort(key=lambda row: (row[0]["exact_match"] - row[1]["exact_match"], -row[1]["questions"]))
-    worse.sort(key=lambda row: (row[1]["exact_match"] - row[0]["exact_match"], -row[0]["questions"]))
-    lines = [f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(rows)}"]
-    for b, a in better[:2] + worse[:1]:
-        context = [line for line in a["context"].split("\n")[-6:] if line]
-        lines += ["", *[f"  {line}" for line in context], f"  User: {data.fold(a['history'][-1][1])}"]
-        for name, sample in (("before", b), ("after ", a)):
-            said = [f"{data.SPEAKERS[role]}: {data.fold(text)}" for role, text in sample["trajectory"]]
-            lines.append(f"    {name} | {'  '.join(said)}")
-        lines.append(f"    gold   | {data.fold(a['gold_target'])}")
-    return "\n".join(lines)
+    both = [(b, a) for b, a in zip(before, after, strict=True)
+            if b["inferred_action"] and a["inferred_action"]]  # fmt: skip
+    first, last = (summarize([pair[i] for pair in both]) for i in (0, 1))
+    lines = [f"{'':44} {'before':>8} {'after':>8}"]
+    for metric in SHOWN:
+        name, value = shown(metric, first, heuristic)
+        lines.append(f"{name:44} {value:>8} {shown(metric, last, heuristic)[1]:>8}")
+    both.sort(key=lambda pair: pair[0]["exact_match"] - pair[1]["exact_match"])
+    better = [pair for pair in both if pair[1]["f1"] > pair[0]["f1"]]
+    worse = [pair for pair in both if pair[1]["f1"] < pair[0]["f1"]]
+    turns = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
+    lines += ["", turns]
+    for before, after in better[:2] + worse[-1:]:
+        lines += ["", f"  {one_line(after['history'][-3:])}"]
+        for name, sample in (("before", before), ("after ", after)):
+            lines.append(f"    {name} | {one_line(sample['trajectory'])}")
+        lines.append(f"    gold   | {data.fold(after['gold_target'])}")
+    return lines
+
+
+def one_line(messages):
+    return "  ".join(f"{data.SPEAKERS[role]}: {data.fold(text)}" for role, text in messages)
 
 
 class Log:
-    """metrics.jsonl, eval_metrics.json, eval_samples.jsonl (first and last evaluation), rollouts.jsonl, report.html."""
+    """metrics.jsonl, rollouts.jsonl, and of the first and last evaluation eval_samples.jsonl.
+
+    Rank 0 writes. A write that fails is noted in `problem`: the run saves and stops.
+    """
 
     def __init__(self, config, start):
-        self.config, self.folder = config, Path(config.training_config.output_dir)
-        self.first, self.last = None, None
-        rows = on_main(lambda: whole_rows(self.folder / "metrics.jsonl"))
-        self.evaluated = {row["step"] for row in rows if "eval/Accuracy" in row}
-        samples = on_main(lambda: whole_rows(self.folder / "eval_samples.jsonl")) if start else []
-        samples = [row for row in samples if row["step"] == 0]
-        if samples:  # resumed: the evaluation before training is on disk
-            self.first = summarize(samples), samples
+        self.folder, self.heuristic = output_of(config), config.data_config.heuristic
+        self.metric, self.problem = config.training_config.metric_for_best_model, None
+        self.first, self.last = None, None  # samples of the evaluations before training and of now
+        self.evaluated = {}  # step -> metric_for_best_model
+        if start:  # what a resumed run has behind it
+            for row in on_main(logged_rows, self.folder / "metrics.jsonl"):
+                if "eval/Accuracy" in row:
+                    self.evaluated[row["step"]] = row[f"eval/{self.metric}"]
+            samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
+            self.first = [row for row in samples if row["step"] == 0] or None
+
+    def write(self, function, *arguments):
+        try:
+            if is_main():
+                function(*arguments)
+        except (InputError, OSError) as error:
+            self.problem = str(error)
 
     def append(self, name, rows):
-        on_main(data.append_jsonl, self.folder / name, rows)  # a full disk stops all ranks
-
-    def step(self, step, metrics):
-        self.append("metrics.jsonl", [{"step": step, **metrics}])
-
-    def rollouts(self, step, samples):
-        """What the policy said in a step, example by example; `score`: of an answer that was judged by a formula."""
-        compare, rows = HEURISTICS.get(self.config.data_config.heuristic), []
-        for pair, said, new, outcome in samples:
-            won_by_asking = not self.config.training_config.simulate_user and pair.action == CLARIFY
-            judged = compare and (outcome == BAD_OUTCOME or outcome == GOOD_OUTCOME and not won_by_asking)
-            replaced = {id(new.chosen): "chosen", id(new.rejected): "rejected"}.get(id(said))
-            row = {key: getattr(pair, key) for key in ("where", "context", "history", "action", "target")}
-            row |= {"trajectory": said, "outcome": outcome, "replaced": replaced}
-            rows.append({"step": step, **row, "score": None})
-            if judged:
-                rows[-1]["score"] = score_of(compare, pair, said[-1][1], pair.target)[1]
-        self.append("rollouts.jsonl", all_gathered(rows))
+        self.write(data.append_jsonl, self.folder / name, rows)
 
     def evaluation(self, step, metrics, samples):
-        self.step(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.last = metrics, [{"step": step, **sample} for sample in samples]
+        row = {f"eval/{name}": value for name, value in metrics.items()}
+        self.append("metrics.jsonl", [{"step": step, **row}])
+        self.evaluated[step] = metrics[self.metric]
+        self.last = [{"step": step, **sample} for sample in samples]
         self.first = self.first or self.last
-        kept = self.first[1] + (self.last[1] if self.last is not self.first else [])
-        on_main(write_evaluation, self.folder, metrics, kept)
+        kept = self.first + (self.last if self.last is not self.first else [])
+        self.write(write_evaluation, self.folder, metrics, kept)
+        say_unended(samples)
+
+    def best_first(self):
+        """Steps by the metric of their evaluation, the best first; of equals the later one."""
+        found = {step: value for step, value in self.evaluated.items() if value is not None}
+        return sorted(found, key=lambda step: (found[step], step), reverse=True)
 
     def finish(self):
         if self.last and self.first is not self.last:
-            print0("\n" + comparison(self.first[0], self.last[0]))
-            print0("\n" + changed_conversations(self.first[1], self.last[1]))
-        write_report(self.folder)
-        print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {self.folder / 'report.html'}")
-        if self.last:
-            found = [f"{score:.3f} after step {step}" for step, score in scores_of(self.config.training_config).items()]
-            print0(f"{self.config.training_config.metric_for_best_model}, the best first: {', '.join(found[:5])}")
+            print0("\n" + "\n".join(comparison(self.first, self.last, self.heuristic)))
+        self.write(write_report, self.folder)
+        report = self.folder / "report.html"
+        print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {report}")
+        best = [f"{self.evaluated[n]:.3f} after step {n}" for n in self.best_first()[:5]]
+        if best:
+            print0(f"{self.metric}, the best first: {', '.join(best)}")
+
+
+def say_unended(samples):
+    unended = sum(not sample["ended"] for sample in samples)
+    if unended:
+        print0(f"{unended} of {len(samples)} turns end in a reply that is cut at max_new_tokens")
 
 
 def write_evaluation(folder, metrics, samples):
-    write_json(folder / "eval_metrics.json", metrics)
     data.write_jsonl(folder / "eval_samples.jsonl", samples)
+    write_json(folder / "eval_metrics.json", metrics)
     write_report(folder)
 
 
+def logged_rows(path):
+    """The rows of a log that a killed run may have left with half a line at its end."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]  # half a character, even
+    try:
+        return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
+    except (ValueError, TypeError, KeyError):
+        problem = "a line is not an object with a step, expected what a run wrote"
+        raise InputError(f"{path}: {problem}") from None
+
+
 def write_report(folder):
-    """report.html: the template with what the folder's files hold as JSON in it, each long text once."""
-    template = HERE / "configs" / "report.html"
-    if not is_main() or not template.exists():
-        return
-    texts, held = {}, {}
+    """report.html: a template with what the folder's files hold as JSON in it, long texts once."""
+    template, texts, found = HERE / "configs" / "report.html", {}, {}
 
     def shared(row):
         long = [key for key in ("context", "history", "gold") if key in row]
         return row | {key: texts.setdefault(json.dumps(row[key]), len(texts)) for key in long}
 
-    def read(text):
-        return json.loads(text, object_hook=shared, parse_constant=lambda _: None)
+    for path in (folder / name for name in ("config.json", "metrics.jsonl", *LOGS)):
+        raw = path.read_bytes() if path.exists() else b""  # a killed run leaves half a line
+        lines = raw.split(b"\n")[:-1] if path.suffix == ".jsonl" else [raw] * bool(raw)
+        try:
+            rows = [json.loads(line, object_hook=shared, parse_constant=str) for line in lines]
+        except (ValueError, AttributeError):
+            return print0(f"{path}: not as a run wrote it; report.html stays as it was")
+        if raw:
+            found[path.stem] = rows if path.suffix == ".jsonl" else rows[0]
+    found = json.dumps(found | {"texts": [json.loads(text) for text in texts]})  # ASCII: no U+2028
+    found = re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", found)
+    mark = '<script type="application/json" id="data">'
+    before, mark, after = template.read_text(encoding="utf-8").partition(mark)
+    data.write_text(folder / "report.html", [before, mark, found, after.removeprefix("null")])
 
-    for name in ("config.json", "eval_metrics.json", "metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl"):
-        path = folder / name
-        if path.exists():
-            raw = path.read_bytes()  # of lines, a killed run leaves half a one
-            held[path.stem] = read(raw) if path.suffix == ".json" else [read(line) for line in raw.split(b"\n")[:-1]]
-    held = json.dumps(held | {"texts": [json.loads(text) for text in texts]})  # in ASCII, U+2028 is \u2028
-    held = re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", held)
-    before, at, after = template.read_text(encoding="utf-8").partition('<script type="application/json" id="data">')
-    data.write_text(folder / "report.html", [before, at, held, after.removeprefix("null")])
+
+LOGS = ("eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
-# Every key there is, with its default; `python act.py --help` prints them. Nothing else is read.
+# Every key there is, with its default and limits; `python act.py --help` prints them. Nothing else
+# is read.
+
+INPUT, OUTPUT = "an input path", "an output path"
+FREE = "free"  # a resumed run may change it: how far, how often, on what; not what is learnt
+HALVES = ("first", "second")
+
+
+class Range(NamedTuple):
+    """The numbers that a key may have."""
+
+    lowest: float = 0
+    highest: float = 2**53
+    above: bool = False  # lowest itself is too low
+    below: bool = False  # highest itself is too high
+
+    def __contains__(self, x):
+        high_enough = x > self.lowest if self.above else x >= self.lowest
+        return high_enough and (x < self.highest if self.below else x <= self.highest)
+
+    def __str__(self):
+        low = f"above {self.lowest}" if self.above else f"from {self.lowest}"
+        return f"a number {low}, {'below' if self.below else 'up to'} {self.highest}"
+
+
+InputPath = Annotated[str, INPUT]
+Count = Annotated[int, Range(1, 2**20)]
+Positive = Annotated[float, Range(above=True)]
+Share = Annotated[float, Range(0, 1, below=True)]
+Free, FreeCount, FreeFlag = (Annotated[kind, FREE] for kind in (int, Count, bool))
 
 
 @dataclass(frozen=True)
 class PolicyModelConfig:
-    model_path: str = ""  # directory with config.json, *.safetensors, tokenizer.model
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters held between steps; see training_config.bf16
-    lora_r: int = 0  # above 0: the weights are frozen, adapters of this rank are trained, in float32 (LoRA); e.g. 16
-    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_r
+    model_path: InputPath = ""  # directory with config.json, *.safetensors, tokenizer.model
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of what is frozen; trained is float32
+    lora_r: Annotated[int, Range(0, 2**16)] = 0  # above 0: train adapters of this rank (LoRA)
+    lora_alpha: Positive = 32.0  # adapters are scaled by lora_alpha / lora_r
     lora_target_modules: list | None = None  # which have adapters; null: all of a layer
-    adapter_path: str = ""  # start from adapters in PEFT's layout, as adapter/ of a run, with their r and alpha
 
 
 @dataclass(frozen=True)
 class HelperConfig:
-    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini where model_id is set, else rule
-    model_path: str = ""  # gemma: directory of a checkpoint with its tokenizer.model, or "reference": the policy's own
+    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini with a model_id
+    model_path: InputPath = ""  # gemma: a checkpoint, or "reference": the policy's own
     model_id: str = ""  # gemini, openai: e.g. "gemini-2.0-flash-001", "llama3.2"
-    base_url: str = ""  # gemini, openai: of a server that speaks as they do, e.g. "http://localhost:11434/v1"
-    prompt_path: str = ""  # what a model is told; "": the role's file in configs/prompts/
+    base_url: Annotated[str, FREE] = ""  # of a server, e.g. "http://localhost:11434/v1"
+    prompt_path: InputPath = ""  # what a model is told; "": the role's file in configs/prompts/
     temperature: float = 0.0  # 0: greedy
-    max_new_tokens: int = 128  # of one answer
-    batch_size: int = 16  # gemma: prompts that are continued together
-    concurrency: int = 16  # servers: calls in flight
-    max_retries: int = 5  # servers: of one call, after 429, 5xx, resets, time-outs and half answers
-    max_failures: int = 20  # answers in a row, failed, blocked or unusable, after which the run saves and stops
-    timeout: float = 60.0  # servers: seconds of one call
-    cache_path: str = "helper_cache.sqlite"  # servers: answers already paid for; "" keeps none
+    max_new_tokens: Count = 128  # of one answer
+    batch_size: FreeCount = 16  # gemma: prompts that are continued together
+    concurrency: FreeCount = 16  # servers: calls in flight
+    max_retries: Free = 5  # servers: of one call, after 429, 5xx, resets, time-outs
+    max_failures: FreeCount = 20  # answers in a row of no use, after which the run saves and stops
+    timeout: Annotated[Positive, FREE] = 60.0  # servers: seconds of one call
+    cache_path: Annotated[str, OUTPUT, FREE] = "helper_cache.jsonl"  # servers: answers; "": none
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_path: str = ""  # JSONL: conversations, or pairs where is_preference is set
-    validation_path: str = ""  # the same, for the evaluations; "": none
-    validation_split: float = 0.0  # without a validation_path: the share of the training conversations held out for it
-    prompt_format: Literal["plain", "gemma"] = "plain"  # "plain": User: / Assistant: lines; "gemma": its chat template
-    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # or coqa_f1, exact_match, execution_match, judge
-    tolerance: float = 0.9  # a trajectory wins if its score is above this
+    train_path: InputPath = ""  # JSONL: conversations, or pairs where is_preference is set
+    validation_path: InputPath = ""  # the same, for the evaluations; "": none
+    validation_split: Share = 0.0  # or the share of the training conversations held out for it
+    half: Literal[("", *HALVES)] = ""  # train on every other conversation, or on those between
+    prompt_format: Literal["auto", "plain", "gemma"] = "auto"  # "auto": as the checkpoint says
+    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # how an answer is scored
+    tolerance: Share = 0.9  # a trajectory wins if its score is above this
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    output_dir: str = "output"  # everything that a run writes
-    seed: int = 42  # of the data order, the samples and the pairs; independent of the number of processes
-    per_device_train_batch_size: int = 1  # examples of one forward pass on one device
-    per_device_eval_batch_size: int = 16  # examples that are continued together in an evaluation
-    gradient_accumulation_steps: int = 1  # forward passes to one optimiser step; all sample from the same policy
-    learning_rate: float = 5e-7  # after the warm-up; the published code's, as are beta, optim, schedule and epochs
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    output_dir: Annotated[str, OUTPUT, FREE] = "output"  # everything that a run writes
+    seed: Annotated[int, Range(-(2**53))] = 42  # of order, samples and pairs, on any ranks
+    per_device_train_batch_size: FreeCount = 1  # examples of one forward pass on one device
+    per_device_eval_batch_size: FreeCount = 16  # examples continued together in an evaluation
+    gradient_accumulation_steps: FreeCount = 1  # forward passes to one optimiser step
+    learning_rate: Positive = 5e-7  # after the warm-up; the published code's, as the next five
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # from 0 up to learning_rate
     optim: Literal["rmsprop", "adamw"] = "rmsprop"
     weight_decay: float = 0.0  # of the optimiser
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to it; 0: no clipping
-    num_train_epochs: float = 2.0  # passes over the training turns
-    max_steps: int = -1  # above 0 it replaces num_train_epochs
-    eval_steps: int = 0  # 0: evaluate before the first and after the last step only
-    logging_steps: int = 1  # a line of metrics.jsonl every n steps, of that step
-    save_steps: int = 0  # a checkpoint every n steps; 0: only the final model
-    save_total_limit: int = 1  # checkpoints kept, and the best of those that were evaluated; 0 keeps all
-    metric_for_best_model: Literal[SHOWN[:-1]] = "Trajectory-level DROP F1"  # of an evaluation: says which is the best
-    load_best_model_at_end: bool = False  # model/ is the best checkpoint, where that is better than the last step
-    bf16: bool = False  # compute in bfloat16; parameters stay in policy_model_config.dtype, sums in float32
-    gradient_checkpointing: bool = False  # recompute each layer in the backward pass
-    offload_for_generation: bool = False  # optimiser state and reference are in CPU memory while replies are made
-    dp_replicate_size: int = 1  # copies of the sharded model, e.g. the number of nodes: sharding stays inside a node
-    max_length: int = 1024  # tokens of prompt and trajectory; longer ones lose their end; no room for a reply: left out
-    max_prompt_length: int = 896  # a longer prompt loses its oldest turns, then the head of its context, of its turn
-    beta: float = 0.05  # DPO: how far the policy may move from the reference
-    label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round (conservative DPO)
+    num_train_epochs: Annotated[Positive, FREE] = 2.0  # passes over the training turns
+    max_steps: Annotated[int, Range(-1), FREE] = -1  # above 0 it replaces num_train_epochs
+    eval_steps: Free = 0  # 0: evaluate before the first and after the last step only
+    logging_steps: FreeCount = 1  # a line of metrics.jsonl every n steps, of that step
+    save_steps: Free = 0  # a checkpoint every n steps, and of the last; 0: only the model
+    save_total_limit: Free = 1  # checkpoints kept, and the best that was evaluated; 0: all
+    metric_for_best_model: Annotated[Literal[SHOWN[:-1]], FREE] = "Trajectory-level DROP F1"
+    load_best_model_at_end: FreeFlag = False  # model/ is the best checkpoint, if better
+    bf16: bool = False  # compute in bfloat16; sums and what is trained are in float32
+    gradient_checkpointing: FreeFlag = False  # recompute each layer in the backward pass
+    dp_replicate_size: FreeCount = 1  # copies of the sharded model, e.g. the number of nodes
+    max_length: Count = 1024  # tokens of prompt and trajectory; longer ones lose their end
+    max_prompt_length: Count = 896  # longer ones lose their oldest turns, then their context's head
+    beta: Positive = 0.05  # DPO: how far the policy may move from the reference
+    label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # pairs the wrong way round
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # sigmoid: DPO
-    rpo_alpha: float = 0.0  # weight of the chosen side's negative log-likelihood per token, added to the DPO loss
-    loss_on: Literal["assistant", "all"] = "assistant"  # "assistant": its tokens only; "all": the simulated user's too
-    sample_frequency: int = 1  # sample on policy at every n-th step; 0: never, which is offline DPO
-    simulate_user: bool = True  # False (ablation): a question where one is called for wins as it is
-    icl_examples: int = 10  # examples that the preference model is shown
-    action_labels: Literal["gold", "classifier", "random"] = "gold"  # of training turns; "random" (ablation): by a coin
-    class_balance: dict | None = None  # e.g. {"CLARIFY": 2, "ANSWER": 1}: resample the training turns of each action
-    is_preference: bool = False  # the data files hold pairs: records, Vertex's preference lines or TRL's
-    max_new_tokens: int = 128  # of one response
+    rpo_alpha: float = 0.0  # of the chosen side's negative log-likelihood per token, in the loss
+    loss_on: Literal["assistant", "all"] = "assistant"  # "all": the simulated user's tokens too
+    sample_frequency: int = 1  # sample on policy at every n-th step; 0: never, offline DPO
+    num_generations: Annotated[int, Range(1, 1024)] = 1  # samples of an example; 1: the paper's
+    simulate_user: bool = True  # False (ablation): a question where one is called for wins
+    icl_examples: Count = 10  # examples that the preference model is shown
+    action_labels: Literal["gold", "classifier", "random"] = "gold"  # "random": an ablation
+    class_balance: dict | None = None  # e.g. {"CLARIFY": 2, "ANSWER": 1}: resample the turns
+    is_preference: bool = False  # the files hold pairs: records, Vertex's, TRL's or OpenAI's
+    max_new_tokens: Count = 128  # of one response
     temperature: float = 1.0  # of the policy's samples in training; evaluation is greedy
-    top_k: int = 0  # sample among the k most likely tokens only; 0: all
-    top_p: float = 1.0  # sample among the most likely tokens that together have this probability
-    max_turns: int = 3  # responses of one simulated trajectory; with 1, every question loses
+    top_k: Annotated[int, Range(0, 2**31)] = 0  # among the k most likely tokens only; 0: all
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # the most likely of this probability
+    max_turns: Count = 3  # responses of one simulated trajectory; with 1, every question loses
 
 
 @dataclass(frozen=True)
 class Config:
-    task: Literal["act", "sft", "dpo", "generate_preference", "evaluate"] = "act"
+    task: Literal["act", "sft", "dpo", "generate_preference", "evaluate", "check"] = "act"
     policy_model_config: PolicyModelConfig = PolicyModelConfig()
+    helper_config: HelperConfig = HelperConfig()  # what the five below inherit
     action_model_config: HelperConfig = HelperConfig()
     user_simulator_config: HelperConfig = HelperConfig()
     intent_model_config: HelperConfig = HelperConfig()
@@ -790,157 +1007,179 @@ class Config:
     training_config: TrainingConfig = TrainingConfig()
 
 
-AT_LEAST_ONE = {
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-    "max_new_tokens", "max_turns", "icl_examples", "dp_replicate_size", "batch_size", "concurrency", "max_failures",
-}  # fmt: skip
-ANY_NUMBER = {"max_steps", "seed"}  # all others are from 0 up
-INPUT_FILES = ("train_path", "validation_path", "prompt_path")
-INPUT_PATHS = {"model_path", "adapter_path", *INPUT_FILES}
-PATHS = INPUT_PATHS | {"output_dir", "cache_path"}
-RENAMED = {  # keys of earlier versions, and what to write instead
-    "do_eval": "an empty data_config.validation_path",
-    "judge": "simulate_user: true for 'trajectory', false for 'action' (answers are then judged all the same)",
-}
-FOREIGN = {  # keys of the published research code's configs that mean nothing here: accepted, named once, not read
-    "policy_model_config": "model_id token revision trust_remote_code use_flash_attention_2 model_code_revision "
-    "torch_dtype tokenizer_name_or_path load_in_4bit load_in_8bit",
-    "data_config": "preference_batch_generation has_context_metadata train_preference_filename truncation_side "
-    "validation_preference_filename eval_data eval_result_output_path eval_sample_output_path eval_max_input_length",
-    "training_config": "project_id location staging_bucket machine_type accelerator_type packing target_label "
-    "gradient_checkpointing_kwargs resume_from_checkpoint eval_strategy save_strategy logging_strategy max_seq_length "
-    "world_size log_level logging_first_step",
-}
+def all_keys(config, prefix=""):
+    """{"section.key": (type, its Range, INPUT, OUTPUT, FREE)}."""
+    found = {}
+    for name, kind in get_type_hints(config, include_extras=True).items():
+        if is_dataclass(kind):
+            found |= all_keys(kind, f"{name}.")
+        else:
+            plain = get_origin(kind) is not Annotated
+            found[prefix + name] = (kind,) if plain else get_args(kind)
+    return found
+
+
+KEYS = all_keys(Config)
+SECTIONS = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
 HERE = Path(__file__).resolve().parent
 
 
 def located(path):
-    """A path as given if it is there, else beside act.py, so that shipped configs run from any working directory."""
-    try:
-        return str(HERE / path) if path and not Path(path).exists() and (HERE / path).exists() else str(path)
-    except OSError:  # too long a name: whoever opens it says so
-        return str(path)
+    """A path as given if it is there, else beside act.py: shipped configs run from anywhere."""
+    path = os.path.expanduser(path)
+    beside = path and not os.path.exists(path) and os.path.exists(HERE / path)
+    return str(HERE / path) if beside else path
 
 
-def load_config(path, overrides=()):
-    """Config from a JSON file, looked for as given, beside act.py and in configs/. Raises InputError.
+def output_of(config):
+    return Path(config.training_config.output_dir)
 
-    overrides: {"section.key": value}, or pairs of the two; a text is read as JSON where it is JSON. A key that nothing
-    reads is an error that names the nearest known one; so is a value of another type or out of range.
+
+def load_config(path, overrides=None):
+    """Config from a JSON file, looked for as given, beside act.py and in configs/.
+
+    overrides: {"section.key", or a bare key that is unique: value}; a text is read as JSON where it
+    is JSON. Raises InputError for a key that nothing reads, naming the nearest known one, and for a
+    value of another type or out of its range.
     """
-    path = next((p for p in (Path(path), HERE / path, HERE / "configs" / path) if p.is_file()), Path(path))
-    raw, where = read_json(path), {}  # where: override -> how to call it in an error
-    for key, value in dict(overrides).items():
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, dict):
+        raise InputError(f"overrides are {overrides!r}, expected a dictionary like {{'beta': 0.1}}")
+    places = Path(path).expanduser(), HERE / path, HERE / "configs" / path
+    path = next((place for place in places if place.is_file()), places[0])
+    values = flat(read_json(path))
+    where = {key: f"{path}: {ascii(key)[1:-1]}" for key in values}  # how errors call a key
+    for name, value in overrides.items():
+        values[full_key(name)] = value
+        where[full_key(name)] = f"--{name}"
+    for key in [key for key in values if key.startswith("helper_config.")]:
+        for role in ROLES:
+            inherited = key.replace("helper_config", role)
+            values.setdefault(inherited, values[key])
+            where.setdefault(inherited, where[key])
+    sections = {"": {}}
+    for key, value in values.items():
+        if key not in KEYS:
+            raise InputError(f"{where[key]}: {unknown(key)}")
         section, _, name = key.rpartition(".")
-        target = raw.setdefault(section, {}) if section else raw
-        if not isinstance(target, dict):
-            raise InputError(f"--{key}: {section} is not a section of {path}")
-        target[name] = parse_value(value) if isinstance(value, str) else value
-        where[key] = f"--{key}"
-    for section, names in FOREIGN.items():
-        unread = raw[section].keys() & set(names.split()) if isinstance(raw.get(section), dict) else ()
-        if unread:
-            print0(f"{path}: {section}: not read here: {', '.join(sorted(unread))}")
-            raw[section] = {key: value for key, value in raw[section].items() if key not in unread}
-    config = build_section(Config, raw, str(path), "", where)
-    check_config(config, f"{path} with {', '.join(where.values())}" if where else path)
+        sections.setdefault(section, {})[name] = checked(key, value, where[key])
+    top = sections.pop("")
+    config = Config(**top, **{name: SECTIONS[name](**found) for name, found in sections.items()})
+    given = ", ".join(f"--{name}" for name in overrides)
+    check_config(config, f"{path} with {given}" if given else path)
     return config
 
 
+def flat(config):
+    """{"section.key": value} of a configuration as JSON has it."""
+    values = {}
+    for name, section in config.items():
+        if isinstance(section, dict):
+            values |= {f"{name}.{key}": value for key, value in section.items()}
+        else:
+            values[name] = section
+    return values
+
+
+def full_key(name):
+    """The key that a flag means, with its section, which may be left out where that is clear."""
+    found = [name] if name in KEYS else [key for key in KEYS if key.endswith(f".{name}")]
+    if not found:
+        raise InputError(f"--{name}: {unknown(name)}")
+    if len(found) > 1:
+        raise InputError(f"--{name}: expected one of --{', --'.join(found)}")
+    return found[0]
+
+
+def unknown(key):
+    if key in SECTIONS:
+        return "not a key but a section, expected an object"
+    known = {name.rpartition(".")[2]: name for name in KEYS} | {name: name for name in KEYS}
+    return f"unknown key, the nearest known one is {known[get_close_matches(key, known, 1, 0)[0]]}"
+
+
 def parse_value(text):
+    """A number, a truth value, null, a list or an object from the command line, else the text."""
+    number = re.fullmatch(r"[+-]?(\d{1,300}\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.I | re.A)
+    if number:
+        return float(text) if re.search("[.eE]", text) else int(text)
     try:
         return json.loads(text, parse_constant=str)  # NaN and Infinity stay texts
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def build_section(cls, raw, path, prefix, where):
-    """An instance of a config dataclass from a dict, every key and type checked."""
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: {prefix.rstrip('.')} is {raw!r}, expected an object")
-    types, values = get_type_hints(cls), {}
-    for key, value in raw.items():
-        at = where.get(prefix + key, f"{path}: {prefix}{ascii(key)[1:-1]}")
-        if key in RENAMED:
-            raise InputError(f"{at}: no longer a key, write {RENAMED[key]} instead")
-        if key not in types:
-            known = {name: prefix + name for name in types}
-            if not prefix and not isinstance(value, dict):  # a section may have been left out
-                known |= {name.rpartition(".")[2]: name for name in flat(asdict(Config()))} | known
-            near = get_close_matches(key, known, 1, 0)[0]
-            raise InputError(f"{at}: unknown key, the nearest known one is {known[near]}")
-        if is_dataclass(types[key]):
-            values[key] = build_section(types[key], value, path, f"{prefix}{key}.", where)
-        else:
-            values[key] = checked_value(key, value, types[key], at, typed=prefix + key in where)
-    return cls(**values)
-
-
-def checked_value(key, value, kind, at, typed=False):
-    """A value of one key, of its type and in its range. typed: on the command line, where a number may be a name."""
-    choices = get_args(kind) if str(kind).startswith("typing.Literal") else ()
+def checked(key, value, at):
+    """A value of a key, of its type and in its range. Raises InputError, which begins with `at`."""
+    kind, *about = KEYS[key]
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind = str if choices else kind
-    value = "" if value is None and key in PATHS else value
+    is_path = INPUT in about or OUTPUT in about
+    if is_path and value in (None, "null", "None"):
+        value = ""
+    if isinstance(value, str) and kind is not str:
+        value = parse_value(value)
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if isinstance(value, dict):
-        value = {name: checked_value(name, number, float, f"{at}.{name}") for name, number in value.items()}
-    if kind is str and type(value) in (int, float) and typed:
-        value = str(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{at} is {value!r}, expected {getattr(kind, '__name__', kind)}")
     if choices and value not in choices:
         near = get_close_matches(value, choices, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise InputError(f"{at} is {value!r}, expected one of {', '.join(filter(None, choices))}{hint}")
-    odd = kind is str and re.search("[\0\ud800-\udfff]" + "|://" * (key in PATHS), value)
-    if odd or value == "" and key == "output_dir":
-        raise InputError(f"{at} is {value!r}, expected {'a path on this machine' if key in PATHS else 'text in UTF-8'}")
-    if key in AT_LEAST_ONE and value < 1:
-        raise InputError(f"{at} is {value}, expected at least 1")
-    lowest = -(2**53) if key in ANY_NUMBER else 0
-    if type(value) in (int, float) and not lowest <= value < 2**53:
-        raise InputError(f"{at} is {value}, expected a number from {lowest}, below 2**53")
-    return located(value) if key in INPUT_PATHS else value
+        expected = ", ".join(filter(None, choices))
+        raise InputError(f"{at} is {value!r}, expected one of {expected}{hint}")
+    limits = next((each for each in about if isinstance(each, Range)), Range())
+    if kind in (int, float) and value not in limits:
+        raise InputError(f"{at} is {value}, expected {limits}")
+    if kind is str:
+        odd = re.search("[\0\ud800-\udfff]" + "|://" * is_path, value)
+        if odd or value == "" and key == "training_config.output_dir":
+            expected = "a path on this machine" if is_path else "text in UTF-8"
+            raise InputError(f"{at} is {value!r}, expected {expected}")
+    for name, number in value.items() if isinstance(value, dict) else ():
+        right = type(number) in (int, float) and 0 <= number <= 1000
+        if name not in data.OTHER or not right:
+            expected = "CLARIFY and ANSWER with numbers from 0 to 1000"
+            raise InputError(f"{at} has {name!r}: {number!r}, expected {expected}")
+    if INPUT in about:
+        return located(value)
+    return os.path.expanduser(value) if is_path else value
 
 
 def check_config(config, path):
-    """The rules that concern more than one key."""
-    training, files, policy, task = config.training_config, config.data_config, config.policy_model_config, config.task
-    longest, shorter, preference = training.max_length, training.max_prompt_length, training.is_preference
-    balance = "class_balance" if training.class_balance else f"task {task!r}"
+    """The rules that concern more than one key. Raises InputError."""
+    training, files, policy = config.training_config, config.data_config, config.policy_model_config
+    task, longest, shorter = config.task, training.max_length, training.max_prompt_length
+    trains = task in ("act", "sft", "dpo")
+    validates = files.validation_path or files.validation_split
+    evaluations = (training.save_steps or math.nan) % (training.eval_steps or math.nan)
     needs = f"is missing, task '{task}' needs it"
+    not_random = "class_balance" if training.class_balance else f"task {task!r}"
     rules = (
-        (shorter >= longest, f"max_prompt_length {shorter} leaves no room below max_length {longest} for a response"),
-        (preference and training.action_labels == "classifier",
-         "action_labels is 'classifier', but is_preference is set, and files of pairs hold their actions"),
+        (shorter >= longest,
+         f"max_prompt_length {shorter} leaves no room below max_length {longest} for a response"),
+        (training.is_preference and training.action_labels == "classifier",
+         "action_labels is 'classifier', but files of pairs (is_preference) hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
-         f"action_labels is 'random', which changes pairs, not gold replies: not with {balance}"),
-        (files.validation_split >= 1, f"validation_split is {files.validation_split}, expected a share below 1"),
-        (files.tolerance >= 1, f"tolerance is {files.tolerance}, expected less than 1: a trajectory wins above it"),
-        (not 0 < training.top_p <= 1, f"top_p is {training.top_p}, expected a number above 0, up to 1"),
-        (training.load_best_model_at_end and (training.save_steps or math.nan) % (training.eval_steps or math.nan),
-         "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"),
-        (training.load_best_model_at_end and not (files.validation_path or files.validation_split),
-         "load_best_model_at_end is set, expected a validation_path or validation_split to tell the best by"),
-        (training.loss_type == "ipo" and not training.beta, "beta is 0, expected more for loss_type 'ipo'"),
-        (not all(target in gemma.PROJECTIONS for target in policy.lora_target_modules or ()),
+         f"action_labels 'random' changes pairs, not gold replies: not with {not_random}"),
+        (training.load_best_model_at_end and evaluations,
+         "load_best_model_at_end expects eval_steps, and save_steps to be a multiple of them"),
+        (training.load_best_model_at_end and not validates,
+         "load_best_model_at_end expects a validation_path or validation_split to choose by"),
+        (set(policy.lora_target_modules or ()) - set(gemma.PROJECTIONS),
          f"lora_target_modules has {policy.lora_target_modules}, not of {gemma.PROJECTIONS}"),
-        (policy.adapter_path and any(getattr(config, name).model_path == "reference" for name in ROLES),
-         "a helper's model_path is 'reference', which is the base alone where adapter_path is set, expected a model"),
         (training.label_smoothing and training.loss_type != "sigmoid",
-         f"label_smoothing is {training.label_smoothing}, which loss_type '{training.loss_type}' does not read"),
-        (training.label_smoothing >= 0.5, f"label_smoothing is {training.label_smoothing}, expected less than 0.5"),
-        (task != "generate_preference" and not policy.model_path,
+         f"label_smoothing is set, which loss_type '{training.loss_type}' does not read"),
+        ((trains or task == "evaluate") and not policy.model_path,
          f"policy_model_config.model_path {needs}"),
-        (task == "evaluate" and not files.validation_path and not (files.validation_split and files.train_path),
+        (task == "evaluate" and not files.validation_path and not (validates and files.train_path),
          f"data_config.validation_path {needs}"),
-        (task in WRITES and task != "evaluate" and files.validation_path and files.validation_split,
-         f"validation_split is {files.validation_split}, but validation_path is set too, expected one of them"),
+        (task != "evaluate" and files.validation_path and files.validation_split,
+         "validation_split and validation_path are both set, expected one of them"),
         (task != "evaluate" and not files.train_path, f"data_config.train_path {needs}"),
         (files.heuristic == "judge" and backend_of(config.judge_model_config) == "rule",
          "heuristic is 'judge', expected a judge_model_config.backend that is a model"),
-        (task == "generate_preference" and preference,
+        (task == "generate_preference" and training.is_preference,
          "task 'generate_preference' makes pairs from conversations, but is_preference is set"),
     )  # fmt: skip
     for broken, message in rules:
@@ -948,675 +1187,9 @@ def check_config(config, path):
             raise InputError(f"{path}: {message}")
 
 
-def flat(config):
-    """{"section.key": value} of a config as a dict."""
-    values = {}
-    for name, section in config.items():
-        values |= {f"{name}.{key}": v for key, v in section.items()} if isinstance(section, dict) else {name: section}
-    return values
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes
-# One rank or many: what only rank 0 says or does, what all ranks share, and the progress of long stages.
-
-
-def start_processes():
-    """Join the process group that torchrun describes, or make one of a single process. Returns the device."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=hours, **alone)
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def is_main():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def print0(text):
-    if is_main():
-        print(text, flush=True)
-
-
-class Progress:
-    """One line that says how far a stage is: updated in place on a terminal, else printed every ten seconds."""
-
-    def __init__(self, label, total):
-        self.label, self.total, self.start, self.tty = label, total, time.monotonic(), sys.stdout.isatty()
-        self.every = 0.1 if self.tty else 10.0
-        self.next, self.first = self.start + self.every, None
-
-    def __call__(self, done, text=""):
-        now = time.monotonic()
-        self.first = self.first or (now, done)  # a pace is measured from here: what is compiled or resumed is behind
-        if is_main() and (now >= self.next or done == self.total):
-            self.next = now + self.every
-            left = ""
-            if self.first[1] < done < self.total:
-                seconds = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
-                left = f", {seconds:.0f} s left" if seconds < 120 else f", {seconds / 60:.0f} min left"
-            line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}".rstrip()
-            start, end = ("\r\033[K", "\n" if done == self.total else "") if self.tty else ("", "\n")
-            print(start + line, end=end, flush=True)
-
-
-def all_sum(values, device):
-    """Sum of a list of numbers over all ranks, element by element, in one message."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def all_gathered(rows):
-    """The lists of all ranks, one after the other."""
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, rows)
-    return [row for rows in lists for row in rows]
-
-
-def shares(count, rank, world):
-    """The part of range(count) that a rank works on: contiguous, so that the turns of a dialogue stay together."""
-    return range(count * rank // world, count * (rank + 1) // world)
-
-
-def on_main(function, *arguments):
-    """Call a function on rank 0 alone; its result, or its InputError, on every rank."""
-    answer = [None, None]
-    if is_main():
-        try:
-            answer[0] = function(*arguments)
-        except (InputError, OSError) as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise InputError(answer[1])
-    return answer[0]
-
-
-def together(work):
-    """work() on every rank; where a helper gives up on one, RunStopped on all, so that none waits for another."""
-    result, errors = None, []
-    try:
-        result = work()
-    except (RunStopped, InputError) as error:
-        errors = [str(error)]
-    errors = all_gathered(errors)
-    if errors:
-        raise RunStopped(errors[0])
-    return result
-
-
-ASKED = []  # the signal that asks this run to save and stop
-
-
-def heed_signals(heed=True):
-    """Note a first Ctrl-C or SIGTERM for `stop_if_asked`; the next one, or with heed=False each, ends the process."""
-
-    def note(number, frame):
-        heed_signals(False)
-        ASKED.append(number)
-        if is_main():
-            os.write(2, b"\nact.py: saves a checkpoint at the end of this step; once more leaves at once\n")
-
-    ASKED.clear()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, note if heed else signal.default_int_handler)
-        signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
-
-
-def stop_if_asked():
-    if ASKED:
-        raise RunStopped("interrupted")
-
-
-def check_finite(values, error=None):
-    """RunStopped on all ranks where one of `values`, numbers or tensors by name, holds an infinity or NaN on one."""
-    held = {name: gemma.local_slice(torch.as_tensor(value))[0] for name, value in values.items()}
-    found = all_gathered([name for name, value in held.items() if not value.isfinite().all()])
-    if found:
-        raise (error or RunStopped)(f"{found[0]} is not a finite number")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
-# Sharded over the ranks to train, whole on each of them to sample.
-
-
-def make_mesh(device, replicas):
-    """The ranks as [copies, shards]: parameters are sharded along the second dimension, repeated along the first."""
-    world = dist.get_world_size()
-    if world % replicas:
-        raise InputError(f"dp_replicate_size is {replicas}, expected a divisor of the number of processes, {world}")
-    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
-
-
-def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointing=False, lora=None, start=""):
-    """A Gemma sharded over the ranks of a mesh, each of which reads only its part of the checkpoint.
-
-    lora: LoraConfig of adapters to add; start: the directory of those that it starts from, "" for none.
-    """
-    with torch.device("meta"):
-        model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
-        model.requires_grad_(trainable)
-        if lora:
-            gemma.add_adapters(model, lora, bool(start))
-    model.set_checkpointing(checkpointing)
-    model.compute_dtype = torch.bfloat16 if bf16 else dtype
-    if mesh.size() > 1:  # one process has nothing to gather
-        shard(model, mesh)
-    model.to_empty(device=mesh.device_type)
-    gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")
-    for names in (gemma.ADAPTERS, gemma.STARTS) if start else ():
-        gemma.load_safetensors(gemma.adapters(model, names), start, "adapter_model")
-    return model
-
-
-def lora_config(policy):
-    """LoraConfig of a PolicyModelConfig: the adapter's own where one is given; None: full fine-tuning."""
-    if policy.adapter_path:
-        path = Path(policy.adapter_path) / "adapter_config.json"
-        lora = gemma.LoraConfig.from_json(path)
-        if policy.lora_r not in (0, lora.r):
-            raise InputError(f"{path}: r is {lora.r}, expected lora_r {policy.lora_r}; 0 takes the adapter's")
-        return lora
-    targets = policy.lora_target_modules or gemma.PROJECTIONS
-    return gemma.LoraConfig(policy.lora_r, policy.lora_alpha, targets) if policy.lora_r else None
-
-
-class Reference:
-    """The policy as it was before training: with LoRA no second model, but the same without what is trained."""
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def logps(self, *batch):
-        with gemma.starting_adapters(self.policy):
-            return self.policy.logps(*batch)
-
-
-def shard(model, mesh):
-    """Each layer's parameters, and those outside of layers, are gathered when they are needed; sums are in float32."""
-    precision = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
-    for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh["shard"], mp_policy=precision)
-    register_fsdp_forward_method(model, "logps")
-
-
-@torch.no_grad()
-def unsharded(model, bf16=False):
-    """A whole model to sample from: weights are gathered once for a rollout, in which no rank waits for another."""
-    check_finite(dict(model.named_parameters()))
-    with torch.device("meta"):
-        whole = Gemma(model.config)
-        if model.lora:
-            gemma.add_adapters(whole, model.lora)
-    dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
-    weights = {name: p.to(dtype) for name, p in model.named_parameters() if ".start_" not in name}
-    weights = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
-    whole.load_state_dict(weights, assign=True)
-    return whole
-
-
-@contextmanager
-def set_aside(run):
-    """With offload_for_generation: what sampling does without is in the CPU's memory, and its own is free for it."""
-    tensors = []
-    if run.config.training_config.offload_for_generation:
-        tensors = [x for state in run.optimizer.state.values() for x in state.values() if x.ndim]
-        tensors += run.reference.parameters() if isinstance(run.reference, Gemma) else []
-    tensors = [x.detach().to_local() if isinstance(x, DTensor) else x.detach() for x in tensors]
-    aside = [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x) for x in tensors]
-    storages = [x.untyped_storage() for x in tensors]  # with what FSDP pads a rank's rows by
-    sizes = [storage.nbytes() for storage in storages]
-    for storage in storages:
-        storage.resize_(0)
-    try:
-        yield
-    finally:
-        for x, copy, storage, size in zip(tensors, aside, storages, sizes, strict=True):
-            storage.resize_(size)
-            x.copy_(copy)
-
-
-def make_optimizer(model, training):
-    """The optimiser with its state in place from the start, so that saving and loading need no special case."""
-    cls, moments, options = torch.optim.RMSprop, ("square_avg",), {}
-    if training.optim == "adamw":
-        cls, moments, options = torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"fused": True}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = cls(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, **options)
-    for parameter in parameters:
-        state = {key: torch.zeros_like(parameter) for key in moments}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0, device=parameter.device), **state}
-    return optimizer
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs and checkpoints
-# What a run consists of, its output directory, and a directory checkpoints/step-N each: a model in Hugging Face's
-# layout with the optimiser's tensors beside it.
-
-
-@dataclass
-class Run:
-    """What a training run consists of."""
-
-    config: Config
-    device: torch.device
-    tokenizer: Tokenizer
-    template: Template
-    helpers: Any  # Helpers
-    pairs: list  # of the training turns
-    validation: list  # of the validation turns
-    policy: Gemma
-    reference: Gemma | None  # None in task sft
-    optimizer: torch.optim.Optimizer
-    state: dict  # what a checkpoint says besides its step, and a resumed run must share: examples of a step, files
-    start: int  # optimiser steps that a resumed run has behind it
-    steps: int  # and how many it shall have at its end
-    local: int  # examples of a step on this rank
-
-
-def prepare(config, overwrite, resume):
-    """Read, check and build all that a run needs; only then is its output directory touched. None: nothing to do."""
-    training, source, device = config.training_config, config.policy_model_config.model_path, start_processes()
-    tokenizer = Tokenizer(Path(source) / "tokenizer.model")
-    template = Template(tokenizer, config.data_config.prompt_format)
-    mesh = make_mesh(device, training.dp_replicate_size)
-    checkpoint = on_main(check_output, config, resume, overwrite)
-    if checkpoint == "done":
-        return print0(f"{training.output_dir}: this run is finished, nothing to resume")
-    if resume and not checkpoint:
-        print0(f"{training.output_dir}: no checkpoint yet, starting from the beginning")
-
-    world, local = dist.get_world_size(), training.per_device_train_batch_size * training.gradient_accumulation_steps
-    state = {"examples_per_step": local * world, **on_main(fingerprints, config)}
-    start = on_main(start_of, checkpoint, state) if checkpoint else 0
-    dtype, reference = getattr(torch, config.policy_model_config.dtype), None
-    lora = lora_config(config.policy_model_config)
-    if config.task != "sft" and not lora:
-        reference = build_model(source, mesh, torch.bfloat16 if training.bf16 else dtype, trainable=False)
-    helpers = build_helpers(config)
-    pairs, validation = load_pairs(config, helpers, template)
-    if not pairs:
-        expected = "expected complete answers that fit into max_length, not all held out, and a class_balance above 0"
-        raise InputError(f"{config.data_config.train_path}: no turn is left to train on, {expected}")
-    held = training.bf16, True, training.gradient_checkpointing
-    if lora:  # a checkpoint holds adapters only
-        policy = build_model(source, mesh, dtype, *held, lora, config.policy_model_config.adapter_path)
-        if checkpoint:
-            gemma.load_safetensors(gemma.adapters(policy), checkpoint, "adapter_model")
-        elif not config.policy_model_config.adapter_path:
-            gemma.init_adapters(policy, training.seed)
-        reference = None if config.task == "sft" else Reference(policy)
-    else:
-        policy = build_model(checkpoint or source, mesh, dtype, *held)
-    gemma.check_vocabulary(tokenizer, policy)
-    template.mark_stops(policy.config)
-
-    steps = math.ceil(training.num_train_epochs * len(pairs) / (local * world))
-    steps = training.max_steps if training.max_steps > 0 else steps
-    if start > steps:
-        raise InputError(f"--resume: {checkpoint} is beyond the {steps} steps of this run")
-    optimizer = make_optimizer(policy, training)
-    if checkpoint:
-        gemma.load_safetensors(optimizer_tensors(policy, optimizer), checkpoint, stem="optimizer")
-    on_main(start_output, config, resume, overwrite, checkpoint)
-    heed_signals()
-    return Run(config, device, tokenizer, template, helpers, pairs, validation, policy, reference, optimizer, state,
-               start, steps, local)  # fmt: skip
-
-
-def fingerprints(config):
-    """{key: bytes and hash} of the files, weights aside, that decide what is learnt."""
-    paths = {key: path for key, path in flat(asdict(config)).items() if key.endswith(INPUT_FILES) and path}
-    for name, role in ROLES.items():
-        helper = getattr(config, name)
-        if backend_of(helper) != "rule":
-            paths[f"{name}.prompt_path"] = helper.prompt_path or located(f"configs/prompts/{role.prompt}")
-    files = {key: data.read_bytes(path) for key, path in paths.items()}
-    return {key: f"{len(raw)} bytes, sha256 {hashlib.sha256(raw).hexdigest()}" for key, raw in files.items()}
-
-
-def start_of(checkpoint, now):
-    """The step of a checkpoint, whose run must have had steps as long as this one's, and the files that it has."""
-    step, path = int(checkpoint.name[5:]), checkpoint / "trainer_state.json"
-    then = read_json(path)
-    for key, value in {"step": step, **now}.items():
-        if then.get(key, value) != value:
-            raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
-    return step
-
-
-def load_pairs(config, helpers, template=None):
-    """(training, validation) pairs, with actions and questions from the helper models where the files lack them.
-
-    With a template, training pairs whose reply does not fit are left out.
-    """
-    questions = split_over_ranks("writing question", helpers.write_questions)
-    classify = split_over_ranks("classifying reply", helpers.label_actions)
-    compare, files = helpers.classify_actions is data.rule_actions, config.data_config
-    pairs, validation = data.get_datasets_from_config(config, questions, classify, print0, compare)
-    if template:
-        pairs, lines = fitting(pairs, files.train_path, template, config.training_config)
-        held = files.validation_path or files.train_path
-        lines += fitting(validation, held, template, config.training_config, trained_on=False)[1]
-        for line in lines:
-            print0(line)
-    if files.heuristic == "execution_match":
-        progress = Progress("trying gold query", len(pairs + validation))
-        for i, pair in enumerate(pairs + validation):
-            score_of(HEURISTICS[files.heuristic], pair, pair.target, pair.target)
-            progress(i + 1)
-    asked = all_sum([HELPER_COUNTS[key] for key in COUNTED], "cpu")
-    if sum(asked):
-        counts = ", ".join(f"{number:.0f} {key}" for number, key in zip(asked, COUNTED, strict=True))
-        print0(f"helper models: {counts}; where one gave nothing, the rule took its place")
-    texts = [text for pair in pairs + validation for _, text in (pair.history[-1], pair.gold[0])]
-    broken = sum(len(text.strip().splitlines()) > 1 for text in texts)
-    if broken and config.data_config.prompt_format == "plain":
-        print0(f"prompt_format 'plain' puts each message on one line: {broken} of {len(texts)} have line breaks")
-    return pairs, validation
-
-
-def fitting(pairs, path, template, training, trained_on=True):
-    """(pairs without those whose first reply does not fit into max_length, lines about these and what else is cut)."""
-    longest, room, kept, cut, unfit = training.max_prompt_length, training.max_length, [], {}, {}  # cut: turn -> tokens
-    unsaid = {}  # turns whose gold replies are longer than a sample can be
-    for pair in pairs:
-        turn = "" if training.is_preference else f".{sum(role == 'user' for role, _ in pair.history)}"
-        at, whole = pair.where.rpartition(":")[2] + turn, len(template.prompt(pair, sys.maxsize))
-        length = whole if whole <= longest else len(template.prompt(pair, longest))
-        if length < whole:
-            cut[at] = whole - length
-        if trained_on and length + len(template.reply(pair.chosen[:1])[0]) > room:
-            unfit[at] = True
-            continue
-        kept.append(pair)
-        if any(len(template.reply([message])[0]) > training.max_new_tokens for message in pair.gold[::2]):
-            unsaid[at] = True
-    lines = []
-    if cut:
-        lost = " to ".join(map(str, sorted({min(cut.values()), max(cut.values())})))
-        lines = [f"{path}: {len(cut)} prompts lose {lost} tokens to max_prompt_length {longest}: {data.listed(cut)}"]
-    if unfit:
-        turns = f"{len(unfit)} turns whose reply does not fit into max_length {room} are left out"
-        lines.append(f"{path}: {turns}: {data.listed(unfit)}")
-    if unsaid:
-        turns = f"{len(unsaid)} turns have gold replies longer than max_new_tokens {training.max_new_tokens}"
-        lines.append(f"{path}: {turns}: {data.listed(unsaid)}")
-    return kept, lines
-
-
-def checks_of(config):
-    """For `data.py check`: (the classifier that a run has, a function (path, pairs) -> lines about their lengths)."""
-    config = load_config(config)
-    tokenizer = Tokenizer(Path(config.policy_model_config.model_path) / "tokenizer.model")
-    template = Template(tokenizer, config.data_config.prompt_format)
-    helpers = build_helpers(replace(config, task="generate_preference"))  # of which two are needed
-
-    def classify(replies):
-        try:
-            return helpers.label_actions(replies)
-        except RunStopped as error:
-            raise InputError(str(error)) from None
-
-    return classify, lambda path, pairs: fitting(pairs, path, template, config.training_config)[1]
-
-
-def split_over_ranks(label, answer):
-    """A role for requests that are the same on all ranks: each asks for its share, and all get all results."""
-
-    def ask(requests, chunk=64):
-        results, progress = [], Progress(label, len(requests))
-        for start in range(0, len(requests), chunk):
-            results += answer(requests[start : start + chunk])
-            progress(len(results))
-        return results
-
-    def split(requests):
-        mine = [requests[i] for i in shares(len(requests), dist.get_rank(), dist.get_world_size())]
-        return all_gathered(together(lambda: ask(mine)))
-
-    return split
-
-
-def optimizer_tensors(model, optimizer):
-    """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
-    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p.requires_grad}
-    return {f"{key}.{name}": value for name, state in states.items() for key, value in state.items()}
-
-
-def save_trained(run):
-    """What a run was for: model/, and with LoRA also adapter/, the adapters that are merged into that model."""
-    training, policy = run.config.training_config, run.policy
-    output, saved = Path(training.output_dir), checkpoints(training.output_dir)
-    best = next((n for n in on_main(scores_of, training) if n in saved or n == run.steps), run.steps)
-    if training.load_best_model_at_end and best != run.steps:
-        print0(f"load_best_model_at_end: the model is that of step {best}")
-        held, names = (gemma.adapters, ("adapter_model",)) if policy.lora else (gemma.base_weights, ("model", "model."))
-        gemma.load_safetensors(held(policy), saved[best], *names)
-    if policy.lora:
-        save_model(run, output / "adapter", adapters=True)
-        gemma.merge_adapters(policy)
-    save_model(run, output / "model")
-    heed_signals(False)
-
-
-def save_model(run, directory, optimizer=None, state=None, adapters=False):
-    """The model and its tokenizer, or its adapters only, and what a resumed run needs.
-
-    The directory appears when it is complete. Every rank calls this. RunStopped where a parameter is no number.
-    """
-    model, tokenizer, partial = run.policy, run.tokenizer, directory.with_name(f".{directory.name}.part")
-    check_finite(dict(model.named_parameters()))
-    if is_main():
-        gemma.remove_tree(partial)
-    if adapters:
-        gemma.save_adapters(model, partial, run.config.policy_model_config.model_path)
-    else:
-        model.save_pretrained(partial)
-    if optimizer:
-        gemma.save_safetensors(optimizer_tensors(model, optimizer), partial if is_main() else None, "optimizer")
-    if is_main():
-        save_tokenizer(tokenizer, model.config, partial)
-        if state:
-            write_json(partial / "trainer_state.json", state)
-        gemma.remove_tree(directory)
-        partial.rename(directory)
-
-
-def save_tokenizer(tokenizer, config, directory):
-    """Copy tokenizer.model and what transformers and vLLM look for beside it, or write what they need."""
-    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if tokenizer.path.with_name(name).is_file():
-            shutil.copyfile(tokenizer.path.with_name(name), directory / name)
-    if not tokenizer.config:
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-        turns = [i for i in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) if i is not None]
-        # transformers 5 then follows tokenizer.model; its GemmaTokenizer takes a unigram for a BPE, and cuts 32 spaces
-        settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
-        settings |= {key: tokenizer.sp.id_to_piece(i) for key, i in ids.items() if i is not None}
-        settings["extra_special_tokens"] = [tokenizer.sp.id_to_piece(i) for i in turns]
-        write_json(directory / "tokenizer_config.json", settings)
-    if gemma.is_chat(tokenizer, config) and "chat_template" not in tokenizer.config:
-        if not (directory / "chat_template.jinja").exists():
-            shutil.copyfile(HERE / "configs" / "chat_template.jinja", directory / "chat_template.jinja")
-
-
-def save_checkpoint(run, step):
-    """All random draws are keyed by seed and step, so parameters, optimiser and step are the whole state."""
-    training = run.config.training_config
-    directory = Path(training.output_dir) / "checkpoints" / f"step-{step}"
-    if step not in on_main(checkpoints, training.output_dir):  # else it is this very state: nothing to be replaced
-        save_model(run, directory, run.optimizer, {"step": step, **run.state}, run.policy.lora is not None)
-    if is_main() and training.save_total_limit:
-        saved = checkpoints(training.output_dir)
-        kept = [n for n in scores_of(training) if n in saved][:1] + list(saved)[-training.save_total_limit :]
-        for n in saved.keys() - kept:
-            gemma.remove_tree(saved[n])
-    dist.barrier()
-
-
-def checkpoints(output_dir):
-    """{step: directory} of complete checkpoints, oldest first: those that hold what is written last."""
-    found = [path.parent for path in (Path(output_dir) / "checkpoints").glob("step-*/trainer_state.json")]
-    return dict(sorted((int(path.name[5:]), path) for path in found if path.name[5:].isdigit()))
-
-
-def scores_of(training):
-    """{step: what its evaluation said by metric_for_best_model}; the best first, of equals the later one."""
-    key, rows = f"eval/{training.metric_for_best_model}", whole_rows(Path(training.output_dir) / "metrics.jsonl")
-    found = {row["step"]: row[key] for row in rows if row.get(key) is not None}
-    return dict(sorted(found.items(), key=lambda item: item[::-1], reverse=True))
-
-
-def stopped(run, done, error):
-    """The error of a run that stops after `done` steps, which are saved where they are sound."""
-    said, training = str(error), run.config.training_config
-    if isinstance(error, NotANumber):
-        size, order = run.local * dist.get_world_size(), DataOrder(run.pairs, training.seed)
-        lines = dict.fromkeys(run.pairs[order[i]].where for i in range(done * size, (done + 1) * size))
-        said += f" in step {done + 1}, on {', '.join(lines)}"
-    try:
-        if done > run.start:
-            save_checkpoint(run, done)
-            said += "; saved"
-    except RunStopped as unsound:
-        said += f"; step {done} is not saved, since {unsound}"
-    return RunStopped(f"{said}, --resume goes on from step {max(on_main(checkpoints, training.output_dir), default=0)}")
-
-
-PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> how its file ends
-TRAINING_FILES = ("config.json", "metrics.jsonl", "eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl",
-                  "report.html", "model", "adapter", "checkpoints")  # fmt: skip
-WRITES = {  # the files of output_dir that a task writes, and removes in this order before it starts anew
-    **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
-    "evaluate": ("eval_metrics.json", "eval_samples.jsonl", "report.html"),
-    "generate_preference": tuple(name + ending for name in ("train", "validation") for ending in PAIR_FILES.values()),
-}
-MAY_CHANGE = {  # keys that a resumed run may have changed: how far, how often, on how many devices; not what is learnt
-    "max_steps", "num_train_epochs", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "output_dir",
-    "metric_for_best_model", "load_best_model_at_end",
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
-    "gradient_checkpointing", "timeout", "concurrency", "max_retries", "max_failures", "base_url", "cache_path",
-    "offload_for_generation", "batch_size",
-}  # fmt: skip
-
-
-def check_output(config, resume, overwrite):
-    """May this run write to its output directory? Changes nothing. Returns the checkpoint to resume, "done", or None.
-
-    Tasks evaluate and generate_preference replace what an earlier run of the same task left, and nothing else.
-    """
-    output, writes = Path(config.training_config.output_dir), (*WRITES[config.task], "config.json")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: output_dir is a file, expected a directory")
-    if (output / ".lock").exists():
-        lock(output)
-    for key, source in flat(asdict(config)).items():
-        at = Path(source).resolve() if key.endswith("_path") and source else None
-        if at and any((output / name).resolve() in (at, at / "config.json", *at.parents) for name in writes):
-            raise InputError(f"{key} {source}: this run would write over it, expected another output_dir than {output}")
-    former = output / "config.json"
-    held = next((name for name in writes if (output / name).exists()), None)
-    if config.task not in ("act", "sft", "dpo"):
-        task = read_json(former).get("task", "act") if former.exists() else None
-        if held and task != config.task:
-            found = f"a run of task {task!r}" if task else held
-            raise InputError(f"{output}: holds {found}, expected another output_dir for task {config.task!r}")
-        return None
-    if held and not overwrite and not (resume and former.exists()):
-        found, way = ("a run", "--resume to continue it or ") if former.exists() else (held, "")
-        raise InputError(f"{output}: already holds {found}, expected {way}--overwrite to restart")
-    return resume_from(output, config) if resume and former.exists() else None
-
-
-def resume_from(output, config):
-    """The newest checkpoint of the run in `output`, if that run learnt as this one does; "done" if it has ended."""
-    former = output / "config.json"
-    defaults, now, then = flat(asdict(Config())), flat(asdict(config)), flat(read_json(former))
-    for key in then.keys() - now.keys():
-        raise InputError(f"--resume: {former} has {key}, no key of this version, expected --overwrite to start again")
-    then = defaults | then  # keys that are newer than that run had their defaults
-    for key in (key for key in now if key.rpartition(".")[2] in INPUT_PATHS and then[key]):
-        if Path(located(then[key])).absolute() == Path(now[key]).absolute():  # from another working directory
-            then[key] = now[key]
-    changed = [key for key, value in now.items() if then.get(key) != value]
-    for key in changed:
-        if key.rpartition(".")[2] not in MAY_CHANGE:
-            raise InputError(f"--resume: {key} is {now[key]!r}, expected {then.get(key)!r} as in {former}")
-    longer = {"training_config.max_steps", "training_config.num_train_epochs"} & set(changed)
-    if (output / "model").exists() and not longer:
-        return "done"
-    checkpoint = next(reversed(checkpoints(output).values()), None)
-    if (output / "model").exists() and not checkpoint:
-        raise InputError(f"--resume: {output} holds a model but no checkpoint, expected --overwrite to start again")
-    return checkpoint
-
-
-def start_output(config, resume=False, overwrite=False, checkpoint=None):
-    """Remove what a former run wrote and this one will write again: the first thing that a run changes on disk."""
-    output = Path(config.training_config.output_dir)
-    claim(output)
-    if check_output(config, resume, overwrite) != checkpoint:
-        raise InputError(f"{output}: another run has written to it meanwhile, expected to be the only one")
-    for path in output.glob("checkpoints/.*"):  # left where a run was killed
-        gemma.remove_tree(path)
-    if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
-        step, logs = int(checkpoint.name[5:]), ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")
-        rows = {output / name: whole_rows(output / name) for name in logs if (output / name).exists()}
-        gemma.remove_tree(output / "model")
-        for path in rows:
-            data.write_jsonl(path, [row for row in rows[path] if row["step"] <= step])
-    else:
-        for name in WRITES[config.task]:
-            gemma.remove_tree(output / name)
-    write_json(output / "config.json", asdict(config))
-
-
-def claim(output):
-    output.mkdir(parents=True, exist_ok=True)
-    (output / ".lock").touch()
-    lock(output)
-
-
-HELD = []  # the file whose lock says that output_dir is this process's, as long as it lives
-
-
-def lock(output):
-    """Claim an output directory. Raises InputError where another process has it."""
-    HELD[:] = [open(output / ".lock", "w")]  # which closes the last one
-    try:
-        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{output}: another run is writing to it, expected one at a time") from None
-    except OSError as error:  # a file system without locks
-        print0(f"{output}: a second run at once would not be noticed here ({error.strerror})")
-
-
-def whole_rows(path):
-    """The rows of a JSONL file that a killed run may have left with half a line at its end."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]  # the half line may end in half a character
-    try:
-        return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path}: a line is not an object with a step, expected what a run wrote") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Helper models
-# Who plays ACT's roles (data.ROLES): a rule, a local Gemma, or a model behind a server. A back end is a function
-# ask(prompts) -> answers, each a text or None; a new one goes into `build_helpers`.
-
-COUNTED = ("asked", "cached", "retried", "failed", "blocked", "unusable")  # failed: given up; blocked: or empty;
-HELPER_COUNTS = Counter()  # of these, since the start                         unusable: not understood
-COUNTS_LOCK = threading.Lock()
+# One rank or many: what only rank 0 says, what all ranks share, and the progress of long stages.
 
 
 class RunStopped(RuntimeError):
@@ -1624,159 +1197,1112 @@ class RunStopped(RuntimeError):
 
 
 class NotANumber(RunStopped):
-    """A loss, a log-probability or a gradient is infinite or NaN."""
+    """A loss, a log-probability, a gradient or a parameter is infinite or NaN."""
 
 
-class HelperError(RunStopped):
-    """A helper model cannot be used any longer."""
+def start_processes():
+    """Join the process group that torchrun describes, or make one of a single process.
+
+    Returns the device. Raises InputError where the environment describes half of a group.
+    """
+    alone = "RANK" not in os.environ
+    for name in () if alone else ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            raise InputError(f"{name} is {os.environ.get(name)!r}, expected what torchrun sets")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=hours, **group)
+    return torch.device("cuda" if cuda else "cpu")
 
 
-def count(what, number=1):
-    with COUNTS_LOCK:  # calls run in threads
-        HELPER_COUNTS[what] += number
+def is_main():
+    return os.environ.get("RANK", "0") == "0"
 
 
-@dataclass(frozen=True)
+def say(text, file=None, end="\n"):
+    """Print. A reader that is gone, a full disk or a closed stream never ends a run."""
+    with suppress(OSError, ValueError):
+        print(text, file=file or sys.stdout, end=end, flush=True)
+
+
+def print0(text):
+    if is_main():
+        say(("\r\033[K" if sys.stdout.isatty() else "") + text)  # not behind a line of progress
+
+
+class Progress:
+    """One line that says how far a stage is: in place on a terminal, else every ten seconds."""
+
+    def __init__(self, label, total, quiet=False):
+        """quiet: nothing is said of a stage that is short."""
+        self.label, self.total, self.quiet = label, total, quiet
+        self.start, self.first, self.tty = time.monotonic(), None, sys.stdout.isatty()
+        self.every = 0.1 if self.tty else 10.0
+        self.next = self.start + self.every
+
+    def __call__(self, done, text=""):
+        now = time.monotonic()
+        self.first = self.first or (now, done)  # a pace is measured from here: after compilation
+        if not is_main() or (now < self.next and (done < self.total or self.quiet)):
+            return
+        self.next, left = now + self.every, ""
+        if self.first[1] < done < self.total:
+            seconds = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
+            left = f", {seconds:.0f} s left" if seconds < 120 else f", {seconds / 60:.0f} min left"
+        line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}".rstrip()
+        going_on = self.tty and done < self.total
+        say("\r\033[K" * self.tty + line, end="" if going_on else "\n")
+
+
+def all_sum(values, device="cpu"):
+    """Sum of a list of numbers over all ranks, element by element, in one message."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def on_all(work, *arguments):
+    """[work(...) of each rank], on every rank; the error of one is raised on all: none waits."""
+    result = error = None
+    try:
+        result = work(*arguments)
+    except (RunStopped, InputError, OSError, torch.OutOfMemoryError) as problem:
+        error = problem
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (result, error))
+    for _, error in answers:
+        if error:
+            raise error
+    return [answer for answer, _ in answers]
+
+
+def on_main(function, *arguments):
+    """Call a function on rank 0 alone; its result, or its error, on every rank."""
+    return on_all(lambda: function(*arguments) if is_main() else None)[0]
+
+
+def together(work, *arguments):
+    """work(...) on every rank; RunStopped of one on all. While all is well, they share a number."""
+    error = None
+    try:
+        work(*arguments)
+    except RunStopped as problem:
+        error = problem
+    if all_sum([error is not None]) != [0]:
+        raise next(filter(None, on_all(lambda: error)))
+
+
+def share_of(count):
+    """The part of range(count) that this rank works on: the turns of a dialogue stay together."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+ASKED = []  # the signal that asks this run to save and stop
+
+
+def heed_signals(heed=True):
+    """Note a first Ctrl-C or SIGTERM for `stop_if_asked`; the next, or without heed each, ends."""
+
+    def note(number, frame):
+        heed_signals(False)
+        ASKED.append(number)
+        said = b"\nact.py: saves a checkpoint at the end of this step; once more leaves at once\n"
+        with suppress(OSError):  # whoever reads it may be gone
+            os.write(2, said * is_main())
+
+    ASKED.clear()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note if heed else signal.default_int_handler)
+        signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
+
+
+def stop_if_asked(log=None):
+    if log and log.problem:
+        raise RunStopped(log.problem)
+    if ASKED:
+        raise RunStopped("interrupted")
+
+
+def require_finite(values):
+    """Raises NotANumber for an infinity or NaN among numbers or tensors by name."""
+    tensors = [torch.as_tensor(value) for value in values.values()]
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()  # one wait
+    for name, right in zip(values, finite, strict=True):
+        if not right:
+            raise NotANumber(f"{name} is not a finite number")
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+# Sharded over the ranks to train, whole on each of them to sample.
+
+
+def make_mesh(device, replicas):
+    """The ranks as [copies, shards]: parameters are sharded along the second dimension."""
+    world = dist.get_world_size()
+    if world % replicas:
+        expected = f"a divisor of the number of processes, {world}"
+        raise InputError(f"dp_replicate_size is {replicas}, expected {expected}")
+    names, sizes = ("replicate", "shard"), (replicas, world // replicas)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=names)
+
+
+def build_model(directory, mesh, dtype, bf16=False, trainable=True, lora=None):
+    """A Gemma sharded over a mesh, each rank of which reads only its part of the checkpoint.
+
+    lora: LoraConfig of adapters to add, empty as they are.
+    """
+    with torch.device("meta"):
+        model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
+        model.requires_grad_(trainable)
+        if lora:
+            gemma.add_adapters(model, lora)
+    model.compute_dtype = torch.bfloat16 if bf16 else dtype
+    if mesh.size() > 1:  # one process has nothing to gather
+        shard(model, mesh)
+    model.to_empty(device=mesh.device_type)
+    gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")
+    return model
+
+
+def shard(model, mesh):
+    """Parameters are gathered layer by layer when they are needed; sums are in float32."""
+    precision = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(model, "logps")
+
+
+def build_models(config, mesh, checkpoint):
+    """(policy, reference). The second is None in task sft, and with LoRA: see `reference_logps`."""
+    training, policy = config.training_config, config.policy_model_config
+    source, bf16, reference = policy.model_path, training.bf16, None
+    frozen = getattr(torch, policy.dtype)
+    if policy.lora_r:  # a checkpoint holds adapters only
+        targets = policy.lora_target_modules or gemma.PROJECTIONS
+        lora = gemma.LoraConfig(policy.lora_r, policy.lora_alpha, targets)
+        model = build_model(source, mesh, frozen, bf16, lora=lora)
+        if checkpoint:
+            gemma.load_safetensors(gemma.adapters(model), checkpoint, "adapter_model")
+        else:
+            gemma.init_adapters(model, training.seed)
+    else:
+        if config.task != "sft":
+            dtype = torch.bfloat16 if bf16 else frozen
+            reference = build_model(source, mesh, dtype, trainable=False)
+        model = build_model(checkpoint or source, mesh, torch.float32, bf16)
+    model.set_checkpointing(training.gradient_checkpointing)
+    return model, reference
+
+
+@torch.no_grad()
+def unsharded(model, bf16=False):
+    """A whole model to sample from: gathered once for a rollout, in which no rank waits."""
+    with torch.device("meta"):
+        whole = Gemma(model.config)
+        if model.lora:
+            gemma.add_adapters(whole, model.lora)
+    dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
+    weights = {}
+    for name, p in model.named_parameters():
+        p = p.detach().to(dtype)
+        weights[name] = p.full_tensor() if isinstance(p, DTensor) else p
+    require_finite(weights)
+    whole.load_state_dict(weights, assign=True)
+    return whole
+
+
+def make_optimizer(model, training):
+    """The optimiser with its state in place from the start, so that loading is no special case."""
+    cls, moments, options = torch.optim.RMSprop, ("square_avg",), {}
+    if training.optim == "adamw":
+        cls, moments, options = torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"fused": True}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options |= {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    optimizer = cls(parameters, **options)
+    for parameter in parameters:
+        state = {key: torch.zeros_like(parameter) for key in moments}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0, device=parameter.device), **state}
+    return optimizer
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value
+    return tensors
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+# What every task begins with, and what a training run consists of.
+
+
+@dataclass
+class Start:
+    """What every task begins with."""
+
+    config: Config
+    device: torch.device
+    checkpoint: Path | None  # that a resumed run goes on from
+    state: dict  # fingerprints of all files that decide what is learnt
+    tokenizer: Tokenizer | None
+    template: Template | None
+    helpers: Any  # Helpers
+    pairs: list  # of the training turns
+    validation: list  # of the validation turns
+
+
+@dataclass
+class Run(Start):
+    """What a training run consists of."""
+
+    policy: Gemma
+    reference: Gemma | None
+    optimizer: torch.optim.Optimizer
+    order: DataOrder
+    log: Log
+    start: int  # optimiser steps that a resumed run has behind it
+    steps: int  # and how many it shall have at its end
+    local: int  # examples of a step on this rank
+
+
+def begin(config, overwrite=False, resume=False):
+    """Decide about the output directory, read and check the files. Nothing there is changed."""
+    device, source = start_processes(), config.policy_model_config.model_path
+    print0(machine())
+    writes = config.task in WRITES
+    checkpoint = on_main(open_output, config, resume, overwrite) if writes else None
+    contents = {key: data.read_bytes(path) for key, path in input_files(config).items()}
+    state = {key: digest([raw]) for key, raw in contents.items()} | model_fingerprints(config)
+    ranks = on_all(lambda: flat(asdict(config)) | state)
+    for rank, found in enumerate(ranks):
+        for key, value in found.items():
+            if value != ranks[0].get(key):
+                expected = f"expected {ranks[0].get(key)} as on rank 0"
+                raise InputError(f"rank {rank}: {key} is {value}, {expected}")
+    tokenizer = template = None
+    if source:
+        tokenizer = Tokenizer(Path(source) / "tokenizer.model")
+        template = Template(tokenizer, prompt_format(config, tokenizer))
+    helpers = Helpers(config, contents)
+    pairs, validation = load_pairs(config, helpers, template, contents)
+    return Start(config, device, checkpoint, state, tokenizer, template, helpers, pairs, validation)
+
+
+def machine():
+    """On what the bits of a run depend, besides its seed."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    processes = f"{dist.get_world_size()} processes of {torch.get_num_threads()} threads"
+    return f"{platform.machine()} with {kind}{gpu}, {processes}: on these the bits depend"
+
+
+def prompt_format(config, tokenizer):
+    """As configured; "auto": Gemma's chat template where the checkpoint's files say so."""
+    chosen, source = config.data_config.prompt_format, config.policy_model_config.model_path
+    if chosen == "auto":
+        chat = gemma.is_chat(tokenizer, GemmaConfig.from_json(Path(source) / "config.json"))
+        chosen = "gemma" if chat else "plain"
+        says = "" if chat else "do not "
+        print0(f"prompt_format {chosen!r}: {source}'s files {says}say that it talks as Gemma does")
+    return chosen
+
+
+def prepare(config, overwrite, resume):
+    """All that a run needs; only then is its output directory changed. None: nothing to do."""
+    training, output = config.training_config, output_of(config)
+    begun = begin(config, overwrite, resume)
+    checkpoint = begun.checkpoint
+    if not begun.pairs:
+        expected = "expected complete answers that fit into max_length, not all held out"
+        raise InputError(f"{config.data_config.train_path}: no turn to train on, {expected}")
+    local = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    size = local * dist.get_world_size()
+    steps = math.ceil(training.num_train_epochs * len(begun.pairs) / size)
+    steps = training.max_steps if training.max_steps > 0 else steps
+    require_reachable(training, steps, begun.validation)
+    begun.state |= {"examples_per_step": size, "steps": steps}
+    start = on_main(step_of, checkpoint, begun.state) if checkpoint else 0
+    if resume and on_main(nothing_to_resume, output, checkpoint, steps):
+        return print0(f"{output}: this run is finished, nothing to resume")
+    mesh = make_mesh(begun.device, training.dp_replicate_size)
+    policy, reference = build_models(config, mesh, checkpoint)
+    gemma.check_vocabulary(begun.tokenizer, policy)
+    begun.template.mark_stops(policy.config)
+    optimizer = make_optimizer(policy, training)
+    if checkpoint:
+        tensors = optimizer_tensors(policy, optimizer)
+        gemma.load_safetensors(tensors, checkpoint, stem="optimizer")
+    on_main(clear_output, config, checkpoint)
+    log, order = Log(config, start), DataOrder(begun.pairs, training.seed)
+    heed_signals()
+    return Run(
+        **vars(begun), policy=policy, reference=reference, optimizer=optimizer, order=order,
+        log=log, start=start, steps=steps, local=local,
+    )  # fmt: skip
+
+
+def require_reachable(training, steps, validation):
+    """What can be checked only when the number of steps and the turns are known."""
+    if training.warmup_steps >= steps:
+        problem = f"warmup_steps is {training.warmup_steps}, expected fewer than the run's"
+        raise InputError(f"{problem} {steps} steps")
+    action = training.metric_for_best_model.partition(" Turns:")[0]
+    none = action in data.OTHER and all(pair.action != action for pair in validation)
+    if training.load_best_model_at_end and none:
+        problem = f"no validation turn has the action {action}"
+        raise InputError(f"metric_for_best_model: {problem}, expected another metric or some")
+
+
+def input_files(config):
+    """{key: path} of the files beside the models that decide what is learnt."""
+    paths = {f"data_config.{key}": getattr(config.data_config, key) for key in DATA_FILES}
+    for name, role in ROLES.items():
+        helper = getattr(config, name)
+        if backend_of(helper) != "rule":
+            prompt = helper.prompt_path or located(f"configs/prompts/{role.prompt}")
+            paths[f"{name}.prompt_path"] = prompt
+    return {key: path for key, path in paths.items() if path}
+
+
+DATA_FILES = ("train_path", "validation_path")
+
+
+def digest(parts):
+    """Size and hash of the bytes in `parts`."""
+    sha, size = hashlib.sha256(), 0
+    for part in parts:
+        sha.update(part)
+        size += len(part)
+    return f"{size} bytes, sha256 {sha.hexdigest()}"
+
+
+def fingerprint(path, block=2**18, blocks=1024):
+    """Size and hash of a file; where that is above 256 MB, of 1,024 blocks spread over it."""
+    size, parts = os.path.getsize(path), []
+    with open(path, "rb") as file:
+        for start in range(0, size, max(block, size // blocks)):
+            file.seek(start)
+            parts.append(hashlib.sha256(file.read(block)).digest())
+    return f"{size} bytes, blocks of {digest(parts)}"
+
+
+def model_fingerprints(config):
+    """{key/file: fingerprint} of the weights and tokenizers that the configuration names."""
+    found = {}
+    for key, path in flat(asdict(config)).items():
+        if key.endswith("model_path") and path and os.path.isdir(path):
+            for name in sorted(filter(OURS.fullmatch, os.listdir(path))):
+                if name != "trainer_state.json" and os.path.isfile(Path(path, name)):
+                    found[f"{key}/{name}"] = fingerprint(Path(path, name))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Output directories and checkpoints
+# What is written appears when it is complete, staged beside its place under a name that nobody else
+# uses. A checkpoint is a model in Hugging Face's layout with the optimiser's tensors beside it.
+
+PART, OLD = ".act-part", ".act-old"  # endings of what is being written, and of what is going
+STEP = re.compile(r"step-(\d{1,15})", re.ASCII)
+OURS = re.compile(
+    r"((generation_|adapter_|tokenizer_)?config|trainer_state|tokenizer|special_tokens_map)\.json"
+    r"|tokenizer\.model|chat_template\.jinja"
+    r"|(model|adapter_model|optimizer)[-\w]*\.safetensors(\.index\.json)?"
+)  # the files of a model or a checkpoint
+PAIR_FILES = {"records": ".jsonl", "vertex": ".vertex.jsonl", "trl": ".trl.jsonl"}  # form -> ending
+EVALUATION_FILES = ("eval_metrics.json", "eval_samples.jsonl", "report.html")
+TRAINING_FILES = ("checkpoints", "model", "adapter", "metrics.jsonl", "rollouts.jsonl",
+                  *EVALUATION_FILES)  # fmt: skip
+WRITES = {  # what a task writes into output_dir beside config.json
+    **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
+    "evaluate": EVALUATION_FILES,
+    "generate_preference": [f"{name}{ending}" for ending in PAIR_FILES.values()
+                            for name in ("train", "validation")],
+}  # fmt: skip
+
+
+def open_output(config, resume=False, overwrite=False):
+    """The one decision about the output directory: the checkpoint to go on from, or None.
+
+    Takes its lock and changes nothing else. Raises InputError where what is there may not go.
+    """
+    output, names = output_of(config), [*WRITES[config.task], "config.json"]
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: output_dir is a file, expected a directory")
+    written = [Path(os.path.realpath(output / name)) for name in names]
+    for key, path in flat(asdict(config)).items():
+        at = Path(os.path.realpath(path)) if INPUT in KEYS[key] and path else None
+        if at and any(name in (at, at / "config.json", *at.parents) for name in written):
+            problem = f"this run would write over it, expected another output_dir than {output}"
+            raise InputError(f"{key} {at}: {problem}")
+    take_lock(output)
+    former, present = former_run(output), [n for n in names if os.path.lexists(output / n)]
+    for name in present:
+        require_ours(output / name)
+    trains = WRITES[config.task] is TRAINING_FILES
+    if former and not trains and former["task"] != config.task or present and not former:
+        found = f"a run of task {former['task']!r}" if former else f"{present[0]} of no run"
+        raise InputError(f"{output}: holds {found}, expected another output_dir")
+    if overwrite or not former or not trains:
+        return None
+    killed = not (output / "config.json").exists()  # while it was overwritten
+    if killed or not resume:
+        way = "--overwrite to restart" if killed else "--resume to continue it or --overwrite"
+        raise InputError(f"{output}: already holds a run, expected {way}")
+    require_same_run(config, former)
+    return next(reversed(checkpoints(output).values()), None)
+
+
+def former_run(output):
+    """The configuration of the run in a directory; None where no config.json is a run's."""
+    for path in (output / "config.json", output / f".config.json{OLD}"):
+        with suppress(InputError):
+            found = read_json(path)
+            if isinstance(found.get("training_config"), dict) and "task" in found:
+                return found
+    return None
+
+
+def require_ours(path):
+    """Raises InputError where a directory that may have to go holds what no run writes."""
+    for entry in () if path.is_symlink() or not path.is_dir() else path.iterdir():
+        if path.name == "checkpoints":
+            require_ours(entry) if STEP.fullmatch(entry.name) else None
+        elif entry.is_dir() or not OURS.fullmatch(entry.name):
+            raise InputError(f"{entry}: of no run, expected another output_dir, or this elsewhere")
+
+
+def require_same_run(config, former):
+    """Raises InputError where a configuration would learn other than the former run did."""
+    now, then = flat(asdict(config)), flat(asdict(Config())) | flat(former)
+    for key in then.keys() - now.keys():
+        expected = "no key of this version, expected --overwrite to start again"
+        raise InputError(f"--resume: the former run has {key}, {expected}")
+    for key, value in now.items():
+        old = then[key]
+        if INPUT in KEYS[key] and old and os.path.abspath(located(old)) == os.path.abspath(value):
+            continue  # from another working directory
+        if old != value and FREE not in KEYS[key]:
+            raise InputError(f"--resume: {key} is {value!r}, expected {old!r} as in the former run")
+
+
+def nothing_to_resume(output, checkpoint, steps):
+    """Whether model/ is that of all steps. Raises InputError where it cannot be extended."""
+    state = output / "model" / "trainer_state.json"
+    finished = read_json(state).get("step") if state.exists() else None
+    if not checkpoint and (output / "model").exists() and finished != steps:
+        problem = "holds a model but no checkpoint, expected --overwrite to start again"
+        raise InputError(f"--resume: {output} {problem}")
+    if not checkpoint and not finished:
+        print0(f"{output}: no checkpoint yet, starting from the beginning")
+    return finished == steps
+
+
+def step_of(checkpoint, state):
+    """The step of a checkpoint. Raises InputError where it is damaged, or not of these files."""
+    path, step = checkpoint / "trainer_state.json", int(checkpoint.name[5:])
+    then = read_json(path)
+    files = {name: fingerprint(checkpoint / name) for name in then.get("files", {})
+             if (checkpoint / name).exists()}  # fmt: skip
+    for key, value in {"step": step, **state, "files": files}.items():
+        if key != "steps" and then.get(key, value) != value:
+            raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
+    if step > state["steps"]:
+        raise InputError(f"--resume: {checkpoint} is beyond the {state['steps']} steps of this run")
+    if then.get("steps", state["steps"]) != state["steps"]:
+        jumps = f"the learning rate jumps to that of step {step} of {state['steps']}"
+        print0(f"--resume: {then['steps']} steps were planned; {jumps}")
+    return step
+
+
+def clear_output(config, checkpoint):
+    """Remove what a former run wrote and this one will write again: the first change on disk."""
+    output = output_of(config)
+    require_lock(output)
+    former, old = output / "config.json", output / f".config.json{OLD}"
+    for folder in (output, output / "checkpoints"):
+        for path in folder.glob(".*") if not folder.is_symlink() else ():
+            if path.name.endswith((PART, OLD)) and path != old:
+                remove(path)
+    if checkpoint:  # what was logged after it will be logged again
+        logs = [output / name for name in ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")]
+        rows = {path: logged_rows(path) for path in logs if path.exists()}
+        for path, found in rows.items():
+            step = int(checkpoint.name[5:])
+            data.write_jsonl(path, [row for row in found if row["step"] <= step])
+    else:
+        if former.exists():  # without it the rest is no run that could be resumed
+            former.replace(old)
+        for name in TRAINING_FILES:
+            remove(output / name)
+    write_json(former, asdict(config))
+    old.unlink(missing_ok=True)
+
+
+def replace_results(config, write):
+    """Results of a task that does not train: all are written beside the old ones, then swapped."""
+    output = output_of(config)
+    staging = output / f".results{PART}"
+    require_lock(output)
+    remove(staging)
+    staging.mkdir()
+    write_json(staging / "config.json", asdict(config))
+    write(staging)
+    new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+    for path in new:
+        path.replace(output / path.name)
+    staging.rmdir()
+    for name in set(WRITES[config.task]) - {path.name for path in new}:
+        remove(output / name)
+
+
+def remove(path):
+    """Remove a file, a link or a directory of ours; of checkpoints/ only its checkpoints.
+
+    A directory is renamed first: whenever the process is killed, all of it is there or nothing.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif not path.exists():
+        return
+    elif path.name.endswith((PART, OLD)):
+        shutil.rmtree(path)
+    elif path.name == "checkpoints":
+        for entry in path.iterdir():
+            if STEP.fullmatch(entry.name):
+                remove(entry)
+    else:
+        aside = path.with_name(f".{path.name}{OLD}")
+        remove(aside)
+        path.rename(aside)
+        remove(aside)
+
+
+LOCK = []  # the file whose lock says that output_dir is this process's, as long as it lives
+
+
+def take_lock(output):
+    """Claim an output directory. Raises InputError where another process has it."""
+    output.mkdir(parents=True, exist_ok=True)
+    path, flags = output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666))]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened, expected a file ({error.strerror})") from None
+    try:
+        fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        LOCK.clear()
+        problem = "another run is writing to it, expected one at a time"
+        raise InputError(f"{output}: {problem}") from None
+    except OSError as error:  # a file system without locks
+        print0(f"{output}: a second run at once would not be noticed here ({error.strerror})")
+
+
+def require_lock(output):
+    """Raises RunStopped where the locked file is no longer the one that is there."""
+    path = output / ".lock"
+    mine = os.fstat(LOCK[0].fileno()) if LOCK else None
+    if not mine or not path.exists() or not os.path.samestat(mine, path.stat()):
+        raise RunStopped(f"{output}: its .lock is not this run's any more, another may write there")
+
+
+def release_lock(output):
+    """Let go of an output directory, which goes too if nothing was written there."""
+    if LOCK and os.listdir(output) == [".lock"]:
+        (output / ".lock").unlink()
+        output.rmdir()
+    LOCK.clear()
+
+
+def save_trained(run):
+    """What a run was for: model/, and with LoRA also adapter/, which is merged into that model."""
+    policy, output = run.policy, output_of(run.config)
+    if run.config.training_config.load_best_model_at_end:
+        saved = on_main(checkpoints, output)
+        best = next((n for n in run.log.best_first() if n in saved or n == run.steps), run.steps)
+        if best != run.steps:
+            print0(f"load_best_model_at_end: the model is that of step {best}")
+            if policy.lora:
+                gemma.load_safetensors(gemma.adapters(policy), saved[best], "adapter_model")
+            else:
+                gemma.load_safetensors(gemma.base_weights(policy), saved[best], prefix="model.")
+    if policy.lora:
+        save(run, output / "adapter", {"step": run.steps}, adapters=True)
+        gemma.merge_adapters(policy)
+    save(run, output / "model", {"step": run.steps})
+    heed_signals(False)
+
+
+def save(run, directory, state, adapters=False, optimizer=False):
+    """The model, or its adapters, with the tokenizer; of a checkpoint also the optimiser.
+
+    The directory appears when it is complete. Every rank calls this. RunStopped where a parameter
+    is no number.
+    """
+    model, part = run.policy, directory.with_name(f".{directory.name}{PART}")
+    parts = {name: gemma.local_slice(p)[0] for name, p in model.named_parameters()}
+    together(require_finite, parts)
+    on_main(make_part, output_of(run.config), part)
+    if adapters:
+        gemma.save_adapters(model, part, run.config.policy_model_config.model_path)
+    else:
+        model.save_pretrained(part)
+    if optimizer:
+        tensors = optimizer_tensors(model, run.optimizer)
+        gemma.save_safetensors(tensors, part if is_main() else None, "optimizer")
+    on_main(take_place, run, part, directory, state)
+
+
+def make_part(output, part):
+    require_lock(output)
+    remove(part)
+    part.mkdir(parents=True)
+
+
+def take_place(run, part, directory, state):
+    """What names the files of a checkpoint is written last; then it takes its place."""
+    save_tokenizer(run.tokenizer, run.template, run.policy.config, part)
+    files = {path.name: fingerprint(path) for path in sorted(part.iterdir())}
+    write_json(part / "trainer_state.json", {**state, "files": files})
+    remove(directory)
+    part.rename(directory)
+
+
+def save_tokenizer(tokenizer, template, config, directory):
+    """Copy tokenizer.model and what transformers and vLLM look for beside it, or write it."""
+    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+    chat = "chat_template.jinja"
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", chat):
+        if tokenizer.path.with_name(name).is_file():
+            shutil.copyfile(tokenizer.path.with_name(name), directory / name)
+    if not tokenizer.config:
+        ids = {f"{name}_token": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+        turns = (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id)
+        piece = tokenizer.sp.id_to_piece
+        # transformers 5 then follows tokenizer.model; its GemmaTokenizer takes a unigram for a BPE
+        settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
+        settings |= {key: piece(i) for key, i in ids.items() if i is not None}
+        settings["extra_special_tokens"] = [piece(i) for i in turns if i is not None]
+        write_json(directory / "tokenizer_config.json", settings)
+    if gemma.is_chat(tokenizer, config) and "chat_template" not in tokenizer.config:
+        if not (directory / chat).exists():
+            shutil.copyfile(HERE / "configs" / chat, directory / chat)
+
+
+def save_checkpoint(run, step):
+    """All random draws are keyed by seed and step: parameters, optimiser and step are the state."""
+    output = output_of(run.config)
+    directory = output / "checkpoints" / f"step-{step}"
+    if step not in on_main(checkpoints, output):  # else it is this very state
+        save(run, directory, {"step": step, **run.state}, bool(run.policy.lora), optimizer=True)
+    on_main(prune, run.config.training_config, run.log.best_first())
+
+
+def prune(training, best_first):
+    """Keep the last `save_total_limit` checkpoints, and the best of those that were evaluated."""
+    saved = checkpoints(training.output_dir)
+    kept = list(saved)[-training.save_total_limit :] + [n for n in best_first if n in saved][:1]
+    for step in saved.keys() - kept:
+        remove(saved[step])
+
+
+def checkpoints(output_dir):
+    """{step: directory} of complete checkpoints, oldest first: those with what is written last.
+
+    Raises InputError for what cannot be read.
+    """
+    folder, found = Path(output_dir) / "checkpoints", {}
+    try:
+        for path in folder.iterdir() if folder.exists() else ():
+            name = STEP.fullmatch(path.name)
+            if name and (path / "trainer_state.json").exists():
+                found[int(name[1])] = path
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    return dict(sorted(found.items()))
+
+
+def stopped(run, done, error):
+    """The error of a run that stops after `done` steps, which are saved where they are sound."""
+    said = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        sizes = "per_device_train_batch_size, per_device_eval_batch_size or max_length"
+        said = f"out of memory, lower {sizes}"
+    if isinstance(error, NotANumber):
+        size = run.local * dist.get_world_size()
+        turns = (run.pairs[run.order[i]].where for i in range(done * size, (done + 1) * size))
+        said += f" in step {done + 1}, on {', '.join(dict.fromkeys(turns))}"
+    try:
+        if done > run.start:
+            save_checkpoint(run, done)
+            said += "; saved"
+    except (RunStopped, InputError, OSError) as unsound:
+        said += f"; step {done} is not saved, since {unsound}"
+    step = max(on_main(checkpoints, output_of(run.config)), default=0)
+    return RunStopped(f"{said}, --resume goes on from step {step}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Helper models
+# Who answers for ACT's roles: a rule (data.py), a local Gemma, or a model behind a server. What a
+# model is told stands in configs/prompts/, or in the file that `prompt_path` names. A back end is a
+# function ask(prompts) -> answers, each a text or None; a new one goes into `Helpers.build`.
+
+
+def indented(messages):
+    """Messages for a prompt; later lines are indented, so that none looks like a new message."""
+    return "".join(f"{data.SPEAKERS[role]}: {in_prompt(text)}\n" for role, text in messages)
+
+
+def in_prompt(text, longest=20_000):
+    """A text for a helper's prompt, of a longer one the end."""
+    return text[-longest:].replace("\n", "\n  ")
+
+
+def action_fields(reply):
+    return {"response": in_prompt(reply.strip())}
+
+
+def intent_fields(pair):
+    """Without the final answer: what is not known, the simulated user cannot give away."""
+    return {"conversation": indented(pair.history + pair.gold[:-1])}
+
+
+def user_fields(request):
+    pair, trajectory, intent = request
+    return {"intent": in_prompt(intent), "conversation": indented(pair.history + trajectory)}
+
+
+def question_fields(request):
+    asking = "Assistant (asks a clarifying question):"
+    pair, examples = request
+    shown = [(each, f"{asking} {in_prompt(each.chosen[0][1])}\n\n") for each in examples]
+    texts = []
+    for each, end in [*shown, (pair, asking)]:
+        prompt = f"{each.instruction}\n[context]\n{each.context}\n[conversation]\n"
+        texts.append(f"{prompt}{indented(each.history)}{end}")
+    return {"examples": "".join(texts)}
+
+
+def judge_fields(request):
+    pair, answer = request
+    fields = {"gold": in_prompt(pair.target), "answer": in_prompt(answer)}
+    return {"conversation": indented(pair.history + pair.gold[:-1]), **fields}
+
+
+def parse_verdict(answer):
+    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right"."""
+    answer = re.split(r"\n[ \t]*CONVERSATION:", answer.upper())[0]
+    found = set(re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer))
+    return {("", "RIGHT"): 1.0, ("", "WRONG"): 0.0}.get(found.pop()) if len(found) == 1 else None
+
+
+def parse_action(answer):
+    """The first of the two words that is not denied, in capitals if there is one."""
+    answer = unlabelled(answer, "Answer")
+    denied = r"(?i:\bnot |n['’]t )(?i:an? |to )?"
+    for words in ("CLARIFY|ANSWER", r"(?i:clarify|\banswer)"):
+        found = [word for no, word in re.findall(rf"({denied})?({words})", answer) if not no]
+        if found:
+            return found[0].upper()
+    return None
+
+
+def parse_intent(answer):
+    """The first paragraph that is no announcement, up to what looks like a next example."""
+    speaker = r"\n[ \t]*(?:Intent|Conversation|User|Assistant):"
+    answer = re.split(speaker, unlabelled(answer, "Intent"))[0]
+    paragraphs = [data.fold(paragraph) for paragraph in re.split(r"\n\s*\n", answer)]
+    return next((text for text in paragraphs if text and not text.endswith(":")), None)
+
+
+def parse_user(answer):
+    """The first line, up to what the model writes for the assistant."""
+    line = unlabelled(answer, "User").partition("\n")[0]
+    return line.partition("Assistant:")[0].strip() or None
+
+
+def parse_question(answer):
+    """The first line that is a question, before anybody else speaks; None without one."""
+    lines = re.split(r"\n[ \t]*User:", unlabelled(answer, "Assistant"))[0].split("\n")
+    lines = (unlabelled(line, "Assistant") for line in lines)
+    return next((line for line in lines if data.is_question(line)), None)
+
+
+def unlabelled(answer, name):
+    """Without a "User: ", "**Assistant:** " or "Assistant (asks): " in front."""
+    label = rf"\A[\s*]*{name}(?: \([^)\n]*\))?[\s*]*:[\s*]*"
+    return re.sub(label, "", answer.strip()).strip()
+
+
+class Role(NamedTuple):
+    """What a helper is told, and how it is read; a request is what its rule takes a list of."""
+
+    rule: Any  # [request] -> [result], without a model
+    names: tuple  # what its prompt must have in {}
+    fields: Any  # request -> {name: text} for them
+    parse: Any  # a model's answer -> result, or None where it cannot be used
+    stop: tuple  # texts at which an answer may be cut short
+    prompt: str  # the file of its prompt in configs/prompts/
+
+
+ROLES = {
+    "action_model_config": Role(
+        data.rule_actions, ("response",), action_fields, parse_action,
+        ("\nMessage:",), "action.txt",
+    ),
+    "user_simulator_config": Role(
+        data.rule_users, ("intent", "conversation"), user_fields, parse_user,
+        ("\nAssistant:",), "user.txt",
+    ),
+    "intent_model_config": Role(
+        data.rule_intents, ("conversation",), intent_fields, parse_intent,
+        ("\nConversation:",), "intent.txt",
+    ),
+    "preference_model_config": Role(
+        data.rule_questions, ("examples",), question_fields, parse_question,
+        ("\nUser:",), "question.txt",
+    ),
+    "judge_model_config": Role(  # no rule: a heuristic is one
+        None, ("conversation", "gold", "answer"), judge_fields, parse_verdict,
+        ("\nConversation:",), "judge.txt",
+    ),
+}  # fmt: skip
+
+THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
+THINKING = re.compile(  # where models of several makers begin and end to think aloud
+    rf"(?i)(?P<open><\|?(?:{THOUGHTS}|seed:think|begin_of_thought)\|?>|\[think\]|◁think▷"
+    r"|<\|channel\|?>(?:analysis|thought))"
+    rf"|<\|?/(?:{THOUGHTS}|seed:think)\|?>|<\|end_of_thought\|>|\[/think\]|◁/think▷"
+    r"|<\|channel\|>final<\|message\|>|<channel\|>"
+)
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "</s>")
+ANNOUNCED = re.compile(r"(?i)(?:here|sure|ok|okay|certainly|of course|the)\b[^\n]{0,100}:[ \t]*\n")
+QUOTES = ('""', "“”", "„“", "«»", "''", "``")
+
+
+def without_reasoning(text):
+    """What stands outside of thoughts, or after the last; None where they were cut off."""
+    kept, start, inside = [], 0, False
+    for mark in THINKING.finditer(text):
+        if mark["open"] and not inside:
+            kept.append(text[start : mark.start()])
+        elif not mark["open"] and not inside:  # the opening is missing: all before it was thought
+            kept = []
+        inside, start = bool(mark["open"]), mark.end()
+    return None if inside else "".join([*kept, text[start:]])
+
+
+def undressed(text):
+    """An answer without an announcement, a code fence, quotes around it or a marker of its end."""
+    text = text.strip()
+    while end := next((end for end in ENDS if text.endswith(end)), None):
+        text = text.removesuffix(end).rstrip()
+    announced = ANNOUNCED.match(text)
+    text = text[announced.end() :].strip() if announced else text
+    if text.startswith("```") and text.endswith("```") and "\n" in text:
+        text = text[:-3].partition("\n")[2].strip()
+    for left, right in QUOTES:
+        if len(text) > 1 and (text[0], text[-1]) == (left, right) and right not in text[1:-1]:
+            text = text[1:-1].strip()
+    return text
+
+
+class Helper:
+    """A role that a model has: requests in, results out, None where it gave nothing of use."""
+
+    def __init__(self, name, config, prompt):
+        self.name, self.role, self.config, self.prompt = name, ROLES[name], config, prompt
+        self.ask = None  # the back end
+        self.requests = self.failures = self.in_a_row = 0
+        self.why = ""  # of the last failure
+
+    def __call__(self, requests):
+        """Raises RunStopped when max_failures in a row brought nothing."""
+        answers = self.ask([self.filled(request) for request in requests])
+        results = [None if answer is None else self.understood(answer) for answer in answers]
+        self.requests += len(results)
+        self.failures += results.count(None)
+        for result, answer in zip(results, answers, strict=True):
+            self.in_a_row = self.in_a_row + 1 if result is None else 0
+            if result is None:
+                self.why = self.reason(answer)
+            if self.in_a_row >= self.config.max_failures:
+                raise RunStopped(f"{self.name}: {self.in_a_row} failures in a row, {self.why}")
+        return results
+
+    def reason(self, answer):
+        """Why there is no result."""
+        if answer is None:
+            return f"the last one with: {self.ask.why}"
+        cut = without_reasoning(answer) is None
+        return f"the last one of use to nobody: {answer[:80]!r}" + REASONING_CUT * cut
+
+    def filled(self, request):
+        texts = self.role.fields(request)  # in one pass: a text may hold {}
+        return re.sub(r"\{(\w+)\}", lambda name: texts.get(name[1], name[0]), self.prompt)
+
+    def understood(self, answer):
+        """The result that an answer means, of at most 16 characters a token; or None."""
+        answer = without_reasoning(answer[: 16 * self.config.max_new_tokens])
+        return None if answer is None else self.role.parse(undressed(answer))
+
+
+REASONING_CUT = " (its reasoning was cut off: a larger max_new_tokens may do)"
+
+
 class Helpers:
-    """The roles: functions from lists to lists. None where a helper model failed, which rules never do."""
+    """ACT's helpers as the configuration has them: functions from lists of requests to results."""
 
-    classify_actions: Any  # [response] -> [CLARIFY | ANSWER | None]
-    summarize_intents: Any  # [Pair] -> [text | None]
-    simulate_users: Any  # [(Pair, trajectory, intent)] -> [text | None]
-    write_questions: Any  # [(Pair, examples: [Pair])] -> [text | None]
-    judge_answers: Any = None  # [(Pair, answer)] -> [1.0 | 0.0 | None], where data_config.heuristic is "judge"
-    cost: bool = False  # whether any of them is a model, whose calls are worth counting
+    def __init__(self, config, contents):
+        self.config, self.contents = config, contents
+        self.load = cache(partial(load_helper, config))  # a checkpoint that several share, once
+        self.roles = {name: self.build(name) for name in ROLES}
+        if backend_of(config.user_simulator_config) == "rule":  # it knows the gold trajectory
+            self.roles["intent_model_config"] = data.rule_intents
+        self.models = [role for role in self.roles.values() if isinstance(role, Helper)]
+        clients = [helper.ask for helper in self.models if isinstance(helper.ask, Client)]
+        for client in {(client.url, client.config.model_id): client for client in clients}.values():
+            on_main(client.try_once)
+
+    def build(self, name):
+        """The function for a role."""
+        config, role = getattr(self.config, name), ROLES[name]
+        backend = backend_of(config)
+        labels = name in ("action_model_config", "preference_model_config")
+        needless = self.config.task in ("generate_preference", "check") and not labels
+        if backend == "rule" or needless:
+            return role.rule
+        needed = "model_path" if backend == "gemma" else "model_id"
+        if not getattr(config, needed):
+            raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
+        raw = self.contents[f"{name}.prompt_path"]
+        helper = Helper(name, config, read_prompt(raw, config.prompt_path or role.prompt, role))
+        if backend == "gemma":
+            helper.ask = gemma_backend(*self.load(config.model_path), config)
+        else:
+            helper.ask = Client(config, DIALECTS[backend], role.stop, helper.understood)
+        return helper
 
     def answers(self, pairs, heuristic):
         """What `in_lockstep` may ask for besides the policy's responses, about these pairs."""
+        intents = {}  # each user's, summarised once, when first asked
 
-        def score(rows, trajectories):
-            ends = [(pairs[row], trajectory[-1][1]) for row, trajectory in zip(rows, trajectories, strict=True)]
-            if heuristic == "judge":
-                return [None if right is None else (right, right) for right in self.judge_answers(ends)]
-            return [score_of(HEURISTICS[heuristic], pair, answer, pair.target) for pair, answer in ends]
-
-        classify = self.classify_actions
-        return {"classify": lambda rows, texts: classify(texts), "simulate": self.users_of(pairs), "score": score}
-
-    def label_actions(self, replies):
-        """Actions of gold replies, which need one in any case: the rule decides where the model fails."""
-        actions = zip(self.classify_actions(replies), data.rule_actions(replies), strict=True)
-        return [action or rule for action, rule in actions]
-
-    def users_of(self, pairs):
-        """`simulate` of `in_lockstep` for these pairs: each user's intent is summarised once, when first asked."""
-        intents = {}
+        def classify(rows, texts):
+            return self.roles["action_model_config"](texts)
 
         def simulate(rows, trajectories):
             new = [row for row in rows if row not in intents]
-            intents.update(zip(new, self.summarize_intents([pairs[row] for row in new]) if new else [], strict=True))
+            found = self.roles["intent_model_config"]([pairs[row] for row in new]) if new else []
+            intents.update(zip(new, found, strict=True))
             known = {
                 row: (pairs[row], trajectory, intents[row])
                 for row, trajectory in zip(rows, trajectories, strict=True)
-                if intents[row] is not None  # a user whose intent could not be summarised says nothing
+                if intents[row] is not None
             }
-            replies = self.simulate_users(list(known.values())) if known else []
-            replies = dict(zip(known, replies, strict=True))
+            users = self.roles["user_simulator_config"]
+            replies = dict(zip(known, users(list(known.values())) if known else [], strict=True))
             return [replies.get(row) for row in rows]
 
-        return simulate
+        def judge(rows, trajectories):
+            ends = [(pairs[row], said[-1][1]) for row, said in zip(rows, trajectories, strict=True)]
+            if heuristic == "judge":
+                verdicts = self.roles["judge_model_config"](ends)
+                return [None if verdict is None else (verdict, verdict) for verdict in verdicts]
+            return [score(HEURISTICS[heuristic], pair, said, pair.target) for pair, said in ends]
 
+        return {"classify": classify, "simulate": simulate, "score": judge}
 
-def build_helpers(config):
-    """The roles as the configuration casts them; a checkpoint that several share is loaded once."""
-    load = cache(lambda path: load_helper(config, path))
+    def label_actions(self, replies):
+        """Actions of gold replies, which need one in any case: the rule's where the model fails."""
+        actions = self.divided("action_model_config", "classifying reply", replies)
+        rules = data.rule_actions(replies)
+        return [action or rule for action, rule in zip(actions, rules, strict=True)]
 
-    def cast(name):
-        helper, role = getattr(config, name), ROLES[name]
-        backend = backend_of(helper)
-        labels = name in ("action_model_config", "preference_model_config")
-        if backend == "rule" or (config.task == "generate_preference" and not labels):
-            return role.rule
-        needed = "model_path" if backend == "gemma" else "model_id"
-        if not getattr(helper, needed):
-            raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
-        prompt = read_prompt(helper.prompt_path or located(f"configs/prompts/{role.prompt}"), role)
-        if backend == "gemma":
-            return played(gemma_asker(*load(helper.model_path), helper), role, prompt, helper.max_failures)
-        client = GeminiClient if backend == "gemini" else OpenAIClient
-        return played(client(helper, role.stop), role, prompt, helper.max_failures)
+    def write_questions(self, requests):
+        return self.divided("preference_model_config", "writing question", requests)
 
-    user_is_rule = backend_of(config.user_simulator_config) == "rule"  # it knows the gold trajectory and no intent
-    return Helpers(
-        cast("action_model_config"),
-        data.rule_intents if user_is_rule else cast("intent_model_config"),
-        cast("user_simulator_config"),
-        cast("preference_model_config"),
-        cast("judge_model_config"),
-        cost=any(backend_of(getattr(config, name)) != "rule" for name in ROLES),
-    )
+    def divided(self, name, label, requests, chunk=64):
+        """Results of requests that are the same on all ranks: each rank asks for its share."""
+        mine = share_of(len(requests))
+        progress = Progress(label, len(mine), quiet=True)
+
+        def ask():
+            results = []
+            for start in range(0, len(mine), chunk):
+                results += self.roles[name]([requests[i] for i in mine[start : start + chunk]])
+                progress(len(results))
+            return results
+
+        return sum(on_all(ask), [])
+
+    def report(self, consequence):
+        """How many requests each model had so far, and how many brought nothing."""
+        for helper in self.models:
+            asked, failed = all_sum([helper.requests, helper.failures])
+            if asked:
+                said = f"{failed:.0f} of {asked:.0f} requests brought nothing of use"
+                print0(f"{helper.name}: {said}" + f"; {consequence}" * (failed > 0))
 
 
 def backend_of(helper):
     return helper.backend or ("gemini" if helper.model_id else "rule")
 
 
-def read_prompt(path, role):
+def read_prompt(raw, path, role):
     """What a model is told in a role, with {names} in it. Raises InputError."""
     try:
-        prompt = data.read_bytes(path).decode("utf-8").removesuffix("\n")
+        prompt = raw.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8, expected the text of a prompt") from None
     missing = [name for name in role.names if f"{{{name}}}" not in prompt]
     if missing:
-        raise InputError(f"{path}: lacks {{{missing[0]}}}, expected a prompt with {', '.join(map(repr, role.names))}")
+        names = ", ".join(map(repr, role.names))
+        raise InputError(f"{path}: lacks {{{missing[0]}}}, expected a prompt with {names}")
     return prompt
 
 
-def played(ask, role, prompt, max_failures=20):
-    """A role: requests -> results, None where the model gave nothing usable; HelperError if that goes on and on."""
-    in_a_row = 0
-
-    def filled(request):
-        texts = role.fields(request)
-        return re.sub(r"\{(\w+)\}", lambda name: texts.get(name[1], name[0]), prompt)  # one pass: texts may hold {}
-
-    def play(requests):
-        answers = ask([filled(request) for request in requests])
-        results = [None if answer is None else role.parse(answer) for answer in answers]
-        nonlocal in_a_row
-        for result, answer in zip(results, answers, strict=True):
-            unusable = result is None and answer is not None
-            count("unusable", unusable)
-            in_a_row = in_a_row + 1 if unusable else 0 if answer is not None else in_a_row
-            if in_a_row >= max_failures:
-                raise HelperError(f"{in_a_row} answers to {role.prompt} in a row were of no use, like {answer[:80]!r}")
-        return results
-
-    return play
-
-
 def load_helper(config, path):
-    """(model, tokenizer) of a checkpoint, whole on this rank's device, in the precision that the policy computes in."""
+    """(model, tokenizer) of a checkpoint, whole on this rank's device, as the policy computes."""
     directory = Path(config.policy_model_config.model_path if path == "reference" else path)
-    dtype = torch.bfloat16 if config.training_config.bf16 else getattr(torch, config.policy_model_config.dtype)
+    dtype = getattr(torch, config.policy_model_config.dtype)
+    dtype = torch.bfloat16 if config.training_config.bf16 else dtype
     tokenizer = Tokenizer(directory / "tokenizer.model")
-    model = Gemma.from_pretrained(directory, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Gemma.from_pretrained(directory, dtype, device)
     gemma.check_vocabulary(tokenizer, model)
     return model.requires_grad_(False), tokenizer
 
 
-def gemma_asker(model, tokenizer, config):
-    """ask(prompts) with a local checkpoint: in its chat template where its vocabulary has one, else as a continuation.
+def gemma_backend(model, tokenizer, config):
+    """ask(prompts) with a local checkpoint: in its chat template if it has one, else continued.
 
-    An answer depends on its prompt alone, not on the batch: what is random is drawn from a generator keyed by it.
+    An answer depends on its prompt alone, not on the batch: its noise is keyed by the prompt.
     """
     template = Template(tokenizer, "plain" if tokenizer.end_of_turn_id is None else "gemma")
     before, after = [tokenizer.bos_id], []
     if not template.plain:
-        before, after = before + template.turn("user"), template.end + template.newline + template.opening
-    room = max(1, model.config.max_position_embeddings - config.max_new_tokens - len(before) - len(after))
+        before = before + template.turn("user")
+        after = template.end + template.newline + template.opening
+    markers = config.max_new_tokens + len(before) + len(after)
+    room = max(1, model.config.max_position_embeddings - markers)
 
     def continued(prompts):
-        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big") for prompt in prompts]
+        seeds = [hashlib.sha256(prompt.encode()).digest()[:7] for prompt in prompts]
+        seeds = [int.from_bytes(seed, "big") for seed in seeds]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        tokens = [before + tokenizer.encode(prompt)[-room:] + after for prompt in prompts]  # too long: without its head
+        tokens = [before + tokenizer.encode(prompt)[-room:] + after for prompt in prompts]
         sampling = {"stop_ids": template.stop_ids, "generator": generators}
         answers = generate(model, tokens, config.max_new_tokens, config.temperature, **sampling)
         return [tokenizer.decode(answer).strip() for answer in answers]
@@ -1784,54 +2310,66 @@ def gemma_asker(model, tokenizer, config):
     def ask(prompts):
         new, answers = list(dict.fromkeys(prompts)), {}
         for start in range(0, len(new), config.batch_size):
+            stop_if_asked()
             batch = new[start : start + config.batch_size]
             answers.update(zip(batch, continued(batch), strict=True))
-        count("asked", len(new))
         return [answers[prompt] for prompt in prompts]
 
     return ask
 
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most, and however often it has failed
-UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError)  # of a strange reply
-HARMS = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most
+LONGEST_REPLY = 4_000_000  # bytes
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "stop": None}  # None: gone
 
 
-class HelperClient:
-    """ask(prompts) over HTTP: calls run side by side, are tried again where that may help, and are paid only once.
+class CallFailed(Exception):
+    """One call brought no answer.
 
-    stop: texts at which an answer ends. None stands for an answer that was blocked, empty, or not to be had in
-    max_retries + 1 calls. Raises HelperError where the server refuses a request as such, and when max_failures calls in
-    a row led to None; the client is then spent. URL, key, headers, body and answer are those of the dialects below.
+    again: whether the same call may do later, after `wait` seconds; final: whether all would fail.
     """
 
-    def __init__(self, config, stop=()):
-        self.config, self.stop = config, list(stop)
-        base = config.base_url or self.home
-        try:
-            address = urlsplit(base)
-            fits = address.scheme in ("http", "https") and address.hostname and address.port != 0
-        except ValueError:  # "http://[::1", "http://host:port"
-            fits = False
-        if not fits or re.search("[?#@]", base):
-            raise InputError("base_url of a helper model: expected http(s)://HOST, with none of '?', '#' and '@'")
-        self.key = os.environ.get(self.key_name, "").strip()
-        if not re.fullmatch("[!-~]*", self.key) or not (self.key or (config.base_url and self.key_is_optional)):
+    def __init__(self, message, again=True, final=False, wait=0.0):
+        super().__init__(message)
+        self.again, self.final, self.wait = again, final, wait
+
+
+class Client:
+    """ask(prompts) over HTTP: calls run side by side, are tried again and are paid for only once.
+
+    None stands for an answer that was blocked, empty, or not to be had in max_retries + 1 calls;
+    `why` is then the reason of the last. Raises RunStopped where the server refuses all calls.
+    understood: answer -> None where it is not worth keeping.
+    """
+
+    def __init__(self, config, dialect, stop, understood):
+        self.config, self.dialect, self.understood = config, dialect, understood
+        self.stop, self.why = list(stop), ""
+        base = config.base_url or dialect.home
+        host = host_of(base)
+        self.key = os.environ.get(dialect.key_name, "").strip()
+        optional = config.base_url and dialect.key_is_optional
+        if not re.fullmatch("[!-~]*", self.key) or not (self.key or optional):
             problem = "holds a blank or a character beyond ASCII" if self.key else "is not set"
-            raise InputError(f"{self.key_name} {problem}, expected the key for helper model {config.model_id!r}")
-        self.url, self.cache = base.rstrip("/") + self.path(), answer_cache(config.cache_path)
-        self.lock, self.spent = threading.Lock(), threading.Event()
-        self.in_a_row, self.error = 0, "interrupted"
+            expected = f"expected the key for helper model {config.model_id!r} at {base}"
+            raise InputError(f"{dialect.key_name} {problem}, {expected}")
+        self.url = base.rstrip("/") + dialect.path(config.model_id)
+        handlers = [NoRedirects, *[urllib.request.ProxyHandler({})] * is_local(host)]
+        self.opener = urllib.request.build_opener(*handlers)
+        self.cache, self.spent = answer_cache(config.cache_path), threading.Event()
+        self.refused = set()  # parameters that the server does not take
 
     def __call__(self, prompts):
-        answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in dict.fromkeys(prompts)}
+        answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in prompts}
         missing = [prompt for prompt, answer in answers.items() if answer is None]
-        count("cached", len(answers) - len(missing))
-        count("asked", len(missing))
         pool = ThreadPoolExecutor(self.config.concurrency)
         try:
-            futures = {pool.submit(self.answer, prompt): prompt for prompt in missing}
-            answers.update((futures[future], future.result()) for future in as_completed(futures))
+            waiting = {pool.submit(self.answer, prompt): prompt for prompt in missing}
+            while waiting:
+                stop_if_asked()
+                for future in wait(waiting, 0.5, FIRST_COMPLETED).done:
+                    answers[waiting.pop(future)] = future.result()
         except BaseException:  # whatever it is, the calls that still run shall not try again
             self.spent.set()
             raise
@@ -1840,118 +2378,180 @@ class HelperClient:
         return [answers[prompt] for prompt in prompts]
 
     def cache_key(self, prompt):
-        request = json.dumps([self.url, self.body(prompt)], sort_keys=True)
+        body = self.dialect.body(self.config, self.stop, prompt)
+        request = json.dumps([self.url, body], sort_keys=True)
         return hashlib.sha256(request.encode()).hexdigest()
 
-    def answer(self, prompt):
-        """The answer to one prompt, stored as soon as it is there, or None; runs in a thread of its own."""
-        text, outcome = None, "failed"
-        for attempt in range(self.config.max_retries + 1):
-            if self.spent.is_set() or ASKED:
-                raise HelperError(self.error)
-            try:
-                text, why = self.call(prompt)
-                outcome = "blocked"  # unless there is a text
-                break
-            except CallFailed as failure:
-                why = str(failure)
-                if failure.final:
-                    self.give_up(f"{self.config.model_id}: {why}")
-                if attempt < self.config.max_retries:
-                    count("retried")
-                    back_off = random.uniform(0, FIRST_WAIT * 2**attempt)
-                    self.spent.wait(min(failure.wait + back_off, LONGEST_WAIT))
-        if text:
-            self.cache.put(self.cache_key(prompt), text)
-        else:
-            count(outcome)
-        with self.lock:
-            self.in_a_row = 0 if text else self.in_a_row + 1
-            if self.in_a_row >= self.config.max_failures:
-                requests = f"{self.in_a_row} requests to {self.config.model_id} in a row"
-                self.give_up(f"{requests} failed, the last one with: {why}")
-        return text
+    def try_once(self):
+        """Raises InputError where the server is not there or refuses us; a slow one may wake up."""
+        print0(f"helper model {self.config.model_id}: conversations go to {self.url}")
+        try:
+            self.call("Say yes.")
+        except CallFailed as failure:
+            if failure.final:
+                raise InputError(f"{self.url}: {failure}") from None
 
-    def give_up(self, message):
-        if not self.spent.is_set():
-            self.error = message
-        self.spent.set()
-        raise HelperError(message)
+    def answer(self, prompt):
+        """The answer to one prompt, stored as soon as it is there, or None; in its own thread."""
+        for attempt in range(self.config.max_retries + 1):
+            if self.spent.is_set():
+                return None
+            try:
+                text = self.call(prompt)
+            except CallFailed as failure:
+                self.why = str(failure)
+                if failure.final:
+                    raise RunStopped(f"{self.config.model_id}: {failure}") from None
+                if not failure.again:
+                    return None
+                back_off = random.uniform(0, FIRST_WAIT * 2**attempt)
+                if attempt < self.config.max_retries:
+                    self.spent.wait(min(failure.wait + back_off, LONGEST_WAIT))
+                continue
+            if self.understood(text) is not None:
+                self.cache.put(self.cache_key(prompt), text)
+            return text
+        return None
 
     def call(self, prompt):
-        """One POST: (text, "") or (None, why there is none). Raises CallFailed. The key is in neither, even echoed."""
-        headers = {"Content-Type": "application/json", **self.headers()}
-        request = urllib.request.Request(self.url, json.dumps(self.body(prompt)).encode(), headers)
+        """One POST: its text. Raises CallFailed."""
+        body = self.dialect.body(self.config, self.stop, prompt)
+        for name in self.refused & body.keys():
+            value = body.pop(name)
+            if RENAMED[name]:
+                body[RENAMED[name]] = value
+        headers = {"Content-Type": "application/json", **self.dialect.headers(self.key)}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        deadline = time.monotonic() + self.config.timeout
         try:
-            with OPENER.open(request, timeout=self.config.timeout) as response:
-                text, why = self.text_of(json.loads(self.read(response)))
-                text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
+            with self.opener.open(request, timeout=self.config.timeout) as response:
+                reply = read_reply(response, deadline)
         except urllib.error.HTTPError as error:
-            raise self.http_failure(error) from None
+            failure = self.http_failure(error, deadline)
+            named = [name for name in RENAMED if name in body and name in str(failure)]
+            if error.code != 400 or not named:
+                raise failure from None
+            print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
+            self.refused.add(named[0])
+            return self.call(prompt)
         except (OSError, http.client.HTTPException) as error:
-            raise CallFailed(self.one_line(getattr(error, "reason", error) or type(error).__name__)) from None
+            reason = getattr(error, "reason", error) or type(error).__name__
+            absent = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
+            raise CallFailed(self.one_line(reason), final=absent) from None
+        try:
+            if reply.lstrip().startswith((b"data:", b"event:")):
+                raise CallFailed("its reply is streamed, expected one JSON object", again=False)
+            reply = json.loads(reply)
+            if reply.get("error"):
+                raise self.failure(reply["error"], 200)
+            text, why = self.dialect.text_of(reply)
+            text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
         except UNREADABLE:
             raise CallFailed("its reply is not the JSON of an answer") from None
         if not text.strip():
-            return None, self.one_line(why)
-        return self.masked(text), ""
+            raise CallFailed(self.one_line(why), again=False)
+        return self.masked(text)
 
-    def http_failure(self, error):
-        """CallFailed for an HTTP status: 408, 429, 5xx may pass. The wait is Retry-After's, or Google's RetryInfo's."""
-        message, waits = error.reason, [error.headers.get("Retry-After", "")]
-        try:
-            with error:
-                report = json.loads(self.read(error))["error"]
-            message = report if isinstance(report, str) else report["message"]
-            waits += [str(detail.get("retryDelay", ""))[:-1] for detail in report.get("details", [])]  # "27s"
-        except (OSError, http.client.HTTPException, CallFailed, *UNREADABLE):
-            pass  # the status says enough
-        wait = max((float(text) for text in waits if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text)), default=0.0)
-        final = error.code < 500 and error.code not in (408, 429)
-        return CallFailed(self.one_line(f"HTTP {error.code}: {message}"), wait, final)
+    def http_failure(self, error, deadline):
+        """CallFailed for an HTTP status, with the server's words and the wait that it asks for."""
+        report, wait = error.reason, retry_after(error.headers.get("Retry-After", ""))
+        with suppress(OSError, http.client.HTTPException, CallFailed, *UNREADABLE), error:
+            report = json.loads(read_reply(error, deadline))["error"]
+        return self.failure(report, error.code, wait)
 
-    def read(self, response, limit=4_000_000):
-        """The bytes of a reply, a bounded number of them. Raises CallFailed."""
-        body = b""
-        while chunk := response.read1(65536):
-            body += chunk
-            if len(body) > limit:
-                raise CallFailed("its reply is too long")
-        if getattr(response, "length", None):  # what Content-Length promised and did not come
-            raise CallFailed("its reply breaks off")
-        return body
+    def failure(self, report, status, wait=0.0):
+        """CallFailed for what a server calls an error; 400, 413 and 422 concern one prompt."""
+        words, code = report, status if status != 200 else 500
+        if isinstance(report, dict):
+            words = report.get("message") or report
+            code = report.get("code") if isinstance(report.get("code"), int) else code
+        again = code in (408, 429) or code >= 500
+        final = "insufficient_quota" in str(report) or not (again or code in (400, 413, 422))
+        return CallFailed(self.one_line(f"HTTP {status}: {words}"), again, final, wait)
 
     def one_line(self, message):
         """What a server said, without what a terminal would obey."""
         words = "".join(c if c.isprintable() else " " for c in self.masked(str(message))).split()
-        return self.masked(" ".join(words))[:300]
+        return " ".join(words)[:300]
 
     def masked(self, text):
-        """Without the key, as it is or %-encoded, line breaks and blanks in it or not."""
-        for key in filter(None, dict.fromkeys((self.key, quote(self.key, safe="")))):
-            text = re.sub(r"\s*".join(map(re.escape, key)), "[key]", text)
-        return text
+        """Without the key, which a server may echo."""
+        return text.replace(self.key, "[key]") if self.key else text
 
 
-class GeminiClient(HelperClient):
-    """Google's generateContent."""
+def host_of(base_url):
+    """Raises InputError where no server can be there."""
+    with suppress(ValueError):  # "http://[::1", "http://host:port"
+        address = urlsplit(base_url)
+        fits = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        if fits and not re.search("[?#@]", base_url):
+            return address.hostname
+    expected = "expected http(s)://HOST, with none of '?', '#' and '@'"
+    raise InputError(f"base_url of a helper model: {expected}")
 
-    home, key_name, key_is_optional = "https://generativelanguage.googleapis.com", "GOOGLE_API_KEY", False
 
-    def path(self):
-        return f"/v1beta/models/{quote(self.config.model_id)}:generateContent"
+def is_local(host):
+    """Whether a host is this machine, to which no proxy leads."""
+    with suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
 
-    def headers(self):
-        return {"x-goog-api-key": self.key}
 
-    def body(self, prompt):
-        temperature, length = self.config.temperature, self.config.max_new_tokens
-        sampling = {"temperature": temperature, "topP": 1.0, "topK": 40 if temperature else 1}
+def retry_after(text):
+    """Seconds of a Retry-After header: a number, or a date."""
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+        return float(text)
+    with suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
+
+
+def read_reply(response, deadline):
+    """The bytes of a reply, a bounded number of them in a bounded time. Raises CallFailed."""
+    body = b""
+    while chunk := response.read1(65536):
+        body += chunk
+        if len(body) > LONGEST_REPLY:
+            raise CallFailed("its reply is too long")
+        if time.monotonic() > deadline:
+            raise CallFailed("timed out")
+    if getattr(response, "length", None):  # what Content-Length promised and did not come
+        raise CallFailed("its reply breaks off")
+    return body
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would send the key on to wherever a redirect points."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+class Gemini:
+    """Google's generateContent: where it is, what is sent and what comes back."""
+
+    home = "https://generativelanguage.googleapis.com"
+    key_name, key_is_optional = "GOOGLE_API_KEY", False
+
+    def path(self, model_id):
+        return f"/v1beta/models/{quote(model_id)}:generateContent"
+
+    def headers(self, key):
+        return {"x-goog-api-key": key}
+
+    def body(self, config, stop, prompt):
+        harms = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
         return {
             "contents": [{"role": "user", "parts": [{"text": prompt}]}],
-            "generationConfig": {**sampling, "maxOutputTokens": length, "stopSequences": self.stop},
-            "safetySettings": [{"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in HARMS],
-        }
+            "generationConfig": {
+                "temperature": config.temperature, "topP": 1.0,
+                "topK": 40 if config.temperature else 1,
+                "maxOutputTokens": config.max_new_tokens, "stopSequences": stop,
+            },
+            "safetySettings": [
+                {"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in harms
+            ],
+        }  # fmt: skip
 
     def text_of(self, reply):
         """(text, why there is none) of a reply's JSON."""
@@ -1962,271 +2562,231 @@ class GeminiClient(HelperClient):
         finish = candidate.get("finishReason", "STOP")
         parts = (candidate.get("content") or {}).get("parts") or []
         text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-        return text if finish in ("STOP", "MAX_TOKENS") else "", f"no text (finishReason {finish})"
+        return text * (finish in ("STOP", "MAX_TOKENS")), f"no text (finishReason {finish})"
 
 
-class OpenAIClient(HelperClient):
-    """OpenAI's chat completions, which vLLM, Ollama, llama.cpp and LM Studio speak too: these may do without a key."""
+class OpenAI:
+    """OpenAI's chat completions, which vLLM, Ollama and others speak too, these without a key."""
 
-    home, key_name, key_is_optional = "https://api.openai.com/v1", "OPENAI_API_KEY", True
+    home = "https://api.openai.com/v1"
+    key_name, key_is_optional = "OPENAI_API_KEY", True
 
-    def path(self):
+    def path(self, model_id):
         return "/chat/completions"
 
-    def headers(self):
-        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+    def headers(self, key):
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, prompt):
-        sampling = {"temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens}
+    def body(self, config, stop, prompt):
         messages = [{"role": "user", "content": prompt}]
-        return {"model": self.config.model_id, "messages": messages, **sampling, "stop": self.stop}
+        return {
+            "model": config.model_id, "messages": messages, "temperature": config.temperature,
+            "max_tokens": config.max_new_tokens, "stop": stop,
+        }  # fmt: skip
 
     def text_of(self, reply):
         """(text, why there is none) of a reply's JSON."""
         choice = reply["choices"][0] if reply.get("choices") else {}
-        finish = choice.get("finish_reason") or "stop"
-        text = (choice.get("message") or {}).get("content") or ""
-        return text if finish in ("stop", "length") else "", f"no text (finish_reason {finish})"
+        finish = choice.get("finish_reason")
+        content = (choice.get("message") or {}).get("content") or ""
+        if isinstance(content, list):
+            content = "".join(part.get("text") or "" for part in content)
+        withheld = finish in ("content_filter", "tool_calls")
+        return content * (not withheld), f"no text (finish_reason {finish})"
 
 
-class CallFailed(Exception):
-    """One call brought no answer. wait: seconds for which the server asks; final: the same call can only fail again."""
-
-    def __init__(self, message, wait=0.0, final=False):
-        super().__init__(message)
-        self.wait, self.final = wait, final
-
-
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key on to wherever a redirect points."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-class TimedReply(http.client.HTTPResponse):
-    """A reply that must have come, to its end, within the timeout: http.client grants as much to each piece of it."""
-
-    def __init__(self, connection, *arguments, **options):
-        super().__init__(connection, *arguments, **options)
-        stream, deadline = self.fp.raw, time.monotonic() + connection.gettimeout()
-
-        def readinto(buffer):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            connection.settimeout(left)
-            return type(stream).readinto(stream, buffer)
-
-        stream.readinto = readinto
-
-
-class Timed:
-    def do_open(self, connect, request, **options):
-        def connected(*arguments, **more):
-            connection = connect(*arguments, **more)
-            connection.response_class = TimedReply
-            return connection
-
-        return super().do_open(connected, request, **options)
-
-
-class TimedHTTP(Timed, urllib.request.HTTPHandler):
-    pass
-
-
-class TimedHTTPS(Timed, urllib.request.HTTPSHandler):
-    pass
-
-
-OPENER = urllib.request.build_opener(NoRedirects, TimedHTTP, TimedHTTPS)
+DIALECTS = {"gemini": Gemini(), "openai": OpenAI()}
 
 
 class AnswerCache:
-    """Answers on disk, for any number of threads and processes; the file is opened at the first use."""
+    """Answers in a file of JSON lines [key, answer], for any number of threads and processes."""
 
     def __init__(self, path):
-        self.path, self.lock, self.connection = path, threading.Lock(), None
+        self.path, self.lock, self.answers = path, threading.Lock(), {}
+        raw = data.read_bytes(path) if path and os.path.exists(path) else b""
+        for line in raw.split(b"\n")[:-1]:  # the last one may be half a line
+            try:
+                key, answer = json.loads(line)
+                self.answers[key] = answer + ""
+            except (ValueError, TypeError):
+                if line.strip():
+                    raise InputError(f"{path}: not a cache of helper models' answers") from None
 
     def get(self, key):
-        row = self.execute("SELECT answer FROM answers WHERE key = ?", (key,))
-        return row and row[0]
+        return self.answers.get(key)
 
     def put(self, key, answer):
-        self.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, answer))
-
-    def execute(self, statement, values):
-        """The first row of the result. Each statement is a transaction of its own, and waits for other processes."""
-        if not self.path:
-            return None
         with self.lock:
-            try:
-                if self.connection is None:
-                    options = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
-                    self.connection = sqlite3.connect(self.path, **options)
-                    self.connection.execute("PRAGMA synchronous = OFF")  # safe from kill -9, and 100 times as fast
-                    table = "answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
-                    self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-                return self.connection.execute(statement, values).fetchone()
-            except (sqlite3.Error, MemoryError) as error:  # execution_match bounds the memory of all sqlite
-                raise HelperError(f"{self.path}: not usable as the cache of helper models ({error})") from None
+            self.answers[key] = answer
+            if self.path:
+                data.append_jsonl(self.path, [[key, answer]])
 
 
-answer_cache = cache(AnswerCache)  # one connection to a file, whichever roles share it
+answer_cache = cache(AnswerCache)  # one for each file, whichever roles share it
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Other tasks and the command line
 # What `act.py` does besides training, and how it is told what to do.
 
 
 def evaluate(config, overwrite=False, resume=False):
-    """Task evaluate: the metrics of policy_model_config.model_path on data_config.validation_path."""
-    training, source, device = config.training_config, config.policy_model_config.model_path, start_processes()
-    on_main(check_output, config, resume, overwrite)
-    tokenizer = Tokenizer(Path(source) / "tokenizer.model")
-    template, helpers = Template(tokenizer, config.data_config.prompt_format), build_helpers(config)
-    _, pairs = load_pairs(config, helpers, template)
-    if not pairs:
-        path = config.data_config.validation_path or config.data_config.train_path
+    """Task evaluate: the metrics of a model on the validation turns. Returns them."""
+    begun, files = begin(config, overwrite), config.data_config
+    if not begun.validation:
+        path = files.validation_path or files.train_path
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
-    dtype = getattr(torch, config.policy_model_config.dtype)
-    policy, mesh = config.policy_model_config, make_mesh(device, training.dp_replicate_size)
-    lora = lora_config(policy) if policy.adapter_path else None  # new adapters, of lora_r, would change nothing
-    model = build_model(source, mesh, dtype, trainable=False, lora=lora, start=policy.adapter_path)
-    gemma.check_vocabulary(tokenizer, model)
-    on_main(claim, Path(training.output_dir))  # what an earlier evaluation left stays until there is another
-    metrics, samples = evaluate_pairs(model, template, pairs, helpers, config)
-    on_main(start_output, config, resume, overwrite)
-    on_main(write_evaluation, Path(training.output_dir), metrics, samples)
-    for name, value in metrics.items():
-        print0(f"{name:50} {'-' if value is None else round(value, 4)}")
+    policy, heuristic = config.policy_model_config, files.heuristic
+    mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
+    model = build_model(policy.model_path, mesh, getattr(torch, policy.dtype), trainable=False)
+    gemma.check_vocabulary(begun.tokenizer, model)
+    turns = begun.template, begun.validation, begun.helpers
+    metrics, samples = evaluate_pairs(model, *turns, config)
+    on_main(replace_results, config, lambda folder: write_evaluation(folder, metrics, samples))
+    for name in metrics:
+        print0("{:50} {:>8}".format(*shown(name, metrics, heuristic)))
+    say_unended(samples)
+    begun.helpers.report("these turns are left out of the means")
+    return metrics
 
 
 def generate_preference(config, overwrite=False, resume=False):
-    """Task generate_preference: conversations in, files of pairs out (Algorithm 1), in output_dir."""
-    start_processes()
-    on_main(check_output, config, resume, overwrite)
-    both = load_pairs(config, build_helpers(config))
-    if not any(both):
+    """Task generate_preference: files of the pairs of Algorithm 1, in output_dir."""
+    begun = begin(config, overwrite)
+    found = {"train": begun.pairs, "validation": begun.validation}
+    if not any(found.values()):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
-    on_main(start_output, config, resume, overwrite)
-    for name, pairs in zip(("train", "validation"), both, strict=True):
-        start = str(Path(config.training_config.output_dir) / name)
-        paths = {form: start + ending for form, ending in PAIR_FILES.items()}
-        if pairs and is_main():
-            for form, path in paths.items():
-                data.write_preferences(path, pairs, form)
-            print0(f"{len(pairs)} pairs: {paths['records']}; to tune Gemini {paths['vertex']}; for TRL {paths['trl']}")
+
+    def write(folder):
+        for name, pairs in found.items():
+            for form, ending in PAIR_FILES.items() if pairs else ():
+                data.write_preferences(folder / f"{name}{ending}", pairs, form)
+
+    on_main(replace_results, config, write)
+    for name, pairs in found.items():
+        paths = [output_of(config) / f"{name}{ending}" for ending in PAIR_FILES.values()]
+        if pairs:
+            print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
 
 
-TASKS = {"act": train, "sft": train, "dpo": train, "evaluate": evaluate, "generate_preference": generate_preference}
-TASK_HELP = {
-    "act": "train on pairs that are sampled from the policy as it is (Algorithm 2)",
-    "sft": "train on the gold replies",
-    "dpo": "train on the pairs of Algorithm 1, nothing sampled",
-    "evaluate": "the metrics of policy_model_config.model_path on data_config.validation_path",
-    "generate_preference": "write the pairs of Algorithm 1, for Gemini, TRL and other programs too",
+def check(config, overwrite=False, resume=False):
+    """Task check: what is wrong with a run's data, and what becomes of it. Writes nothing."""
+    begun, files = begin(config), config.data_config
+    paths = files.train_path, files.validation_path or files.train_path
+    for path, pairs in zip(paths, (begun.pairs, begun.validation), strict=True):
+        if pairs:
+            asks = sum(pair.action == CLARIFY for pair in pairs)
+            answers = f"{asks} {CLARIFY} and {len(pairs) - asks} {ANSWER}"
+            print0(f"{path}: {len(pairs)} turns, {answers}")
+
+
+TASKS = {
+    "act": (train, "train on pairs that are sampled from the policy as it is (Algorithm 2)"),
+    "sft": (train, "train on the gold replies"),
+    "dpo": (train, "train on the pairs of Algorithm 1, nothing sampled"),
+    "evaluate": (evaluate, "the metrics of policy_model_config.model_path on validation turns"),
+    "generate_preference": (generate_preference, "write the pairs of Algorithm 1 as files"),
+    "check": (check, "say what is wrong with the data, and what becomes of it"),
 }
 USAGE = "expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite"
 
 
 def parse_arguments(arguments):
-    """(config path, overrides, flags) of --config FILE [--task T] [--section.key VALUE ...] [--resume|--overwrite]."""
+    """(config path, overrides, flags) of --config FILE [--KEY VALUE ...] [--resume|--overwrite]."""
     overrides, flags, rest = {}, set(), list(arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if word in ("-h", "--help"):
-            print(help_text())
-            raise SystemExit(0)
+        near = get_close_matches(name, ("resume", "overwrite"), 1, 0.75)
         if not word.startswith("--"):
             raise InputError(f"{word!r}: {USAGE}")
-        if name in ("resume", "overwrite"):
-            if equals:
-                raise InputError(f"{word}: --{name} takes no value")
+        if near:
+            if word != f"--{near[0]}":
+                raise InputError(f"{word}: unknown, did you mean --{near[0]}, without a value?")
             flags.add(name)
             continue
-        near = get_close_matches(name, ("resume", "overwrite", "config"), 1, 0.75)
-        if near and name != "config":
-            raise InputError(f"{word}: unknown, did you mean --{near[0]}?")
         if not equals and (not rest or rest[0].startswith("--")):
             raise InputError(f"--{name}: a value is missing")
         overrides[name] = value if equals else rest.pop(0)
-    path = overrides.pop("config", None)
-    if path is None:
+    if "config" not in overrides:
         raise InputError("--config FILE is missing")
     if len(flags) == 2:
         raise InputError("--resume and --overwrite: expected one of them")
-    return path, overrides, flags
+    return overrides.pop("config"), overrides, flags
 
 
 def help_text():
-    """The header's commands, the tasks, the flags, and every key as the dataclasses above give it."""
-    tasks = [f"  {name:20} {about}" for name, about in TASK_HELP.items()]
-    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):", *tasks, "", "flags:"]
-    lines += ["  --resume             go on from the newest checkpoint of output_dir"]
+    """The header's commands, the tasks, the flags, and every key as its dataclass has it."""
+    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):"]
+    lines += [f"  {name:20} {about}" for name, (_, about) in TASKS.items()]
+    lines += ["", "flags:", "  --resume             go on from the newest checkpoint of output_dir"]
     lines += ["  --overwrite          start again in an output_dir that holds a run"]
-    sections = {}  # the helpers have the same keys
-    for name, kind in get_type_hints(Config).items():
-        sections.setdefault(kind, []).append(name)
-    for kind, names in list(sections.items())[1:]:
+    for kind in dict.fromkeys(SECTIONS.values()):
+        sections = [name for name, section in SECTIONS.items() if section is kind]
         body = [line.removeprefix("  ") for line in inspect.getsource(kind).splitlines()[2:]]
-        lines += ["", f"--{', '.join(names)}:", *body]
+        lines += ["", f"--{', '.join(sections)}:", *body]
     return "\n".join(lines)
 
 
 def main(arguments=None):
     """Run what the command line says; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        say(help_text())
+        return 0
     config = None
     try:
-        path, overrides, flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        path, overrides, flags = parse_arguments(arguments)
         config = load_config(path, overrides)
-        if "resume" in flags and TASKS[config.task] is not train:
+        task, _ = TASKS[config.task]
+        if "resume" in flags and task is not train:
             raise InputError(f"--resume: task '{config.task}' has nothing to resume")
-        TASKS[config.task](config, "overwrite" in flags, "resume" in flags)
+        task(config, "overwrite" in flags, "resume" in flags)
         dist.destroy_process_group()
-    except (InputError, OSError, SafetensorError) as error:  # OSError: of a full or read-only disk, say
+    except (InputError, OSError, SafetensorError, torch.OutOfMemoryError) as error:  # a full disk
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        if rank:  # mostly the same error on all ranks: the first says it, and torchrun ends the others meanwhile
+        if rank:  # mostly the same error on all ranks: the first says it, torchrun ends the others
             time.sleep(2)
-        print(f"act.py: error: {error}" + (f" (local rank {rank})" if rank else ""), file=sys.stderr, flush=True)
+        said = f"act.py: error: {error}" + f" (local rank {rank})" * bool(rank)
+        say(said, sys.stderr)
         return 2
     except RunStopped as error:
         if is_main():
-            print(f"act.py: stopped: {error}", file=sys.stderr, flush=True)
+            say(f"act.py: stopped: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        saved = checkpoints(config.training_config.output_dir) if config else []
         if is_main():
-            hint = f"; --resume goes on from step {max(saved)}" if saved else ""
-            print(f"\nact.py: interrupted{hint}", file=sys.stderr, flush=True)
+            say("\nact.py: interrupted", sys.stderr)
         return 130
     finally:
         heed_signals(False)
-        HELD.clear()
-        if dist.is_initialized() and dist.get_world_size() == 1:  # with more it could wait for ranks that wait for it
+        with suppress(OSError):
+            release_lock(output_of(config)) if config else None
+        if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait for all
             dist.destroy_process_group()
     return 0
 
 
 def run_as_program():
     """main(), and the end of the process with what it returns as exit status."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     data.speak_plainly()
     try:
         status = main()
-    except Exception:  # nobody foresaw it: here is its traceback; Python's own way out could wait for other ranks
-        traceback.print_exc()
+    except Exception:  # nobody foresaw it; Python's own way out could wait for other ranks
+        say(traceback.format_exc(), sys.stderr)
         status = 1
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # calls in flight are paid for: they end, and their answers are kept, unless it was Ctrl-C that ended the run
+    # Calls in flight are paid for: their answers are kept, unless it was Ctrl-C that ended the run.
+    until = time.monotonic() + 15  # torchrun waits 30 seconds after SIGTERM
     for thread in threading.enumerate() if status != 130 else ():
         if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, destroy_process_group or not, and
-    # that aborts a process which has finished (seen with torch 2.13 and a replicated mesh, in up to one run of three).
+            thread.join(max(0.0, until - time.monotonic()))
+    with suppress(OSError):
+        sys.stdout.flush()
+    # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, which aborts a
+    # process that has finished (seen with torch 2.13 and a replicated mesh, in one run of three).
     os._exit(status)
 
 
