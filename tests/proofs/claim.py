@@ -226,9 +226,11 @@ def curve(bench, seeds):
         )
     write(bench.out, "curve", found, *parts)
     metric = COLUMNS["trajectory EM"][0]
-    lines = {
-        method: [[100 * found[method, seed, size, ()][metric] for seed in seeds] for size in SIZES] for method in CURVE
-    }
+
+    def point(method, size):
+        return mean_and_spread([100 * found[method, seed, size, ()][metric] for seed in seeds])
+
+    lines = {method: [point(method, size) for size in SIZES] for method in CURVE}
     (bench.out / "claim.svg").write_text(svg(lines), encoding="utf-8")
 
 
@@ -261,57 +263,85 @@ def study(bench, name):
 
 # ----------------------------------------------------------------------------------------------------------- the figure
 
-COLOURS = ("#888888", "#3b7dd8", "#d8863b", "#c0392b")
+# colour of each method, on a light page and on a dark one
+COLOURS = {
+    "SFT": ("#6e7781", "#8b949e"),
+    "SFT continued": ("#0969da", "#79c0ff"),
+    "offline DPO": ("#8250df", "#d2a8ff"),
+    "ACT": ("#cf222e", "#ff7b72"),
+}
+PAPER = ("#ffffff", "#0d1117")
+INK = ("#1f2328", "#e6edf3")
+GRID_LINE = ("#d0d7de", "#30363d")
 
 
 def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def svg(lines, width=640, height=400, left=60, right=150, top=30, bottom=50):
-    """Trajectory exact match over training conversations: mean and standard deviation over seeds of each method."""
-    lines = {method: [mean_and_spread(point) for point in points] for method, points in lines.items()}
+def style():
+    """The colours as classes, for a light page and, where the reader prefers it, for a dark one."""
+
+    def rules(page):
+        found = [f".paper {{ fill: {PAPER[page]} }}", f".ink {{ fill: {INK[page]} }}"]
+        found.append(f".grid {{ stroke: {GRID_LINE[page]} }}")
+        for k, colours in enumerate(COLOURS.values()):
+            found.append(f".line{k} {{ stroke: {colours[page]}; fill: none }}")
+            found.append(f".name{k} {{ fill: {colours[page]} }}")
+        return "\n".join(found)
+
+    return f"<style>\n{rules(0)}\n@media (prefers-color-scheme: dark) {{\n{rules(1)}\n}}\n</style>"
+
+
+def svg(lines, width=800, height=460, left=60, right=190, top=80, bottom=64):
+    """Trajectory exact match over training conversations; lines: {method: [(mean, spread) of each size]}."""
     bars = [bar for points in lines.values() for bar in points]
-    low, high = (
-        5 * (min(mean - spread for mean, spread in bars) // 5),
-        5 * (max(mean + spread for mean, spread in bars) // 5 + 1),
-    )
+    low = 10 * (min(mean - spread for mean, spread in bars) // 10)
+    high = 10 * (max(mean + spread for mean, spread in bars) // 10 + 1)
 
     def x(i):
-        return left + 20 + i * (width - left - right - 40) / (len(SIZES) - 1)
+        return left + 30 + i * (width - left - right - 60) / (len(SIZES) - 1)
 
     def y(value):
         return top + (high - value) / (high - low) * (height - top - bottom)
 
-    def label(at_x, at_y, words, anchor="middle", fill="#222"):
-        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
+    def label(at_x, at_y, words, anchor="middle", kind="ink", more=""):
+        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" class="{kind}"{more}>{words}</text>'
 
+    title = "Turns that end in exactly the gold answer, %"
+    below = "608 test turns of the tiny world; mean and standard deviation over 5 seeds"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        label(left, top - 12, "trajectory exact match, %", "start"),
-        label((left + width - right) / 2, height - 10, "training conversations"),
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="18">',
+        "<title>Trajectory exact match over training conversations, four methods, five seeds</title>",
+        style(),
+        f'<rect width="{width}" height="{height}" class="paper"/>',
+        label(left - 46, 30, title, "start", more=' font-weight="600"'),
+        label(left - 46, 54, below, "start", more=' font-size="16"'),
+        label((left + width - right) / 2, height - 14, "training conversations"),
     ]
-    for tick in range(int(low), int(high) + 1, 5):
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#ddd"/>')
-        parts.append(label(left - 8, y(tick) + 4, tick, "end"))
-    parts += [label(x(i), height - bottom + 20, size) for i, size in enumerate(SIZES)]
+    for tick in range(int(low), int(high) + 1, 10):
+        at = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
+        parts.append(f'<line x1="{left}" x2="{width - right}" {at} class="grid"/>')
+        parts.append(label(left - 10, y(tick) + 6, tick, "end"))
+    parts += [label(x(i), height - bottom + 26, size) for i, size in enumerate(SIZES)]
     ends = []
-    for k, (method, points) in enumerate(lines.items()):
-        colour, (means, spreads) = COLOURS[k], zip(*points, strict=True)
-        shifts = [x(i) + 3 * (k - 1.5) for i in range(len(SIZES))]  # so that two methods' bars do not hide each other
+    for k, method in enumerate(COLOURS):
+        means, spreads = zip(*lines[method], strict=True)
+        shifts = [x(i) + 7 * (k - 1.5) for i in range(len(SIZES))]  # so that no bar hides another
         path = " ".join(f"{at:.1f},{y(mean):.1f}" for at, mean in zip(shifts, means, strict=True))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        wide = 4 if method == "ACT" else 2.5
+        parts.append(f'<polyline points="{path}" class="line{k}" stroke-width="{wide}"/>')
         for at, mean, spread in zip(shifts, means, spreads, strict=True):
-            parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="3" fill="{colour}"/>')
-            ends_of_bar = f'y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}"'
-            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" {ends_of_bar} stroke="{colour}"/>')
-        ends.append([y(means[-1]) + 4, method, colour])
+            bar = f'x1="{at:.1f}" x2="{at:.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}"'
+            parts.append(f'<line {bar} class="line{k}" stroke-width="2" stroke-opacity="0.5"/>')
+            parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="{wide + 1.5}" class="name{k}"/>')
+        ends.append([y(means[-1]) + 6, method, k])
     ends.sort()
     for before, after in itertools.pairwise(ends):
-        after[0] = max(after[0], before[0] + 15)  # names below one another where lines end close together
-    parts += [label(width - right + 12, at, method, "start", colour) for at, method, colour in ends]
+        after[0] = max(after[0], before[0] + 22)  # names below one another where lines end close together
+    for at, method, k in ends:
+        parts.append(label(width - right + 14, at, method, "start", f"name{k}", ' font-weight="600"'))
     return "\n".join([*parts, "</svg>", ""])
 
 
