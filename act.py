@@ -1493,7 +1493,7 @@ def begin(config, overwrite=False, resume=False):
                 expected = f"expected {ranks[0].get(key)} as on rank 0"
                 raise InputError(f"rank {rank}: {key} is {value}, {expected}")
     tokenizer = template = None
-    if source:
+    if source and config.task != "generate_preference":  # whose pairs are for any model
         tokenizer = Tokenizer(Path(source) / "tokenizer.model")
         template = Template(tokenizer, prompt_format(config, tokenizer))
     helpers = Helpers(config, contents)
