@@ -67,7 +67,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import gemma
-from data import ANSWER, CLARIFY, HEURISTICS, ROLES, InputError, read_json, write_json
+from data import ANSWER, CLARIFY, HEURISTICS, InputError, read_json, write_json
 from gemma import Forest, Gemma, GemmaConfig, KVCache, Template, Tokenizer, generate
 
 # --------------------------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ FAILED_TURN = {"trajectory": [], "final_answer": None, "inferred_action": None, 
 def score_of(compare, pair, answer, gold):
     """(exact, score) of an answer on this turn. Raises InputError naming it, where a gold query fails, say."""
     try:
-        return data.score_of(compare, answer, gold, pair.context)
+        return data.scored(compare, answer, gold, pair.context)
     except InputError as error:
         raise InputError(f"{pair.where}: {error}") from None
 
@@ -688,6 +688,113 @@ def write_report(folder):
     held = re.sub("[<>&]", lambda mark: f"\\u{ord(mark[0]):04x}", held)
     before, at, after = template.read_text(encoding="utf-8").partition('<script type="application/json" id="data">')
     data.write_text(folder / "report.html", [before, at, held, after.removeprefix("null")])
+
+
+from collections.abc import Callable  # noqa
+from typing import NamedTuple  # noqa
+
+
+def indented(messages):
+    """Messages for a helper's prompt; later lines of a text are indented, so that none looks like a new message."""
+    return "".join(f"{data.SPEAKERS[role]}: {in_prompt(text)}\n" for role, text in messages)
+
+
+def in_prompt(text, longest=20_000):
+    """A text for a helper's prompt, of a longer one the end."""
+    return text[-longest:].replace("\n", "\n  ")
+
+
+def action_fields(reply):
+    return {"response": in_prompt(reply.strip())}
+
+
+def intent_fields(pair):
+    """Without the final answer: what the summary does not know, the simulated user cannot give away."""
+    return {"conversation": indented(pair.history + pair.gold[:-1])}
+
+
+def user_fields(request):
+    pair, trajectory, intent = request
+    return {"intent": in_prompt(intent), "conversation": indented(pair.history + trajectory)}
+
+
+def question_fields(request):
+    asking = "Assistant (asks a clarifying question):"
+    pair, examples = request
+    shown = [(example, f"{asking} {in_prompt(example.chosen[0][1])}\n\n") for example in examples]
+    return {"examples": "".join(
+        f"{each.instruction}\n[context]\n{each.context}\n[conversation]\n{indented(each.history)}{end}"
+        for each, end in [*shown, (pair, asking)]
+    )}  # fmt: skip
+
+
+def judge_fields(request):
+    pair, answer = request
+    conversation = indented(pair.history + pair.gold[:-1])
+    return {"conversation": conversation, "gold": in_prompt(pair.target), "answer": in_prompt(answer)}
+
+
+def parse_verdict(answer):
+    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right", up to what looks like a next example."""
+    answer = re.split(r"\n\s*CONVERSATION:", answer.upper())[0]
+    found = set(re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer))
+    return {("", "RIGHT"): 1.0, ("", "WRONG"): 0.0}.get(found.pop()) if len(found) == 1 else None
+
+
+def parse_action(answer):
+    """The first of the two words, in capitals if there is one, else in any case; None where neither is written."""
+    answer = unlabelled(answer, "Answer")
+    found = re.search("CLARIFY|ANSWER", answer) or re.search(r"(?i)clarify|\banswer", answer)
+    return found and found[0].upper()
+
+
+def parse_intent(answer):
+    """The first paragraph that is no announcement ("Here is the summary:"), up to what looks like a next example."""
+    answer = re.split(r"\n\s*(?:Intent|Conversation|User|Assistant):", unlabelled(answer, "Intent"))[0]
+    paragraphs = [data.fold(paragraph) for paragraph in re.split(r"\n\s*\n", answer)]
+    return next((text for text in paragraphs if text and not text.endswith(":")), None)
+
+
+def parse_user(answer):
+    """The first line, up to what the model writes for the assistant."""
+    line = unlabelled(answer, "User").partition("\n")[0]
+    return line.partition("Assistant:")[0].strip() or None
+
+
+def parse_question(answer):
+    """The first line that is a question, before anybody else speaks; None where none was written."""
+    lines = re.split(r"\n\s*User:", unlabelled(answer, "Assistant"))[0].split("\n")
+    return next((line for line in (unlabelled(line, "Assistant") for line in lines) if data.is_question(line)), None)
+
+
+def unlabelled(answer, name):
+    """Without a "User: ", "**Assistant:** " or "Assistant (asks): " in front."""
+    return re.sub(rf"\A[\s*]*{name}(?: \([^)\n]*\))?[\s*]*:[\s*]*", "", answer.strip()).strip()
+
+
+class Role(NamedTuple):
+    """How a helper's part is played; a request is what its rule takes a list of."""
+
+    rule: Callable  # [request] -> [result]
+    names: tuple  # what its prompt must have in {}
+    fields: Callable  # request -> {name: text} for them
+    parse: Callable  # a model's answer -> result, or None where it cannot be used
+    stop: tuple  # texts at which an answer may be cut short
+    prompt: str  # the file of its prompt in configs/prompts/
+
+
+ROLES = {
+    "action_model_config": Role(
+        data.rule_actions, ("response",), action_fields, parse_action, ("\nMessage:",), "action.txt"),
+    "user_simulator_config": Role(
+        data.rule_users, ("intent", "conversation"), user_fields, parse_user, ("\nAssistant:",), "user.txt"),
+    "intent_model_config": Role(
+        data.rule_intents, ("conversation",), intent_fields, parse_intent, ("\nConversation:",), "intent.txt"),
+    "preference_model_config": Role(
+        data.rule_questions, ("examples",), question_fields, parse_question, ("\nUser:",), "question.txt"),
+    "judge_model_config": Role(  # no rule: a heuristic is one
+        None, ("conversation", "gold", "answer"), judge_fields, parse_verdict, ("\nConversation:",), "judge.txt"),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1300,7 +1407,7 @@ def load_pairs(config, helpers, template=None):
     questions = split_over_ranks("writing question", helpers.write_questions)
     classify = split_over_ranks("classifying reply", helpers.label_actions)
     compare, files = helpers.classify_actions is data.rule_actions, config.data_config
-    pairs, validation = data.get_datasets_from_config(config, questions, classify, print0, compare)
+    pairs, validation = prepare_pairs(config, questions, classify, compare)
     if template:
         pairs, lines = fitting(pairs, files.train_path, template, config.training_config)
         held = files.validation_path or files.train_path
@@ -1323,13 +1430,54 @@ def load_pairs(config, helpers, template=None):
     return pairs, validation
 
 
+def prepare_pairs(config, write_questions, classify, compare):
+    training, files = config.training_config, config.data_config
+
+    def read(path):
+        if not path:
+            return []
+        rows, lines = (data.read_preferences if training.is_preference else data.read_conversations)(path)
+        for line in lines:
+            print0(line)
+        return rows
+
+    def pairs_of(path, rows, asks, class_balance=None, labels="gold"):
+        if training.is_preference or not rows:
+            return data.balance(rows, class_balance, training.seed)
+        if labels == "classifier":
+            for row in rows:
+                for message in row["messages"]:
+                    message.pop("requires_clarification", None)
+        missing = data.missing_labels(rows)
+        data.label_turns(missing, classify([reply for _, reply in missing]) if missing else [])
+        pairs, skipped = data.make_pairs(rows)
+        actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if compare else ()
+        for line in data.check_conversations(path, pairs, skipped, len(missing), actions):
+            print0(line)
+        requests = data.question_requests(pairs, training.icl_examples, training.seed)
+        data.reject_questions(requests, (write_questions if asks else data.rule_questions)(requests) if requests else [])
+        pairs = data.balance(pairs, class_balance, training.seed)
+        return data.random_actions(pairs, training.seed) if labels == "random" else pairs
+
+    held = read(files.validation_path)
+    rows = read("" if config.task == "evaluate" and held else files.train_path)
+    if files.validation_split and not held:
+        rows, held = data.split_dialogues(rows, files.validation_split, training.seed)
+        print0(f"{files.train_path}: {len(held)} of {len(rows) + len(held)} are held out for validation")
+    rows = [] if config.task == "evaluate" else rows
+    written = config.task == "generate_preference"
+    asks = written or config.task in ("act", "dpo")
+    train = pairs_of(files.train_path, rows, asks, training.class_balance, training.action_labels)
+    return train, pairs_of(files.validation_path or files.train_path, held, written)
+
+
 def fitting(pairs, path, template, training, trained_on=True):
     """(pairs without those whose first reply does not fit into max_length, lines about these and what else is cut)."""
     longest, room, kept, cut, unfit = training.max_prompt_length, training.max_length, [], {}, {}  # cut: turn -> tokens
     unsaid = {}  # turns whose gold replies are longer than a sample can be
     for pair in pairs:
-        turn = "" if training.is_preference else f".{sum(role == 'user' for role, _ in pair.history)}"
-        at, whole = pair.where.rpartition(":")[2] + turn, len(template.prompt(pair, sys.maxsize))
+        turn = f".{pair.turn}" if pair.turn else ""
+        at, whole = f"{pair.line}{turn}", len(template.prompt(pair, sys.maxsize))
         length = whole if whole <= longest else len(template.prompt(pair, longest))
         if length < whole:
             cut[at] = whole - length
