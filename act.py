@@ -213,32 +213,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
     return losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach()
 
 
-class Scored:
-    """Sequences (prompt, reply, mask) as one Forest; each scored token's place and id."""
-
-    def __init__(self, sequences, device):
-        self.forest = Forest([prompt + reply for prompt, reply, _ in sequences])
-        # the tokens that are computed, for the log
-        self.used = round((1 - self.forest.padding) * self.forest.tokens.numel())
-        rows, slots, targets = [], [], []
-        for i, (prompt, reply, mask) in enumerate(sequences):
-            row, path = self.forest.paths[i]
-            for j, written in enumerate(mask):
-                if written:
-                    rows.append(row)
-                    slots.append(int(path[len(prompt) + j - 1]))  # the token before predicts it
-                    targets.append(reply[j])
-        self.rows, self.slots = torch.tensor([rows, slots], device=device)
-        self.targets = torch.tensor(targets, device=device)
-        # the number of scored tokens of each sequence
-        self.counts = [sum(mask) for *_, mask in sequences]
-        self.lengths = torch.tensor(self.counts, device=device)
-        self.forest.to(device)
-
-    def logps(self, model):
-        """Log-probability of each reply, summed over its scored tokens: float32 [sequences]."""
-        token_logps = model.logps(self.forest, self.rows, self.slots, self.targets)
-        return torch.stack([part.sum() for part in token_logps.split(self.counts)])
+def forest_of(sequences, device):
+    """Sequences (prompt, reply, mask) as one Forest."""
+    masks = [[0] * len(prompt) + mask for prompt, _, mask in sequences]
+    return Forest([prompt + reply for prompt, reply, _ in sequences], masks).to(device)
 
 
 def preference_step(run, pairs, weight):
@@ -248,15 +226,16 @@ def preference_step(run, pairs, weight):
     for pair in pairs:
         for messages, ended in ((pair.chosen, True), (pair.rejected, not pair.cut)):
             sequences.append(sequence_of(pair, messages, ended, run.template, training))
-    scored = Scored(sequences, run.device)
+    forest = forest_of(sequences, run.device)
+    lengths = torch.tensor(forest.counts, device=run.device)
     with torch.no_grad():
-        reference_logps = scored.logps(run.reference)
-    chosen, rejected = scored.logps(run.policy).view(-1, 2).T
+        reference_logps = run.reference.logps(forest)
+    chosen, rejected = run.policy.logps(forest).view(-1, 2).T
     options = training.beta, training.label_smoothing, training.loss_type
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen, rejected, *reference_logps.view(-1, 2).T, *options
     )
-    likelihoods = chosen / scored.lengths[::2].clamp(min=1)  # per token
+    likelihoods = chosen / lengths[::2].clamp(min=1)  # per token
     losses = losses - training.rpo_alpha * likelihoods
     (losses.sum() * weight).backward()
     sums = {
@@ -269,22 +248,26 @@ def preference_step(run, pairs, weight):
         "logps/rejected": rejected.detach().sum(),
     }
     values = torch.stack(list(sums.values())).tolist()  # one wait for the device
-    return {**dict(zip(sums, values, strict=True)), "tokens": scored.used}
+    return {**dict(zip(sums, values, strict=True)), "tokens": forest.used}
 
 
 def sft_step(run, pairs, weight):
     """The same for gold replies: negative log-likelihood per token, a mean over each reply."""
     training = run.config.training_config
     golds = [sequence_of(pair, pair.gold[:1], True, run.template, training) for pair in pairs]
-    scored = Scored(golds, run.device)
-    losses = -scored.logps(run.policy) / scored.lengths.clamp(min=1)
+    forest = forest_of(golds, run.device)
+    losses = -run.policy.logps(forest) / torch.tensor(forest.counts, device=run.device).clamp(min=1)
     (losses.sum() * weight).backward()
-    return {"loss": losses.sum().item(), "tokens": scored.used}
+    return {"loss": losses.sum().item(), "tokens": forest.used}
+
+
+def prompt_of(template, pair, max_length):
+    return template.prompt(pair.context, pair.history, max_length, pair.instruction)
 
 
 def sequence_of(pair, messages, ended, template, training):
     """(prompt, reply, mask) of a prompt and one side, cut to max_length; mask: 1 where scored."""
-    prompt = template.prompt(pair, training.max_prompt_length)
+    prompt = prompt_of(template, pair, training.max_prompt_length)
     tokens, mask = template.reply(messages, ended)
     if training.loss_on == "all":
         mask = [1] * len(tokens)
@@ -424,7 +407,7 @@ class Sampler:
         """generators: one for each pair; None: greedy."""
         self.model, self.template, self.max_new_tokens = model, template, training.max_new_tokens
         self.max_length = training.max_length
-        self.prompts = [template.prompt(pair, training.max_prompt_length) for pair in pairs]
+        self.prompts = [prompt_of(template, pair, training.max_prompt_length) for pair in pairs]
         self.sampling = {"temperature": training.temperature, "top_k": training.top_k, "top_p": training.top_p}
         self.generators, self.trajectories = generators, {}  # row -> the list that its conversation goes on filling
         self.parts = [(list(range(len(pairs))), KVCache())]  # rows that are continued together
@@ -1103,26 +1086,18 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, checkpointin
         model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
         model.requires_grad_(trainable)
         if lora:
-            gemma.add_adapters(model, lora, bool(start))
+            gemma.add_adapters(model, lora)
     model.set_checkpointing(checkpointing)
     model.compute_dtype = torch.bfloat16 if bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
         shard(model, mesh)
     model.to_empty(device=mesh.device_type)
     gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")
-    for names in (gemma.ADAPTERS, gemma.STARTS) if start else ():
-        gemma.load_safetensors(gemma.adapters(model, names), start, "adapter_model")
     return model
 
 
 def lora_config(policy):
     """LoraConfig of a PolicyModelConfig: the adapter's own where one is given; None: full fine-tuning."""
-    if policy.adapter_path:
-        path = Path(policy.adapter_path) / "adapter_config.json"
-        lora = gemma.LoraConfig.from_json(path)
-        if policy.lora_r not in (0, lora.r):
-            raise InputError(f"{path}: r is {lora.r}, expected lora_r {policy.lora_r}; 0 takes the adapter's")
-        return lora
     targets = policy.lora_target_modules or gemma.PROJECTIONS
     return gemma.LoraConfig(policy.lora_r, policy.lora_alpha, targets) if policy.lora_r else None
 
@@ -1134,7 +1109,7 @@ class Reference:
         self.policy = policy
 
     def logps(self, *batch):
-        with gemma.starting_adapters(self.policy):
+        with gemma.adapters_off(self.policy):
             return self.policy.logps(*batch)
 
 
@@ -1329,8 +1304,8 @@ def fitting(pairs, path, template, training, trained_on=True):
     unsaid = {}  # turns whose gold replies are longer than a sample can be
     for pair in pairs:
         turn = "" if training.is_preference else f".{sum(role == 'user' for role, _ in pair.history)}"
-        at, whole = pair.where.rpartition(":")[2] + turn, len(template.prompt(pair, sys.maxsize))
-        length = whole if whole <= longest else len(template.prompt(pair, longest))
+        at, whole = pair.where.rpartition(":")[2] + turn, len(prompt_of(template, pair, sys.maxsize))
+        length = whole if whole <= longest else len(prompt_of(template, pair, longest))
         if length < whole:
             cut[at] = whole - length
         if trained_on and length + len(template.reply(pair.chosen[:1])[0]) > room:
@@ -1415,7 +1390,7 @@ def save_model(run, directory, optimizer=None, state=None, adapters=False):
     model, tokenizer, partial = run.policy, run.tokenizer, directory.with_name(f".{directory.name}.part")
     check_finite(dict(model.named_parameters()))
     if is_main():
-        gemma.remove_tree(partial)
+        remove_tree(partial)
     if adapters:
         gemma.save_adapters(model, partial, run.config.policy_model_config.model_path)
     else:
@@ -1426,8 +1401,23 @@ def save_model(run, directory, optimizer=None, state=None, adapters=False):
         save_tokenizer(tokenizer, model.config, partial)
         if state:
             write_json(partial / "trainer_state.json", state)
-        gemma.remove_tree(directory)
+        remove_tree(directory)
         partial.rename(directory)
+
+
+def remove_tree(path):
+    """Remove a directory or file, if it is there; of a link only the link.
+
+    It is renamed first: whenever the process is killed, all of it is there or nothing.
+    """
+    aside = path.with_name(f".{path.name}.old")
+    for there in (os.path.lexists(path), False):  # first what was left there by a process that was killed
+        if aside.is_symlink() or aside.is_file():
+            aside.unlink()
+        elif aside.exists():
+            shutil.rmtree(aside)
+        if there:
+            path.rename(aside)
 
 
 def save_tokenizer(tokenizer, config, directory):
@@ -1459,7 +1449,7 @@ def save_checkpoint(run, step):
         saved = checkpoints(training.output_dir)
         kept = [n for n in scores_of(training) if n in saved][:1] + list(saved)[-training.save_total_limit :]
         for n in saved.keys() - kept:
-            gemma.remove_tree(saved[n])
+            remove_tree(saved[n])
     dist.barrier()
 
 
@@ -1567,16 +1557,16 @@ def start_output(config, resume=False, overwrite=False, checkpoint=None):
     if check_output(config, resume, overwrite) != checkpoint:
         raise InputError(f"{output}: another run has written to it meanwhile, expected to be the only one")
     for path in output.glob("checkpoints/.*"):  # left where a run was killed
-        gemma.remove_tree(path)
+        remove_tree(path)
     if checkpoint:  # what was logged after it will be logged again, and the model is no longer the last one
         step, logs = int(checkpoint.name[5:]), ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")
         rows = {output / name: whole_rows(output / name) for name in logs if (output / name).exists()}
-        gemma.remove_tree(output / "model")
+        remove_tree(output / "model")
         for path in rows:
             data.write_jsonl(path, [row for row in rows[path] if row["step"] <= step])
     else:
         for name in WRITES[config.task]:
-            gemma.remove_tree(output / name)
+            remove_tree(output / name)
     write_json(output / "config.json", asdict(config))
 
 
