@@ -366,7 +366,7 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
         [generator], said, ended = act.noise_generators(5, 7, [row]), [], []
         for turn in range(turns[row]):
             said += [("user", *user([row], [said]))] if turn else []
-            prompt = template.prompt(replace(pair, history=pair.history + said), 10**6)
+            prompt = template.prompt(pair.context, pair.history + said, 10**6)
             options = {"stop_ids": template.stop_ids, "generator": [generator], **sampling}
             [tokens] = generate(model, [prompt], training.max_new_tokens, **options)
             said.append(("model", template.text(tokens)))
@@ -441,7 +441,7 @@ def test_a_batch_on_policy_equals_each_example_alone(world, mesh, plain, pairs, 
 
     class Played(Script):
         def policy(self, i, said):
-            prompt = plain.prompt(replace(batch[i], history=batch[i].history + said), 10**6)
+            prompt = plain.prompt(batch[i].context, batch[i].history + said, 10**6)
             if not said:
                 [self.noise] = act.noise_generators(3, 5, [positions[i]])
             options = {"stop_ids": plain.stop_ids, "generator": [self.noise], "temperature": 0.7}

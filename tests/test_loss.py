@@ -118,7 +118,7 @@ def test_an_sft_step_is_the_mean_likelihood_of_the_first_gold_reply(model, token
     assert max(len(pair.gold) for pair in batch) > 1
     for pair in batch:
         reply = tokenizer.encode(pair.gold[0][1]) + [tokenizer.end_of_turn_id]
-        sequences.append((chat.prompt(pair, 900), reply, [1] * len(reply)))
+        sequences.append((chat.prompt(pair.context, pair.history, 900), reply, [1] * len(reply)))
     expected = -oracle_logps(policy, sequences) / torch.tensor([len(reply) for _, reply, _ in sequences])
     policy.zero_grad()
     (0.5 * expected.sum()).backward()
