@@ -24,6 +24,7 @@ TINY = ROOT / "configs" / "tiny"
 WINDOW = 8  # of the random models here; all prompts are longer
 VOCABULARY = 416  # of the tiny world
 FORMATS = ("plain", "gemma")
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))  # of each process
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def error_of(capsys, *words):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT)}
 
 
 def run_program(*words):
@@ -216,7 +217,7 @@ def one_rank(rank, count, port, log, words, patch):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if patch:
         patch()
     sys.argv[1:] = words

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from common import random_model
+from common import environment, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo import lookup_backend
@@ -59,15 +59,6 @@ PUBLISHED_2B = {
     "use_cache": True,
     "vocab_size": 256000,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are far too small for more than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["gemma2"])
@@ -1133,8 +1124,7 @@ def test_unreadable_tokenizer_is_named(tmp_path, content):
 
 
 def command(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / "gemma.py", *arguments], capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run([sys.executable, ROOT / "gemma.py", *arguments], capture_output=True, text=True, env=environment(), timeout=240)
 
 
 def test_command_line_prints_a_reply(tokenizer_path, tmp_path):
