@@ -42,7 +42,10 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     has = torch.backends.cpu.get_cpu_capability()
     level = ORDER.index(has) if has in ORDER else 0
-    print(f"{has}, {torch.get_num_threads()} threads\n\n| set | the suite's last line | minutes |\n|---|---|---|", flush=True)
+    print(
+        f"{has}, {torch.get_num_threads()} threads\n\n| set | the suite's last line | minutes |\n|---|---|---|",
+        flush=True,
+    )
 
     failed = False
     for kind, variables in SETTINGS:
@@ -52,7 +55,9 @@ def main():
         began, log = time.monotonic(), out / f"{name.replace(' ', ',')}.log"
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", *given.words]
         with open(log, "w", encoding="utf-8") as file:
-            status = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, stdout=file, stderr=file).returncode
+            status = subprocess.run(
+                command, cwd=ROOT, env={**os.environ, **variables}, stdout=file, stderr=file
+            ).returncode
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1].strip("= ")
         print(f"| {name} | {last} | {(time.monotonic() - began) / 60:.1f} |", flush=True)
         failed = failed or status != 0
