@@ -24,6 +24,7 @@ TINY = ROOT / "configs" / "tiny"
 WINDOW = 8  # of the random models here; all prompts are longer
 VOCABULARY = 416  # of the tiny world
 FORMATS = ("plain", "gemma")
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))  # of each process
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,8 @@ def gradients_of(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def assert_same_gradients(found, expected, tolerance=1e-5):
+def assert_same_gradients(found, expected, tolerance=1e-4):
+    """float32 rounds at 6e-8; orders of summation differ by some 2e-6 of a gradient, by processor."""
     assert found.keys() == expected.keys()
     for name in expected:
         assert expected[name].norm() > 0, name
@@ -174,7 +176,7 @@ def error_of(capsys, *words):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT)}
 
 
 def run_program(*words):
@@ -216,7 +218,7 @@ def one_rank(rank, count, port, log, words, patch):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if patch:
         patch()
     sys.argv[1:] = words
@@ -253,9 +255,7 @@ def assert_same_rows(rows, expected):
             if key.startswith("act/"):
                 assert row[key] == wanted[key]
         row.pop("tokens", None), wanted.pop("tokens", None)  # ranks share no prefixes
-        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-        if "loss" in row:
-            assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-4)  # log-probabilities of -100 are rounded at 4e-6
     happened = {key for row in rows for key, value in row.items() if key.startswith("act/") and value}
     assert len(happened) > 1, "more than one outcome"
 
@@ -263,4 +263,13 @@ def assert_same_rows(rows, expected):
 def assert_nearly_same_weights(found, wanted):
     found, wanted = weights_of(found), weights_of(wanted)
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)
+        assert_nearly_same(found[name], wanted[name], name)
+
+
+def assert_nearly_same(found, wanted, name):
+    """After some steps. Each moves a weight by 1e-3 or so, even one whose gradient is nothing but rounding.
+
+    Such weights are few, and may differ by all of that: the bound is on the root of the mean square.
+    """
+    off = (found - wanted).square().mean().sqrt()
+    assert off < 1e-5, f"{name} is off by {off}"
