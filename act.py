@@ -1166,7 +1166,7 @@ def check_config(config, path):
          "load_best_model_at_end expects eval_steps, and save_steps to be a multiple of them"),
         (training.load_best_model_at_end and not validates,
          "load_best_model_at_end expects a validation_path or validation_split to choose by"),
-        (set(policy.lora_target_modules or ()) - set(gemma.PROJECTIONS),
+        ([name for name in policy.lora_target_modules or () if name not in gemma.PROJECTIONS],
          f"lora_target_modules has {policy.lora_target_modules}, not of {gemma.PROJECTIONS}"),
         (training.label_smoothing and training.loss_type != "sigmoid",
          f"label_smoothing is set, which loss_type '{training.loss_type}' does not read"),
