@@ -1074,7 +1074,7 @@ def flat(config):
     """{"section.key": value} of a configuration as JSON has it."""
     values = {}
     for name, section in config.items():
-        if isinstance(section, dict):
+        if isinstance(section, dict) and name in SECTIONS:
             values |= {f"{name}.{key}": value for key, value in section.items()}
         else:
             values[name] = section
@@ -1094,7 +1094,8 @@ def full_key(name):
 def unknown(key):
     if key in SECTIONS:
         return "not a key but a section, expected an object"
-    known = {name.rpartition(".")[2]: name for name in KEYS} | {name: name for name in KEYS}
+    known = {name.rpartition(".")[2]: name for name in KEYS}
+    known |= {name: name for name in (*KEYS, *SECTIONS)}
     return f"unknown key, the nearest known one is {known[get_close_matches(key, known, 1, 0)[0]]}"
 
 
