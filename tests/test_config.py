@@ -360,7 +360,7 @@ def test_help_lists_every_task_flag_and_key_with_its_default(capsys):
         assert [name for name, *_ in lines] == [key.name for key in keys], "all of them, in order"
         for (name, default, about), key in zip(lines, keys, strict=True):
             assert eval(default) == key.default, name
-            assert about or name in ("optim", "lr_scheduler_type"), f"{name}: not a word about it"
+            assert about or name in ("optim", "lr_scheduler_type", "metric_for_best_model"), f"{name}: not a word about it"
 
 
 def test_command_line():
