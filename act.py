@@ -870,6 +870,8 @@ def logged_rows(path):
 def write_report(folder):
     """report.html: a template with what the folder's files hold as JSON in it, long texts once."""
     template, texts, found = HERE / "configs" / "report.html", {}, {}
+    if not template.exists():
+        return
 
     def shared(row):
         long = [key for key in ("context", "history", "gold") if key in row]
@@ -879,7 +881,7 @@ def write_report(folder):
         raw = path.read_bytes() if path.exists() else b""  # a killed run leaves half a line
         lines = raw.split(b"\n")[:-1] if path.suffix == ".jsonl" else [raw] * bool(raw)
         try:
-            rows = [json.loads(line, object_hook=shared, parse_constant=str) for line in lines]
+            rows = [json.loads(line, object_hook=shared, parse_constant={}.get) for line in lines]
         except (ValueError, AttributeError):
             return print0(f"{path}: not as a run wrote it; report.html stays as it was")
         if raw:
@@ -1091,7 +1093,7 @@ def flat(config):
     """{"section.key": value} of a configuration as JSON has it."""
     values = {}
     for name, section in config.items():
-        if isinstance(section, dict):
+        if isinstance(section, dict) and name in SECTIONS:
             values |= {f"{name}.{key}": value for key, value in section.items()}
         else:
             values[name] = section
@@ -1111,7 +1113,8 @@ def full_key(name):
 def unknown(key):
     if key in SECTIONS:
         return "not a key but a section, expected an object"
-    known = {name.rpartition(".")[2]: name for name in KEYS} | {name: name for name in KEYS}
+    known = {name.rpartition(".")[2]: name for name in KEYS}
+    known |= {name: name for name in (*KEYS, *SECTIONS)}
     return f"unknown key, the nearest known one is {known[get_close_matches(key, known, 1, 0)[0]]}"
 
 
@@ -1183,7 +1186,7 @@ def check_config(config, path):
          "load_best_model_at_end expects eval_steps, and save_steps to be a multiple of them"),
         (training.load_best_model_at_end and not validates,
          "load_best_model_at_end expects a validation_path or validation_split to choose by"),
-        (set(policy.lora_target_modules or ()) - set(gemma.PROJECTIONS),
+        ([name for name in policy.lora_target_modules or () if name not in gemma.PROJECTIONS],
          f"lora_target_modules has {policy.lora_target_modules}, not of {gemma.PROJECTIONS}"),
         (training.label_smoothing and training.loss_type != "sigmoid",
          f"label_smoothing is set, which loss_type '{training.loss_type}' does not read"),

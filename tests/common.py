@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,8 +68,15 @@ def pairs_of(path, icl_examples=2, seed=0):
 
 def pairs_from(*conversations):
     """All turns of conversations in Vertex's messages form."""
-    rows = [data.parse_conversation(row, f"c:{i}") for i, row in enumerate(conversations)]
-    return data.ACTDataset(rows, CLARIFY, 2).prepare_datasets()
+    raw = "".join(json.dumps(row) + "\n" for row in conversations).encode()
+    return data.ACTDataset(data.read_vertex_jsonl("c.jsonl", raw), CLARIFY, 2).prepare_datasets()
+
+
+def prompted(pairs, template, max_length=900):
+    """The same pairs with the tokens of their prompts, as a run makes them."""
+    return [
+        replace(pair, prompt=template.prompt(pair.context, pair.history, max_length, pair.instruction)) for pair in pairs
+    ]
 
 
 def a_pair(action=CLARIFY, chosen="right?", rejected="wrong", target="gold", **values):
@@ -82,10 +90,10 @@ def training_of(**values):
 
 
 def both_sides(pairs, template, training):
-    """The sequences of a preference step."""
+    """The sequences of a preference step: (tokens, mask: 1 where scored)."""
     return [
-        act.sequence_of(pair, side, ended, template, training)
-        for pair in pairs
+        act.sequence(pair, side, ended, template, training)
+        for pair in prompted(pairs, template, training.max_prompt_length)
         for side, ended in ((pair.chosen, True), (pair.rejected, not pair.cut))
     ]
 
@@ -99,11 +107,11 @@ def run_of(policy, reference, template, training, device="cpu", **values):
 
 
 def oracle_logps(model, sequences):
-    """Each sequence alone in its row, through the whole vocabulary's log_softmax."""
+    """Of each (tokens, mask) alone in its row, through the whole vocabulary's log_softmax."""
     sums = []
-    for prompt, reply, mask in sequences:
-        logps = model(torch.tensor([prompt + reply]))[0].log_softmax(-1)
-        sums.append(sum(logps[len(prompt) + j - 1, reply[j]] for j in range(len(reply)) if mask[j]))
+    for tokens, mask in sequences:
+        logps = model(torch.tensor([tokens]))[0].log_softmax(-1)
+        sums.append(sum(logps[i - 1, tokens[i]] for i in range(len(tokens)) if mask[i]))
     return torch.stack(sums)
 
 
