@@ -34,7 +34,6 @@ import fcntl
 import hashlib
 import http.client
 import inspect
-import ipaddress
 import json
 import math
 import os
@@ -60,7 +59,7 @@ from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
@@ -484,7 +483,18 @@ def load_pairs(config, helpers, template, contents):
             score(data.execution_match, pair, pair.target, pair.target)
             progress(i + 1)
     helpers.report("there the rule took its place")
+    report_trust(files, (pairs + validation)[:500])
     return pairs, validation
+
+
+def report_trust(files, pairs):
+    """How far the heuristic can be trusted on these turns, before it is."""
+    if pairs and files.heuristic in HEURISTICS:
+        compare = HEURISTICS[files.heuristic]
+        wins, others, losses, golds = data.heuristic_check(pairs, compare, files.tolerance)
+        wins = f"{wins / max(1, others):.0%} of wrong answers (gold ones of other turns) win"
+        losses = f"{losses / golds:.0%} of right ones in a sentence lose"
+        print0(f"{files.heuristic} above tolerance {files.tolerance}: {wins}, {losses}")
 
 
 def read_rows(config, contents):
@@ -522,16 +532,20 @@ def make_pairs(path, rows, config, helpers, asks, action_labels="gold"):
     if action_labels == "classifier":
         for message in (message for row in rows for message in row["messages"]):
             message.pop("requires_clarification", None)
-    free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
-    labels = data.labelled_turns(rows) if free else []
     missing = data.missing_labels(rows)
-    data.label_turns(missing, helpers.label_actions([reply for _, reply in missing]))
+    replies = [reply for _, reply in missing]
+    actions = helpers.divided("action_model_config", "classifying reply", replies)
+    rules = zip(actions, data.rule_actions(replies), strict=True)  # where a model gave nothing
+    data.label_turns(missing, [action or rule for action, rule in rules])
     pairs, skipped = data.make_pairs(rows)
     requests = data.question_requests(pairs, training.icl_examples, training.seed)
-    questions = helpers.write_questions(requests) if asks else data.rule_questions(requests)
+    questions = [None] * len(requests)
+    if asks:
+        questions = helpers.divided("preference_model_config", "writing question", requests)
     data.reject_questions(requests, questions)
-    actions = data.rule_actions([reply for *_, reply in labels])
-    for line in data.check_conversations(path, skipped, len(missing), labels, actions):
+    free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
+    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else None
+    for line in data.check_conversations(path, pairs, skipped, len(missing), actions):
         print0(line)
     return pairs
 
@@ -2241,15 +2255,6 @@ class Helpers:
 
         return {"classify": classify, "simulate": simulate, "score": judge}
 
-    def label_actions(self, replies):
-        """Actions of gold replies, which need one in any case: the rule's where the model fails."""
-        actions = self.divided("action_model_config", "classifying reply", replies)
-        rules = data.rule_actions(replies)
-        return [action or rule for action, rule in zip(actions, rules, strict=True)]
-
-    def write_questions(self, requests):
-        return self.divided("preference_model_config", "writing question", requests)
-
     def divided(self, name, label, requests, chunk=64):
         """Results of requests that are the same on all ranks: each rank asks for its share."""
         mine = share_of(len(requests))
@@ -2339,6 +2344,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at
 FIRST_TIMEOUT = 10.0  # seconds of the call that only asks whether the server is there
 LONGEST_REPLY = 4_000_000  # bytes
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:[1-9]\d{0,4})?(/[^?#@\s]*)?", re.I | re.A)
+THIS_MACHINE = re.compile(r"https?://(localhost|127\.|\[::1\])", re.I)  # no proxy leads there
 RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "stop": None}  # None: gone
 TOO_LONG = re.compile("(?i)context|too l(?:ong|arge)")  # of one prompt, whatever else is named
 
@@ -2367,7 +2374,9 @@ class Client:
         self.config, self.dialect, self.understood = config, dialect, understood
         self.stop, self.why = list(stop), ""
         base = config.base_url or dialect.home
-        host = host_of(base)
+        if not ADDRESS.fullmatch(base):
+            expected = "expected http(s)://HOST, with none of '?', '#' and '@'"
+            raise InputError(f"base_url of a helper model: {expected}")
         self.key = os.environ.get(dialect.key_name, "").strip()
         optional = config.base_url and dialect.key_is_optional
         if not re.fullmatch("[!-~]*", self.key) or not (self.key or optional):
@@ -2375,8 +2384,8 @@ class Client:
             expected = f"expected the key for helper model {config.model_id!r} at {base}"
             raise InputError(f"{dialect.key_name} {problem}, {expected}")
         self.url = base.rstrip("/") + dialect.path(config.model_id)
-        handlers = [NoRedirects, *[urllib.request.ProxyHandler({})] * is_local(host)]
-        self.opener = urllib.request.build_opener(*handlers)
+        direct = [urllib.request.ProxyHandler({})] if THIS_MACHINE.match(base) else []
+        self.opener = urllib.request.build_opener(NoRedirects, *direct)
         self.cache, self.spent = answer_cache(config.cache_path), threading.Event()
         self.refused = refused_by(self.url, config.model_id)
 
@@ -2503,24 +2512,6 @@ class Client:
     def masked(self, text):
         """Without the key, which a server may echo."""
         return text.replace(self.key, "[key]") if self.key else text
-
-
-def host_of(base_url):
-    """Raises InputError where no server can be there."""
-    with suppress(ValueError):  # "http://[::1", "http://host:port"
-        address = urlsplit(base_url)
-        fits = address.scheme in ("http", "https") and address.hostname and address.port != 0
-        if fits and not re.search("[?#@]", base_url):
-            return address.hostname
-    expected = "expected http(s)://HOST, with none of '?', '#' and '@'"
-    raise InputError(f"base_url of a helper model: {expected}")
-
-
-def is_local(host):
-    """Whether a host is this machine, to which no proxy leads."""
-    with suppress(ValueError):
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def retry_after(text):
