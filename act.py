@@ -1087,7 +1087,7 @@ def flat(config):
     """{"section.key": value} of a configuration as JSON has it."""
     values = {}
     for name, section in config.items():
-        if isinstance(section, dict):
+        if isinstance(section, dict) and name in SECTIONS:
             values |= {f"{name}.{key}": value for key, value in section.items()}
         else:
             values[name] = section
@@ -1107,7 +1107,8 @@ def full_key(name):
 def unknown(key):
     if key in SECTIONS:
         return "not a key but a section, expected an object"
-    known = {name.rpartition(".")[2]: name for name in KEYS} | {name: name for name in KEYS}
+    known = {name.rpartition(".")[2]: name for name in KEYS}
+    known |= {name: name for name in (*KEYS, *SECTIONS)}
     return f"unknown key, the nearest known one is {known[get_close_matches(key, known, 1, 0)[0]]}"
 
 
@@ -1179,7 +1180,7 @@ def check_config(config, path):
          "load_best_model_at_end expects eval_steps, and save_steps to be a multiple of them"),
         (training.load_best_model_at_end and not validates,
          "load_best_model_at_end expects a validation_path or validation_split to choose by"),
-        (set(policy.lora_target_modules or ()) - set(gemma.PROJECTIONS),
+        ([name for name in policy.lora_target_modules or () if name not in gemma.PROJECTIONS],
          f"lora_target_modules has {policy.lora_target_modules}, not of {gemma.PROJECTIONS}"),
         (training.label_smoothing and training.loss_type != "sigmoid",
          f"label_smoothing is set, which loss_type '{training.loss_type}' does not read"),

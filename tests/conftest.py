@@ -8,6 +8,7 @@ GPUs.
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for others do not take their cores meanwhile
 
 import json
 import shutil
@@ -15,7 +16,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from common import TINY, pairs_from, random_model, write_lines
+from common import THREADS, TINY, pairs_from, random_model, write_lines
 
 import act
 from act import Template
@@ -23,9 +24,9 @@ from gemma import Tokenizer
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """These models are far too small for more than one."""
-    torch.set_num_threads(1)
+def threads():
+    """As many as OMP_NUM_THREADS says; without it one, since most models here are far too small for more."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -4,22 +4,29 @@ import json
 import re
 import shlex
 from dataclasses import asdict, fields
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from common import ROOT, config_file, error_of, pairs_of, run
 
 import act
 import data
-from act import Config, DataConfig, HelperConfig, PolicyModelConfig, TrainingConfig, load_config
-from data import ROLES
+from act import (
+    ROLES,
+    Config,
+    DataConfig,
+    HelperConfig,
+    PolicyModelConfig,
+    TrainingConfig,
+    load_config,
+)
 
 SECTIONS = {
-    "policy_model_config": PolicyModelConfig, **dict.fromkeys(ROLES, HelperConfig), "data_config": DataConfig,
-    "training_config": TrainingConfig,
+    "policy_model_config": PolicyModelConfig, **dict.fromkeys(("helper_config", *ROLES), HelperConfig),
+    "data_config": DataConfig, "training_config": TrainingConfig,
 }  # fmt: skip
-KEYS = [(f"{section}.{key.name}", key, get_type_hints(cls)[key.name]) for section, cls in SECTIONS.items()
-        for key in fields(cls)]  # fmt: skip
+KEYS = [(f"{section}.{name}", kind) for section, cls in SECTIONS.items()
+        for name, kind in get_type_hints(cls, include_extras=True).items()]  # fmt: skip
 
 
 def refusal(*args):
@@ -41,7 +48,7 @@ def test_a_file_overrides_the_defaults_and_the_command_line_the_file(tmp_path):
     assert config.task == "dpo" and act.backend_of(config.action_model_config) == "rule"
     expected = TrainingConfig(beta=1.0, seed=8, learning_rate=1e-6, class_balance={"CLARIFY": 2}, bf16=True)
     assert config.training_config == expected and type(config.training_config.beta) is float
-    config = load_config(path, [("training_config.output_dir", "a b"), ("task", "sft"), ("data_config.tolerance", "0")])
+    config = load_config(path, {"training_config.output_dir": "a b", "task": "sft", "data_config.tolerance": "0"})
     assert (config.training_config.output_dir, config.task, config.data_config.tolerance) == ("a b", "sft", 0.0)
 
 
@@ -56,7 +63,7 @@ def test_overrides_from_python_are_values_not_texts(tmp_path):
 
 
 @pytest.mark.parametrize(("task", "training", "said"), [
-    ("dpo", {"action_labels": "classifier", "is_preference": True}, "files of pairs hold their actions"),
+    ("dpo", {"action_labels": "classifier", "is_preference": True}, "files of pairs (is_preference) hold their actions"),
     ("sft", {"action_labels": "random"}, "not with task 'sft'"),
     ("act", {"action_labels": "random", "class_balance": {"CLARIFY": 2}}, "not with class_balance"),
 ])  # fmt: skip
@@ -75,19 +82,42 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     assert f"--tsk: {unknown} task" in refusal(path, {"tsk": "sft"})
     assert "policy_model_config.model_path" in refusal(path, {"policy_model_config.path": "x"})
     assert f"{unknown} training_config" in refusal(path, {"training.beta": "1"})
-    assert "--task.beta: task is not a section" in refusal(config_file(tmp_path, task="sft"), {"task.beta": "1"})
+    assert "--training_config: not a key but a section" in refusal(path, {"training_config": "1"})
 
 
-@pytest.mark.parametrize(("key", "instead"), [
-    ("do_eval", "data_config.validation_path"), ("judge", "simulate_user: true for 'trajectory', false for 'action'"),
-])  # fmt: skip
-def test_keys_of_earlier_versions_are_refused_with_what_to_write_instead(tmp_path, key, instead):
-    assert {"do_eval", "judge"} == act.RENAMED.keys()
-    path = config_file(tmp_path, training_config={key: "action"})
-    found = refusal(path)
-    assert found.startswith(f"{path}: training_config.{key}: no longer a key, write ") and instead in found
-    found = refusal(config_file(tmp_path), {f"training_config.{key}": "action"})
-    assert found.startswith(f"--training_config.{key}: no longer a key, write ") and instead in found
+def test_a_flag_may_leave_out_its_section_where_that_is_clear(tmp_path):
+    path = config_file(tmp_path)
+    config = load_config(path, {"beta": "0.1", "train_path": "elsewhere", "lora_r": "8", "task": "sft"})
+    assert (config.training_config.beta, config.data_config.train_path, config.policy_model_config.lora_r) == (0.1, "elsewhere", 8)
+    assert config.task == "sft"
+    assert load_config(path, {"training_config.beta": "1", "beta": "2"}).training_config.beta == 2, "the last one counts"
+    sections = ", --".join(f"{section}.base_url" for section in ("helper_config", *ROLES))
+    assert refusal(path, {"base_url": "http://localhost"}) == f"--base_url: expected one of --{sections}"
+    assert "expected one of --policy_model_config.model_path, --helper_config.model_path" in refusal(path, {"model_path": "m"})
+    assert "--beta is -1.0, expected a number above 0" in refusal(path, {"beta": "-1"})
+
+
+def test_in_a_file_a_key_stands_in_its_section(tmp_path):
+    assert "beta: unknown key, the nearest known one is training_config.beta" in refusal(config_file(tmp_path, beta=0.1))
+
+
+def test_helpers_inherit_a_section_that_is_theirs_alone(tmp_path):
+    """Six flags for two roles were needed before."""
+    helper = {"backend": "openai", "base_url": "http://localhost:1/v1", "model_id": "m"}
+    own = {"model_id": "larger", "backend": "rule"}
+    path = config_file(tmp_path, helper_config=helper, judge_model_config=own)
+    config = load_config(path, {"helper_config.timeout": "7", "user_simulator_config.timeout": "9"})
+    for role in ROLES:
+        found = getattr(config, role)
+        assert found.base_url == "http://localhost:1/v1" and found.timeout == (9 if role == "user_simulator_config" else 7)
+        assert (found.model_id, found.backend) == (("larger", "rule") if role == "judge_model_config" else ("m", "openai"))
+    assert "run.json: helper_config.timeout is 0.0, expected a number above 0" in refusal(config_file(tmp_path, helper_config={"timeout": 0}))
+
+
+def test_overrides_that_are_no_dictionary_say_what_is_taken(tmp_path):
+    for wrong in (["--training_config.beta", "1"], [("beta", 1)], "beta=1"):
+        assert refusal(config_file(tmp_path), wrong) == f"overrides are {wrong!r}, expected a dictionary like {{'beta': 0.1}}"
+    assert load_config(config_file(tmp_path)) == load_config(config_file(tmp_path), {})
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
@@ -97,18 +127,38 @@ def test_keys_of_earlier_versions_are_refused_with_what_to_write_instead(tmp_pat
     ("training_config.learning_rate", True, "expected float"),
     ("training_config.bf16", 1, "expected bool"),
     ("training_config.simulate_user", "no", "expected bool"),
-    ("training_config.output_dir", [3], "expected str"),
     ("training_config.class_balance", [1], "expected "),
-    ("training_config.beta", -0.1, "expected a number from 0"),
+    ("training_config.beta", -0.1, "expected a number above 0"),
+    ("training_config.beta", 0, "expected a number above 0"),
+    ("training_config.learning_rate", 0.0, "expected a number above 0"),
+    ("training_config.num_train_epochs", 0, "expected a number above 0"),
+    ("policy_model_config.lora_alpha", 0, "expected a number above 0"),
+    ("helper_config.timeout", 0, "expected a number above 0"),
+    ("training_config.warmup_steps", -1, "expected a number from 0"),
+    ("training_config.max_steps", -2, "expected a number from -1"),
+    ("training_config.per_device_train_batch_size", 10**9, "expected a number from 1, up to 1048576"),
+    ("training_config.per_device_eval_batch_size", 10**9, "expected a number from 1, up to 1048576"),
+    ("training_config.gradient_accumulation_steps", 10**9, "expected a number from 1, up to 1048576"),
+    ("training_config.max_new_tokens", 10**9, "expected a number from 1, up to 1048576"),
+    ("training_config.max_length", 10**9, "expected a number from 1, up to 1048576"),
+    ("training_config.num_generations", 10**9, "expected a number from 1, up to 1024"),
+    ("policy_model_config.lora_r", 10**9, "expected a number from 0, up to 65536"),
+    ("helper_config.max_new_tokens", 10**12, "expected a number from 1, up to 1048576"),
+    ("helper_config.concurrency", 10**9, "expected a number from 1, up to 1048576"),
+    ("training_config.class_balance", {"CLARIFY": 10**9}, "has 'CLARIFY': 1000000000, expected CLARIFY and ANSWER with numbers from 0 to 1000"),
+    ("training_config.class_balance", {"ASK": 1}, "has 'ASK': 1, expected CLARIFY and ANSWER with numbers"),
+    ("data_config.half", "third", "expected one of first, second"),
+    ("training_config.metric_for_best_model", "Acuracy", "did you mean 'Accuracy'?"),
+    ("training_config.metric_for_best_model", "Questions per Turn", "expected one of Accuracy, Macro F1"),
     ("training_config.beta", "NaN", "expected"),
     ("training_config.beta", 10**400, "expected float"),
-    ("training_config.max_steps", 10**400, "expected a number from -9007199254740992, below 2**53"),
-    ("training_config.max_steps", -(10**400), "expected a number from -9007199254740992, below 2**53"),
-    ("training_config.top_k", 2**53, "expected a number from 0, below 2**53"),
-    ("training_config.num_train_epochs", 1e300, "expected a number from 0, below 2**53"),
-    ("training_config.class_balance", {"CLARIFY": 10**400}, "class_balance.CLARIFY is"),
-    ("training_config.class_balance", {"CLARIFY": 1e300}, "class_balance.CLARIFY is 1e+300, expected a number from 0"),
-    ("training_config.class_balance", {"CLARIFY": "2"}, "class_balance.CLARIFY is '2', expected float"),
+    ("training_config.max_steps", 10**400, "expected a number from -1, up to 9007199254740992"),
+    ("training_config.max_steps", -(10**400), "expected a number from -1, up to 9007199254740992"),
+    ("training_config.top_k", 2**53, "expected a number from 0, up to 2147483648"),
+    ("training_config.num_train_epochs", 1e300, "expected a number above 0, up to 9007199254740992"),
+    ("training_config.class_balance", {"CLARIFY": 10**400}, "class_balance has 'CLARIFY': 1000"),
+    ("training_config.class_balance", {"CLARIFY": 1e300}, "class_balance has 'CLARIFY': 1e+300, expected CLARIFY"),
+    ("training_config.class_balance", {"CLARIFY": "2"}, "class_balance has 'CLARIFY': '2', expected CLARIFY"),
     ("training_config.output_dir", "", "output_dir is '', expected a path on this machine"),
     ("training_config.output_dir", None, "output_dir is '', expected a path on this machine"),
     ("training_config.output_dir", "gs://bucket/run", "expected a path on this machine"),
@@ -116,18 +166,18 @@ def test_keys_of_earlier_versions_are_refused_with_what_to_write_instead(tmp_pat
     ("data_config.train_path", "a\0b", "train_path is 'a\\x00b', expected a path on this machine"),
     ("user_simulator_config.cache_path", "https://x", "expected a path on this machine"),
     ("user_simulator_config.model_id", "a\0b", "expected text in UTF-8"),
-    ("training_config.per_device_train_batch_size", 0, "expected at least 1"),
-    ("training_config.max_turns", 0, "expected at least 1"),
+    ("training_config.per_device_train_batch_size", 0, "expected a number from 1"),
+    ("training_config.max_turns", 0, "expected a number from 1"),
     ("training_config.loss_type", "sigmod", "did you mean 'sigmoid'?"),
     ("training_config.optim", "sgd", "expected one of rmsprop, adamw"),
-    ("data_config.prompt_format", "chat", "expected one of plain, gemma"),
+    ("data_config.prompt_format", "chat", "expected one of auto, plain, gemma"),
     ("data_config.heuristic", "f1", "expected one of drop_f1, coqa_f1, exact_match"),
     ("action_model_config.backend", "gpt", "expected one of rule"),
     ("task", "train", "expected one of act, sft, dpo, generate_preference, evaluate"),
     ("training_config", 3, "expected an object"),
     ("training_config.top_p", 0, "top_p is 0.0, expected"),
     ("training_config.top_p", 1.5, "top_p is 1.5, expected"),
-    ("training_config.label_smoothing", 0.5, "less than 0.5"),
+    ("training_config.label_smoothing", 0.5, "below 0.5"),
     ("training_config.max_prompt_length", 1024, "max_prompt_length 1024 leaves no room"),
     ("policy_model_config.model_path", "", "policy_model_config.model_path is missing"),
     ("data_config.train_path", "", "data_config.train_path is missing"),
@@ -149,9 +199,9 @@ def test_half_a_character_from_the_command_line_is_refused(tmp_path):
 
 def test_null_is_a_path_that_is_not_set(tmp_path):
     path = config_file(tmp_path, data_config={"validation_path": None}, user_simulator_config={"cache_path": None})
-    config = load_config(path, {"intent_model_config.prompt_path": None, "policy_model_config.adapter_path": "null"})
+    config = load_config(path, {"intent_model_config.prompt_path": None})
     assert config.data_config.validation_path == config.user_simulator_config.cache_path == ""
-    assert config.intent_model_config.prompt_path == config.policy_model_config.adapter_path == ""
+    assert config.intent_model_config.prompt_path == ""
     needs = "data_config.train_path is missing, task 'act' needs it"
     assert needs in refusal(config_file(tmp_path, data_config={"train_path": None}))
     assert "model_id is None, expected str" in refusal(config_file(tmp_path, judge_model_config={"model_id": None}))
@@ -160,24 +210,21 @@ def test_null_is_a_path_that_is_not_set(tmp_path):
 @pytest.mark.parametrize(("save_steps", "eval_steps"), [(0, 0), (2, 0), (0, 1), (3, 2)])
 def test_the_best_model_cannot_be_loaded_if_none_is_both_saved_and_evaluated(tmp_path, save_steps, eval_steps):
     asked = {"load_best_model_at_end": True, "save_steps": save_steps, "eval_steps": eval_steps}
-    said = "load_best_model_at_end is set, expected eval_steps, and save_steps to be a multiple of them"
+    said = "load_best_model_at_end expects eval_steps, and save_steps to be a multiple of them"
     assert said in refusal(config_file(tmp_path, training_config=asked))
     asked |= {"save_steps": 4, "eval_steps": 2}
     load_config(config_file(tmp_path, training_config=asked, data_config={"validation_split": 0.1}))
-    said = "load_best_model_at_end is set, expected a validation_path or validation_split"
+    said = "load_best_model_at_end expects a validation_path or validation_split"
     assert said in refusal(config_file(tmp_path, training_config=asked))
 
 
 def test_lora_settings_that_would_mean_something_else(tmp_path):
     policy = {"lora_target_modules": [["q_proj"]]}
     assert "lora_target_modules has [['q_proj']], not of" in refusal(config_file(tmp_path, policy_model_config=policy))
-    helper = {"backend": "gemma", "model_path": "reference"}
-    path = config_file(tmp_path, policy_model_config={"adapter_path": "a"}, judge_model_config=helper)
-    assert "is 'reference', which is the base alone where adapter_path is set" in refusal(path)
 
 
 LITERALS = [("task", get_args(get_type_hints(Config)["task"]))]
-LITERALS += [(key, get_args(kind)) for key, _, kind in KEYS if str(kind).startswith("typing.Literal")]
+LITERALS += [(key, get_args(kind)) for key, kind in KEYS if get_origin(kind) is Literal]
 
 
 @pytest.mark.parametrize(("key", "choices"), LITERALS, ids=[key for key, _ in LITERALS])
@@ -204,15 +251,10 @@ def test_tasks_need_their_own_files(tmp_path):
     load_config(config_file(tmp_path, task="evaluate", data_config=split))
     assert needs in refusal(config_file(tmp_path, task="evaluate", data_config={**split, "train_path": ""}))
     both = {**split, "validation_path": "v"}
-    assert "but validation_path is set too" in refusal(config_file(tmp_path, task="sft", data_config=both))
+    assert "validation_split and validation_path are both set" in refusal(config_file(tmp_path, task="sft", data_config=both))
     load_config(config_file(tmp_path, task="evaluate", data_config=both))
     clash = config_file(tmp_path, task="generate_preference", training_config={"is_preference": True})
     assert "is_preference is set" in refusal(clash)
-
-
-def test_ipo_needs_a_beta(tmp_path):
-    """Its target margin is 1 / (2 beta)."""
-    assert "beta" in refusal(config_file(tmp_path, training_config={"loss_type": "ipo", "beta": 0.0}))
 
 
 def test_a_config_that_is_no_json_object_is_refused(tmp_path):
@@ -223,43 +265,6 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path):
     assert "x.json: the file is a list, expected an object" in refusal(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"task": "sft", "task": "dpo"}')
     assert "the key 'task' stands twice" in refusal(tmp_path / "x.json")
-
-
-def test_configs_of_the_published_research_code_load(tmp_path, capsys):
-    """Its names, its keys that mean nothing here, its helper models by model_id alone."""
-    published = {
-        "policy_model_config": {"model_id": "google/gemma-2-2b-it", "token": ""},
-        "action_model_config": {"model_id": "gemini-2.0-flash-001"},
-        "preference_model_config": {"model_id": "gemini-1.5-pro-002"},
-        "data_config": {"train_path": "train.jsonl", "validation_path": "", "preference_batch_generation": "False"},
-        "training_config": {
-            "project_id": "", "location": "us-central1", "staging_bucket": "", "icl_examples": 2, "is_preference": False
-        },
-    }  # fmt: skip
-    path = tmp_path / "demo_config.json"
-    path.write_text(json.dumps(published))
-    config = load_config(path, {"policy_model_config.model_path": "gemma-2-2b-it"})
-    assert act.backend_of(config.action_model_config) == "gemini"
-    assert act.backend_of(config.intent_model_config) == "rule"
-    assert config.training_config.icl_examples == 2 and config.data_config.train_path == "train.jsonl"
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and said[2].endswith("training_config: not read here: location, project_id, staging_bucket")
-
-
-def test_every_foreign_key_is_accepted_in_its_section_and_named(tmp_path, capsys):
-    sections = {section: dict.fromkeys(names.split(), "x") for section, names in act.FOREIGN.items()}
-    config = load_config(config_file(tmp_path, **sections))
-    assert config == load_config(config_file(tmp_path))
-    for section, names in act.FOREIGN.items():
-        assert not set(names.split()) & {key.name for key in fields(SECTIONS[section])}, "a key that is read"
-        [line] = [line for line in capsys_lines(capsys, config_file(tmp_path, **sections)) if f": {section}: " in line]
-        assert line.endswith(", ".join(sorted(names.split())))
-
-
-def capsys_lines(capsys, path):
-    capsys.readouterr()
-    load_config(path)
-    return capsys.readouterr().out.splitlines()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,6 +293,16 @@ def test_a_path_that_is_there_stays_as_it_is_given(tmp_path, monkeypatch):
     config = load_config(config_file(tmp_path), {"data_config.validation_path": "nowhere.jsonl"})
     assert config.data_config.validation_path == "nowhere.jsonl"
     assert load_config(config_file(tmp_path)).training_config.output_dir == "output", "what is written is never moved"
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config_file(tmp_path)
+    paths = {"policy_model_config.model_path": "~/m", "train_path": "~/t", "output_dir": "~/out", "helper_config.cache_path": "~/c"}
+    config = load_config("~/run.json", paths)
+    found = config.policy_model_config.model_path, config.data_config.train_path, config.training_config.output_dir
+    assert found == tuple(str(tmp_path / name) for name in ("m", "t", "out"))
+    assert config.judge_model_config.cache_path == str(tmp_path / "c")
 
 
 def test_a_helpers_prompt_is_found_beside_act_py(tmp_path, monkeypatch):
@@ -324,30 +339,28 @@ def test_every_knob_is_read():
     }  # fmt: skip
     for cls, names in readers.items():
         for key in fields(cls):
-            quoted = rf'|"{key.name}"' if cls is HelperConfig else ""
-            found = re.search(rf"\b{names}\.{key.name}\b{quoted}", source)
+            found = re.search(rf'\b{names}\.{key.name}\b|"{key.name}"', source)
             assert found, f"{cls.__name__}.{key.name}: nothing reads it"
     for key in fields(Config):
-        assert re.search(rf'\bconfig\.{key.name}\b|cast\("{key.name}"\)', source), f"{key.name}: nothing reads it"
+        if key.name != "helper_config":  # what the others inherit
+            assert re.search(rf'\bconfig\.{key.name}\b|"{key.name}"', source), f"{key.name}: nothing reads it"
 
 
 def test_help_lists_every_task_flag_and_key_with_its_default(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run("--help")
-    assert ended.value.code == 0
+    assert run("--help") == 0
     said = capsys.readouterr().out
     assert "torchrun act.py --config tiny.json" in said
     for word in (*get_args(get_type_hints(Config)["task"]), "--resume", "--overwrite"):
         assert re.search(rf"^  {word} +\S", said, re.MULTILINE), word
     blocks = dict(zip(*[iter(re.split(r"^--(.*):$", said, flags=re.MULTILINE)[1:])] * 2, strict=True))
-    assert blocks.keys() == {"policy_model_config", ", ".join(ROLES), "data_config", "training_config"}
+    assert blocks.keys() == {"policy_model_config", ", ".join(("helper_config", *ROLES)), "data_config", "training_config"}
     for names, block in blocks.items():
         keys = fields(SECTIONS[names.split(", ")[0]])
         lines = re.findall(r"^  (\w+): .*? = (.*?)(?:  # (.+))?$", block, re.MULTILINE)
         assert [name for name, *_ in lines] == [key.name for key in keys], "all of them, in order"
         for (name, default, about), key in zip(lines, keys, strict=True):
             assert eval(default) == key.default, name
-            assert about or name in ("optim",), f"{name}: not a word about it"
+            assert about or name in ("optim", "lr_scheduler_type", "metric_for_best_model"), f"{name}: not a word about it"
 
 
 def test_command_line():
@@ -359,10 +372,25 @@ def test_command_line():
         (["--config"], "--config: a value is missing"),
         (["a.json"], "'a.json': expected --config FILE"),
         (["--config", "a", "--resume", "--overwrite"], "expected one of them"),
-        (["--config", "a", "--overwrite=false"], "--overwrite"),  # a flag that takes no value, and removes files
+        (["--config", "a", "--overwrite=false"], "--overwrite=false: unknown, did you mean --overwrite, without a value?"),  # a flag that takes no value, and removes files
     ):
         with pytest.raises(data.InputError, match=re.escape(said)):
             act.parse_arguments(wrong)
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    (".001", 0.001), ("5.", 5.0), ("2e-5", 2e-5), ("+.5E1", 5.0), ("7", 7.0), ("1e-300", 1e-300), ("1" + "0" * 15, 1e15),
+])  # fmt: skip
+def test_numbers_as_people_write_them(tmp_path, text, number):
+    """On the command line, and in a file as a text."""
+    found = load_config(config_file(tmp_path), {"learning_rate": text}).training_config.learning_rate
+    assert found == number and type(found) is float
+    assert load_config(config_file(tmp_path, training_config={"learning_rate": text})).training_config.learning_rate == number
+
+
+@pytest.mark.parametrize("text", ["1,5", "0x10", "1_000", "\u0661", "1e999", "Infinity", "--1", "e5", ".", ""])
+def test_what_is_no_number_is_refused(tmp_path, text):
+    assert "--learning_rate is " in refusal(config_file(tmp_path), {"learning_rate": text})
 
 
 def test_a_value_may_look_like_another_type_on_the_command_line(tmp_path):
@@ -416,12 +444,11 @@ def test_readme_commands_parse():
             pytest.fail(f"{shlex.join(command)}: {error}")
 
 
-def test_a_key_without_its_section_and_a_misspelt_flag_name_the_nearest(tmp_path):
-    found = refusal(config_file(tmp_path), {"max_steps": 3})
-    assert found == "--max_steps: unknown key, the nearest known one is training_config.max_steps"
+def test_a_misspelt_flag_names_the_nearest():
     for words, said in (
-        (["--config", "a", "--overwritee"], "--overwritee: unknown, did you mean --overwrite?"),
-        (["--confg", "a"], "--confg: unknown, did you mean --config?"),
+        (["--config", "a", "--overwritee"], "--overwritee: unknown, did you mean --overwrite, without a value?"),
+        (["--config", "a", "--resum"], "--resum: unknown, did you mean --resume, without a value?"),
+        (["--confg", "a"], "--config FILE is missing"),
         (["--config", "a", "--task", "--resume"], "--task: a value is missing"),
     ):
         with pytest.raises(data.InputError, match=re.escape(said)):
@@ -429,8 +456,8 @@ def test_a_key_without_its_section_and_a_misspelt_flag_name_the_nearest(tmp_path
 
 
 @pytest.mark.parametrize(("key", "said"), [
-    ("data_config.tolerance", "tolerance is 1.0, expected less than 1"),
-    ("data_config.validation_split", "validation_split is 1.0, expected a share below 1"),
+    ("data_config.tolerance", "tolerance is 1.0, expected a number from 0, below 1"),
+    ("data_config.validation_split", "validation_split is 1.0, expected a number from 0, below 1"),
 ])  # fmt: skip
 def test_values_with_which_nothing_could_win_or_be_learnt_are_refused(tmp_path, key, said):
     assert said in refusal(config_file(tmp_path), {key: 1})
@@ -449,7 +476,7 @@ def test_a_key_that_the_loss_does_not_read_is_refused(tmp_path):
     assert load_config(config_file(tmp_path), smooth).training_config.label_smoothing == 0.1
     for loss_type in ("hinge", "ipo"):
         found = refusal(config_file(tmp_path), {**smooth, "training_config.loss_type": loss_type})
-        assert f"label_smoothing is 0.1, which loss_type '{loss_type}' does not read" in found
+        assert f"label_smoothing is set, which loss_type '{loss_type}' does not read" in found
 
 
 def test_a_path_that_no_file_can_have_and_a_key_of_two_lines_are_one_line(tmp_path):

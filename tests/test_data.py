@@ -923,9 +923,9 @@ def test_drop_f1_by_hand():
 ])  # fmt: skip
 def test_drop_f1_takes_no_longer_for_long_numbers(text, word):
     """Search from every digit to the end of the number was 38 s; this is milliseconds."""
-    start = time.perf_counter()
+    start = time.process_time()
     words = data.drop_words(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert words == [word] if word else len(words) <= 1
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from common import random_model
+from common import environment, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo import lookup_backend
@@ -59,15 +59,6 @@ PUBLISHED_2B = {
     "use_cache": True,
     "vocab_size": 256000,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are far too small for more than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["gemma2"])
@@ -148,7 +139,7 @@ def test_logits_match_transformers(model, golden):
 def test_gradients_match_transformers(model, golden):
     tokens = golden["tokens"]
     loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, golden["loss"], atol=1e-4, rtol=0)
     names = [name.removeprefix("grad.") for name in golden if name.startswith("grad.")]
     assert len(names) == 7
     weights = dict(model.named_parameters())
@@ -247,7 +238,13 @@ def test_sequences_in_a_forest_are_scored_as_in_rows_of_their_own(model, golden)
 def test_the_gradient_of_an_embedding_used_twice_is_made_once(model, golden, monkeypatch):
     """What both uses wrote to is the gradient itself: autograd neither adds up nor copies."""
     add_rows, written = gemma.add_rows, []
-    monkeypatch.setattr(gemma, "add_rows", lambda matrix, *rest: written.append(matrix.data_ptr()) or add_rows(matrix, *rest))
+
+    def watched(matrix, *rest):
+        if matrix.shape == model.embed_tokens.weight.shape:  # the last layer's rows have their own
+            written.append(matrix.data_ptr())
+        add_rows(matrix, *rest)
+
+    monkeypatch.setattr(gemma, "add_rows", watched)
     tokens = golden["tokens"][0].tolist()
     forest = gemma.Forest([tokens])
     [(row, path)] = forest.paths
@@ -273,7 +270,7 @@ def test_logps_over_parts_of_the_vocabulary_are_those_over_the_whole(monkeypatch
         results.append([logps.detach(), *(x.float() for x in torch.autograd.grad((logps * weight).sum(), (h, e)))])
     assert softcap or results[0][0].min() < -100
     for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y, atol=(1e-5 if dtype == torch.float32 else 2e-2) * float(y.abs().max()), rtol=0)
+        torch.testing.assert_close(x, y, atol=(1e-4 if dtype == torch.float32 else 4e-2) * float(y.abs().max()), rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -363,7 +360,7 @@ def test_layer_types_of_the_file_are_followed(copied, golden):
     expected = Gemma.from_pretrained(copied)(golden["tokens"])
     edit_config(copied, sliding_window=WINDOW, layer_types=["full_attention"] * 4)
     everywhere = Gemma.from_pretrained(copied)(golden["tokens"])
-    torch.testing.assert_close(everywhere, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(everywhere, expected, atol=2e-4, rtol=0)
     assert (everywhere - golden["logits"]).abs().max() > 1
 
 
@@ -1133,8 +1130,7 @@ def test_unreadable_tokenizer_is_named(tmp_path, content):
 
 
 def command(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / "gemma.py", *arguments], capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run([sys.executable, ROOT / "gemma.py", *arguments], capture_output=True, text=True, env=environment(), timeout=240)
 
 
 def test_command_line_prints_a_reply(tokenizer_path, tmp_path):
@@ -1358,10 +1354,10 @@ def test_a_product_in_blocks_is_the_product(rows):
     torch.manual_seed(6)
     x, weight = torch.randn(rows, 1, 512, requires_grad=True), torch.randn(1024, 512, requires_grad=True)
     found, expected = gemma.product(x, weight), (x.double() @ weight.double().T)
-    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.double(), expected, atol=5e-4, rtol=0)  # 512 products each, sums up to 115
     weights = torch.randn_like(found)
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (x, weight)) for y in (found, expected)), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
 
 
 def test_a_token_of_the_tail_is_found_exactly():

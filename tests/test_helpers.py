@@ -33,16 +33,12 @@ CLIENTS = {"gemini": act.GeminiClient, "openai": act.OpenAIClient}
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """Both keys, no proxy before the local server, waits that a test can sit out, counters at zero, one thread."""
+    """Both keys, no proxy before the local server, waits that a test can sit out, counters at zero."""
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_KEY", OTHER_KEY)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(act, "FIRST_WAIT", 0.01)
     act.HELPER_COUNTS.clear()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from hostile import HOSTILE
 
 import act
@@ -142,9 +141,6 @@ def runs(tmp_path_factory):
         lines = (ROOT / "configs" / "tiny" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model only loses by more, and much where other programs run
-
     def run(out, *flags, task="act", **training):
         words = ["--config", str(ROOT / "configs" / "tiny.json"), "--task", task, *flags]
         for name in ("train", "validation"):
@@ -155,8 +151,7 @@ def runs(tmp_path_factory):
         assert act.main(words) == 0
         return folder / out
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def rows_of(path):

@@ -229,7 +229,7 @@ def test_gradient_accumulation_and_checkpointing_change_no_result(world, act_run
     assert run("--config", run_config(world, tmp_path, evaluated=False, **options)) == 0
     for found, expected in zip(training_rows(tmp_path), training_rows(act_run[0]), strict=True):
         del found["tokens"], expected["tokens"]
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("optim", ["rmsprop", "adamw"])
