@@ -11,9 +11,18 @@ from common import FORMATS, a_pair, prompted, random_model, run_of, training_of
 
 import act
 import data
-from act import BAD_OUTCOME, CUT_OFF, GOOD_OUTCOME, HELPER_FAILED, NO_ANSWER, SAME_TEXT, WRONG_ACTION, Sampler
+from act import (
+    BAD_OUTCOME,
+    CUT_OFF,
+    GOOD_OUTCOME,
+    HELPER_FAILED,
+    NO_ANSWER,
+    SAME_TEXT,
+    WRONG_ACTION,
+    Sampler,
+)
 from data import ANSWER, CLARIFY
-from gemma import KVCache, Template, generate
+from gemma import Template, generate
 
 
 def play_out(conversation, **answers):
@@ -124,6 +133,12 @@ def test_a_response_that_is_cut_off_loses_whatever_it_says(action, replies):
     new, outcome, said = play(pair, replies, ["u"] * 3, score=1.0)
     assert (outcome, said, new.cut) == ("cut_off", len(replies), True)
     assert new.chosen == pair.chosen and new.rejected[-1] == ("model", replies[-1].removesuffix("..."))
+
+
+def test_a_response_of_nothing_loses_with_its_end_scored():
+    """Line breaks until max_new_tokens: without its end it would be a side of no tokens."""
+    new, outcome, _ = play(a_pair(CLARIFY), ["..."])
+    assert (outcome, new.cut, new.rejected) == ("cut_off", False, [("model", "")])
 
 
 def test_a_pair_whose_sides_become_equal_is_put_back():
