@@ -32,6 +32,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -55,9 +56,9 @@ class LeftOut(InputError):
 # --------------------------------------------------------------------------------------------------
 # Conversations
 
-FORMS = "messages contents conversations".split()  # what OpenAI, Google, ShareGPT call the list
-ROLE_NAMES = {"user": "user", "human": "user", "model": "model", "assistant": "model", "gpt": "model",
-              "system": "system", "developer": "system"}  # fmt: skip
+FORMS = "messages contents conversations".split()  # OpenAI's, Google's and ShareGPT's word
+ROLE_NAMES = {"user": "user", "human": "user", "model": "model", "assistant": "model",
+              "gpt": "model", "system": "system", "developer": "system"}  # fmt: skip
 NO_TEXT = {"tool", "function", "tool_calls", "function_call"}  # roles, and keys of a message
 KEYS_READ = set("""messages contents conversations completions systemInstruction system_instruction
     role from content parts value requires_clarification""".split())
@@ -223,10 +224,10 @@ class ACTDataset:
     dataset: list  # as read_vertex_jsonl gives them; with is_preference: as read_preferences does
     target_label: str  # CLARIFY: what the preference model shows where answering is right
     icl_examples: int  # how many examples of such questions it sees (at least one)
-    preference_model: object = None  # [(Pair, examples: [Pair])] -> [question]; None: the data's own
+    preference_model: object = None  # [(Pair, examples: [Pair])] -> [question]; None: by rule
     class_balance: dict | None = None  # e.g. {"CLARIFY": 2}: multiples of each action's pairs
     is_preference: bool = False  # finished pairs, which are only balanced
-    action_model: object = None  # [reply] -> [action] of turns without a label; None: `rule_actions`
+    action_model: object = None  # [reply] -> [action], of turns without a label; None: by rule
     seed: int = 0
 
     def prepare_datasets(self):
@@ -235,10 +236,7 @@ class ACTDataset:
             raise InputError(f"target_label is {self.target_label!r}, expected {CLARIFY!r}")
         if self.is_preference:
             return balance(self.dataset, self.class_balance, self.seed)
-        conversations = [
-            {**row, "messages": [dict(message) for message in row["messages"]]}
-            for row in self.dataset
-        ]
+        conversations = deepcopy(self.dataset)  # which get labels
         missing = missing_labels(conversations)
         label_turns(missing, (self.action_model or rule_actions)([reply for _, reply in missing]))
         pairs, _ = make_pairs(conversations)
@@ -283,10 +281,11 @@ def make_pairs(conversations):
                 skipped.append((line, turn, "no answer follows"))
                 continue
             gold = said[i + 1 : ends[i] + 1]  # [question, the user's reply, ...] answer
-            action = CLARIFY if messages[i]["requires_clarification"] else ANSWER
-            rejected = gold[-1:] if action == CLARIFY else []  # answering at once
-            pair = Pair(context, said, action, gold, rejected, gold, gold[-1][1], length=i + 1,
+            pair = Pair(context, said, ANSWER, gold, [], gold, gold[-1][1], length=i + 1,
                         path=path, line=line, turn=turn, dialogue=number)  # fmt: skip
+            if messages[i]["requires_clarification"]:
+                pair.action = CLARIFY
+                pair.rejected = gold[-1:]  # answering at once
             pairs.append(pair)
     return pairs, skipped
 
@@ -345,25 +344,25 @@ def balance(pairs, class_balance, seed):
     class_balance = expect(class_balance or {}, "class_balance", dict)
     kept = [i for i, pair in enumerate(pairs) if pair.action not in class_balance]
     for action, multiple in class_balance.items():
-        known = action in OTHER and type(multiple) in (int, float)
-        if not known or not 0 <= multiple <= 1000:
-            expected = f"expected a number from 0 to 1000 of {CLARIFY} or {ANSWER}"
-            raise InputError(f"class_balance has {action!r}: {multiple!r}, {expected}")
+        number = expect(multiple, f"class_balance[{action!r}]", int, float)
+        if action not in OTHER or not 0 <= number <= 1000:
+            problem = f"has {action!r}: {number}, expected numbers to 1000 of CLARIFY and ANSWER"
+            raise InputError(f"class_balance {problem}")
         indices = [i for i, pair in enumerate(pairs) if pair.action == action]
         rng = random.Random(f"{seed}/class_balance/{action}")
-        kept += rng.choices(indices, k=round(multiple * len(indices))) if indices else []
+        kept += rng.choices(indices, k=round(number * len(indices))) if indices else []
     return [pairs[i] for i in sorted(kept)]
 
 
 def random_actions(pairs, seed):
     """A coin's action for each turn; if it is not the gold one, the sides swap (ablation)."""
-    coins = [random.Random(f"{seed}/random_actions/{i}").random() for i in range(len(pairs))]
-    return [
-        replace(pair, action=OTHER[pair.action], chosen=pair.rejected, rejected=pair.chosen)
-        if coin < 0.5
-        else pair
-        for pair, coin in zip(pairs, coins, strict=True)
-    ]
+    drawn = []
+    for i, pair in enumerate(pairs):
+        if random.Random(f"{seed}/random_actions/{i}").random() < 0.5:
+            sides = {"chosen": pair.rejected, "rejected": pair.chosen}
+            pair = replace(pair, action=OTHER[pair.action], **sides)
+        drawn.append(pair)
+    return drawn
 
 
 def split_dialogues(rows, share, seed):
@@ -396,11 +395,11 @@ def get_datasets_from_config(config):
 
 # --------------------------------------------------------------------------------------------------
 # Checks
-# What is in a file of conversations and what is wrong with it: for `data.py check`, and at the start
-# of every run. Turns are named "line.turn", as in "17.2".
+# What is in a file of conversations and what is wrong with it: for `data.py check`, and when a run
+# starts. Turns are named "line.turn", as in "17.2".
 
 
-def check_conversations(path, pairs, skipped, labelled=0, actions=None):
+def check_conversations(path, pairs, skipped, labelled=0, actions=()):
     """Lines about what is wrong with the conversations of a file.
 
     pairs, skipped: as `make_pairs` returns them. labelled: how many turns the classifier gave their
@@ -409,8 +408,7 @@ def check_conversations(path, pairs, skipped, labelled=0, actions=None):
     found = defaultdict(list)
     for line, turn, why in skipped:
         found[f"user turns are skipped, {why}"].append(f"{line}.{turn}")
-    actions = actions or [pair.action for pair in pairs]
-    apart = [pair for pair, action in zip(pairs, actions, strict=True) if pair.action != action]
+    apart = [pair for pair, action in zip(pairs, actions, strict=False) if pair.action != action]
     for pair in apart:
         says = f"labelled {pair.action}, but the classifier says {OTHER[pair.action]}"
         found[f"user turns are {says}"].append(f"{pair.line}.{pair.turn}")
@@ -418,10 +416,10 @@ def check_conversations(path, pairs, skipped, labelled=0, actions=None):
     lines += noted(path, found)
     if len(apart) > 0.1 * len(pairs):
         lines.append(
-            f"{path}: labels and classifier disagree in {len(apart) / len(pairs):.0%} of turns. ACT "
-            "judges the policy's replies with the same classifier, so there the gold action can "
-            "hardly win, and evaluations count against it: set training_config.action_labels to "
-            "'classifier', or cast another action_model_config"
+            f"{path}: labels and classifier disagree in {len(apart) / len(pairs):.0%} of turns. "
+            "ACT judges the policy's replies with the same classifier, so there the gold action "
+            "can hardly win, and evaluations count against it: set training_config.action_labels "
+            "to 'classifier', or cast another action_model_config"
         )
     return lines
 
@@ -482,7 +480,7 @@ def split_messages(text):
 
 
 def make_record(pair):
-    """A record of the published research code: what it calls a preference example, all of it text."""
+    """A record of the published research code: its preference example, all of it text."""
     history, gold = format_messages(pair.history), format_messages(pair.gold)
     prompt = f"{pair.instruction}\n[context]\n{pair.context}\n[conversation]\n{history}"
     return {
@@ -505,10 +503,9 @@ def parse_record(row, where):
     holds the gold answer, as the published code wrote it: such a file trains a model that has seen
     what it is asked for.
     """
-    prompt, action, chosen, rejected, gold, target = (
-        require(row, key, f"{where}: ", str)
-        for key in ("input_text", "dialogue_policy", "chosen", "rejected", "output_text", "gold_target")
-    )
+    keys = "input_text dialogue_policy chosen rejected output_text gold_target".split()
+    texts = [require(row, key, f"{where}: ", str) for key in keys]
+    prompt, action, chosen, rejected, gold, target = texts
     if action not in OTHER:
         raise InputError(f"{where}: dialogue_policy is {action!r}, expected CLARIFY or ANSWER")
     if not chosen or not target.strip() or UNANSWERED in target:
@@ -585,7 +582,7 @@ def parse_sides(row, where, odd):
 
 
 def vertex_as_trl(row, where, odd):
-    """The completion with the higher score is the chosen one; an instruction of ours is taken off."""
+    """The completion with the higher score is chosen; our own instruction is taken off."""
     prompt = parse_conversation(row, where, odd)["messages"]
     if prompt[0]["role"] == "system":
         text = f"{prompt[0]['content']}\n"
@@ -613,9 +610,7 @@ def pair_of_sides(where, prompt, chosen, rejected, gold=None):
     trajectory = chosen
     if actions == [CLARIFY, ANSWER] and len(chosen) == 1:  # Vertex's form has room for one reply
         trajectory = rejected  # Algorithm 1 rejects answering at once: that answer is the target
-    return Pair(
-        context, prompt, actions[0], chosen, rejected, gold or chosen, trajectory[-1][1]
-    )
+    return Pair(context, prompt, actions[0], chosen, rejected, gold or chosen, trajectory[-1][1])
 
 
 def messages_of(turns):
@@ -648,13 +643,15 @@ def read_preferences(path, raw=None):
     pairs, found = [], defaultdict(list)
     for line, pair in rows:
         before = pairs[-1] if pairs else pair
-        goes_on = pair.messages[: before.length] == before.history and pair.context == before.context
+        same = pair.context == before.context
+        goes_on = same and pair.messages[: before.length] == before.history
+        pair.path = str(path)
+        pair.line = line
+        pair.length = len(pair.messages)
+        pair.dialogue = before.dialogue + (not pairs or not goes_on)
         if goes_on:
             before.messages[:] = pair.messages
-        number = before.dialogue + (not pairs or not goes_on)
-        messages = before.messages if goes_on else pair.messages
-        pair = replace(pair, messages=messages, length=len(pair.messages), path=str(path),
-                       line=line, dialogue=number)  # fmt: skip
+            pair.messages = before.messages
         pairs.append(pair)
     preferred = {json.dumps([pair.context, pair.history, pair.chosen]) for pair in pairs}
     for pair in pairs:
@@ -709,12 +706,12 @@ def number_text(token):
         sign = -1 if re.search(r"\([\d.\s]+\)", token) else 1
         percent = 0.01 if re.search(r"[\d.\s]%", token.strip()) else 1
         return str(round(number * (scale_of(scaled[0]) if scaled else 1) * sign * percent, 4))
-    except (ValueError, OverflowError):  # no number, or thousands of digits, where the scorer breaks
+    except (ValueError, OverflowError):  # no number, or thousands of digits: too many for Python
         return None
 
 
 def drop_words(text):
-    """The words that DROP compares: lower case, numbers in one spelling, no punctuation, articles."""
+    """The words that DROP compares: lower case, numbers in one form, no punctuation or articles."""
     words = []
     for token in text.lower().split(" "):
         number = number_text(token)
@@ -798,13 +795,15 @@ SQL_FUNCTIONS = set("""abs avg ceil ceiling coalesce concat count cume_dist date
     trim trunc typeof unicode unixepoch upper""".split())
 SQL_SECONDS, SQL_MEMORY = 0.5, 2**25  # of processor time, bytes
 SQL_TEXT = 10_000  # characters of a query
-SQL_LIMITS = {"ATTACHED": 0, "LENGTH": 20_000, "COLUMN": 100, "EXPR_DEPTH": 100, "VDBE_OP": 50_000,
-              "COMPOUND_SELECT": 50, "LIKE_PATTERN_LENGTH": 200}  # so that no step is long  # fmt: skip
+# no step may be long, since only between steps it is looked whether the time is over
+SQL_LIMITS = {"ATTACHED": 0, "LENGTH": 20_000, "COLUMN": 100, "EXPR_DEPTH": 100,
+              "VDBE_OP": 50_000, "COMPOUND_SELECT": 50, "LIKE_PATTERN_LENGTH": 200}  # fmt: skip
 SQL_QUOTED = re.compile(
     r"""'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|`[^`]*(?:`|\Z)|\[[^]]*(?:]|\Z)|--[^\n]*|/\*.*?(?:\*/|\Z)""",
     re.DOTALL,
 )
-SQL_ERRORS = sqlite3.Error, sqlite3.Warning, ValueError, MemoryError  # ValueError: NUL, half a letter
+SQL_ERRORS = (sqlite3.Error, sqlite3.Warning, MemoryError,
+              ValueError)  # of NUL, and of half a character  # fmt: skip
 
 
 def execution_match(predicted, gold, context=""):
@@ -928,7 +927,7 @@ def action_metrics(gold, predicted):
     hits = Counter(a for a, b in zip(gold, predicted, strict=True) if a == b)
     count = max(1, len(gold))
     support, taken = Counter(gold), Counter(predicted)
-    f1 = {action: 2 * hits[action] / (support[action] + taken[action]) for action in support | taken}
+    f1 = {each: 2 * hits[each] / (support[each] + taken[each]) for each in support | taken}
     values = {
         "Accuracy": hits.total() / count,
         "Weighted F1": sum(f1[action] * support[action] for action in f1) / count,
@@ -970,8 +969,8 @@ REQUEST = re.compile(r"""(?ix)\b(?:please|just|could\ you|can\ you)\b.{0,20}\b(?
     \ (?:me|us)\b(?!\ a\ moment) | \b(?:let\ (?:me|us)\ know\ (?:wh|the\b|your\b)|please\ specify\b)
     | \b(?:I|we)(?:['’](?:d|ll)|\ will)?\ need\ (?:to\ know\ wh|your\b) | 教えてください
     | (?:\A|!\s)(?:(?:could|can|would)\ you\b|(?:what|which)\ (?!a\ )[\w\ ]{1,40}\Z)""")
-OFFER = re.compile(r"""(?ix)\A(?!.*\b(?:or|wh\w+|how)\b).*(?:\b(?:(?:shall|should|may)\ I|also
-    |can\ I\ (?:help|do|assist)|(?:want|like)\ (?:me\ )?to|(?:does|did|was)\ (?:that|this|it))\b)""")
+OFFER = re.compile(r"""(?ix)\A(?!.*\b(?:or|wh\w+|how)\b).*\b(?:(?:shall|should|may)\ I|also
+    |can\ I\ (?:help|do|assist)|(?:want|like)\ (?:me\ )?to|(?:does|did|was)\ (?:that|this|it))\b""")
 CLOSING = re.compile(r"(?i)\banything else\b|\balgo más\b|\bsonst noch\b|(?:ほか|他)に")  # an offer
 OPEN = re.compile(r"""(?ix).*\n\Z  # nothing follows; choices; or the user is asked, and a remark
     | (?!\W*(?:how|why)\b).*\n\s*(?:[-*•]|\(?\w{1,2}[.)])(?:\s|\Z) | (?=.*(?:\b(?:your?|or|which
@@ -998,7 +997,7 @@ def rule_actions(replies):
 
 
 def content_words(text):
-    """What a text is about: its words, but common ones, in the singular; "time" for year and so on."""
+    """What a text is about: its words in the singular, no common ones; "time" for year and month."""
     words = re.findall(r"[^\W_]+", text.lower())
     words = {re.sub(r"(?<=...)(?<!s)s\Z", "", word) for word in words}
     return {SLOTS.get(word, word) for word in words - COMMON_WORDS}
@@ -1167,7 +1166,7 @@ def expect(value, where, *types):
 
 
 def require(owner, key, where, *types):
-    """`owner[key]`, checked. where: the owner's address, "a.jsonl:7: messages[3]" or "a.jsonl:7: "."""
+    """`owner[key]`, checked. where: the owner's address, "a.jsonl:7: " or "a.jsonl:7: turns[3]"."""
     expect(owner, where.rstrip(": "), dict)
     address = where + key if where.endswith(" ") else f"{where}.{key}"
     if key not in owner:
@@ -1214,10 +1213,10 @@ def read_json(path):
 def parse_lines(path, parse, raw=None, shown=20):
     """([(line number from 1, parse(object, "path:line", odd))], lines about what was odd).
 
-    Of every line that is not blank. raw: the file's bytes, where they have been read already. odd: a
-    list that takes texts; a line for which parse raises LeftOut is odd and gives no result. Raises
-    InputError: a line for each that is bad. Lines end at "\n" alone: U+2028 and its like may stand
-    inside a JSON string.
+    Of every line that is not blank. raw: the file's bytes, where they have been read already. odd:
+    a list that takes texts; a line for which parse raises LeftOut is odd and gives no result.
+    Raises InputError: a line for each that is bad. Lines end at "\n" alone: U+2028 and its like may
+    stand inside a JSON string.
     """
     parsed, errors, found = [], [], defaultdict(list)
     raw = read_bytes(path) if raw is None else raw
@@ -1304,8 +1303,10 @@ def main(arguments=None):
     if len(files) != COMMANDS.get(command):
         print("expected" + __doc__[__doc__.index("\n    python"):], file=sys.stderr)
         return 2
+    target = files[-1]
     try:
-        target = files[-1]
+        if len({*map(os.path.realpath, files)}) < len(files):
+            raise InputError(f"{target}: is read, expected another file to write")
         if command in CONVERTERS:
             convert_file(command, *files)
         if command in ("check", *CONVERTERS):
@@ -1314,7 +1315,7 @@ def main(arguments=None):
             pairs, lines = read_preferences(files[0])
             write_preferences(target, pairs, command.removesuffix("_preferences"))
             lines += [f"{target}: {len(pairs)} pairs of {len(dialogues(pairs))} conversations"]
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines))
