@@ -27,7 +27,7 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields
 from functools import cache, wraps
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import sentencepiece
 import torch
@@ -448,9 +448,8 @@ class GemmaConfig:
             raw["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         for f in fields(cls):
             value = raw.get(f.name, f.default)
-            kind, *limits = get_args(f.type) or [f.type]
-            if len(limits) == 2 and not (value is None and f.default is None):
-                lowest, highest = limits
+            if hasattr(f.type, "__metadata__") and not (value is None and f.default is None):
+                kind, (lowest, highest) = f.type.__origin__, f.type.__metadata__
                 right = type(value) in (int, kind) and lowest <= value <= highest
                 must(f.name, right, f"a number ({kind.__name__}) from {lowest} to {highest}")
         for key in CAPS:
