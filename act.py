@@ -420,8 +420,10 @@ def train(config, overwrite=False, resume=False):
             # forward and backward, micro-batch by micro-batch; gradients are averaged over ranks
             for i in range(0, local, micro):
                 sums.update(take_step(run, batch[i : i + micro], 1 / local))
+            sums["stop"] = log.problem is not None or bool(ASKED)
             totals = dict(zip(sums, all_sum(list(sums.values()), run.device), strict=True))
             require_finite(totals)  # on all ranks, before anything is learnt from them
+            stop = totals.pop("stop")  # by Ctrl-C, SIGTERM or a full disk
             lr = learning_rate(step, run.steps, training)
             grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
             done = step + 1
@@ -436,7 +438,8 @@ def train(config, overwrite=False, resume=False):
                 margin = f"  margin {row['rewards/margins']:.3f}" if config.task != "sft" else ""
                 progress(done, f"loss {row['loss']:.4f}{margin}")
 
-            together(stop_if_asked, log)  # by Ctrl-C, SIGTERM or a full disk
+            if stop:
+                raise RunStopped(log.problem or "interrupted")
             last = done == run.steps
             if training.save_steps and (last or done % training.save_steps == 0):
                 save_checkpoint(run, done)
@@ -1254,22 +1257,21 @@ class Progress:
     def __init__(self, label, total, quiet=False):
         """quiet: nothing is said of a stage that is short."""
         self.label, self.total, self.quiet = label, total, quiet
-        self.start, self.first, self.tty = time.monotonic(), None, sys.stdout.isatty()
-        self.every = 0.1 if self.tty else 10.0
-        self.next = self.start + self.every
+        self.tty = sys.stdout.isatty()
+        self.start = self.last = time.monotonic()
+        self.first = None  # (seconds, done) of the first call: compilation is behind it
 
     def __call__(self, done, text=""):
-        now = time.monotonic()
-        self.first = self.first or (now, done)  # a pace is measured from here: after compilation
-        if not is_main() or (now < self.next and (done < self.total or self.quiet)):
+        now, ended = time.monotonic(), done == self.total
+        self.first = self.first or (now, done)
+        due = now - self.last >= (0.1 if self.tty else 10)
+        if not is_main() or not (due or ended and not self.quiet):
             return
-        self.next, left = now + self.every, ""
-        if self.first[1] < done < self.total:
-            seconds = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
-            left = f", {seconds:.0f} s left" if seconds < 120 else f", {seconds / 60:.0f} min left"
+        self.last = now
+        pace = (now - self.first[0]) / max(1, done - self.first[1])
+        left = f", {pace * (self.total - done):.0f} s left" if pace and not ended else ""
         line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}".rstrip()
-        going_on = self.tty and done < self.total
-        say("\r\033[K" * self.tty + line, end="" if going_on else "\n")
+        say("\r\033[K" * self.tty + line, end="" if self.tty and not ended else "\n")
 
 
 def all_sum(values, device="cpu"):
@@ -1299,17 +1301,6 @@ def on_main(function, *arguments):
     return on_all(lambda: function(*arguments) if is_main() else None)[0]
 
 
-def together(work, *arguments):
-    """work(...) on every rank; RunStopped of one on all. While all is well, they share a number."""
-    error = None
-    try:
-        work(*arguments)
-    except RunStopped as problem:
-        error = problem
-    if all_sum([error is not None]) != [0]:
-        raise next(filter(None, on_all(lambda: error)))
-
-
 def share_of(count):
     """The part of range(count) that this rank works on: the turns of a dialogue stay together."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -1335,9 +1326,7 @@ def heed_signals(heed=True):
         signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
 
 
-def stop_if_asked(log=None):
-    if log and log.problem:
-        raise RunStopped(log.problem)
+def stop_if_asked():
     if ASKED:
         raise RunStopped("interrupted")
 
@@ -1504,7 +1493,7 @@ def begin(config, overwrite=False, resume=False):
                 expected = f"expected {ranks[0].get(key)} as on rank 0"
                 raise InputError(f"rank {rank}: {key} is {value}, {expected}")
     tokenizer = template = None
-    if source:
+    if source and config.task != "generate_preference":  # whose pairs are for any model
         tokenizer = Tokenizer(Path(source) / "tokenizer.model")
         template = Template(tokenizer, prompt_format(config, tokenizer))
     helpers = Helpers(config, contents)
@@ -1626,7 +1615,8 @@ def model_fingerprints(config):
 # What is written appears when it is complete, staged beside its place under a name that nobody else
 # uses. A checkpoint is a model in Hugging Face's layout with the optimiser's tensors beside it.
 
-PART, OLD = ".act-part", ".act-old"  # endings of what is being written, and of what is going
+PART, OLD = ".act-part", ".act-old"  # what is being written, and what is going
+VOID = ".act-config.json"  # the configuration of a run that is being overwritten
 STEP = re.compile(r"step-(\d{1,15})", re.ASCII)
 OURS = re.compile(
     r"((generation_|adapter_|tokenizer_)?config|trainer_state|tokenizer|special_tokens_map)\.json"
@@ -1679,7 +1669,7 @@ def open_output(config, resume=False, overwrite=False):
 
 def former_run(output):
     """The configuration of the run in a directory; None where no config.json is a run's."""
-    for path in (output / "config.json", output / f".config.json{OLD}"):
+    for path in (output / "config.json", output / VOID):
         with suppress(InputError):
             found = read_json(path)
             if isinstance(found.get("training_config"), dict) and "task" in found:
@@ -1743,11 +1733,6 @@ def clear_output(config, checkpoint):
     """Remove what a former run wrote and this one will write again: the first change on disk."""
     output = output_of(config)
     require_lock(output)
-    former, old = output / "config.json", output / f".config.json{OLD}"
-    for folder in (output, output / "checkpoints"):
-        for path in folder.glob(".*") if not folder.is_symlink() else ():
-            if path.name.endswith((PART, OLD)) and path != old:
-                remove(path)
     if checkpoint:  # what was logged after it will be logged again
         logs = [output / name for name in ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")]
         rows = {path: logged_rows(path) for path in logs if path.exists()}
@@ -1755,51 +1740,32 @@ def clear_output(config, checkpoint):
             step = int(checkpoint.name[5:])
             data.write_jsonl(path, [row for row in found if row["step"] <= step])
     else:
-        if former.exists():  # without it the rest is no run that could be resumed
-            former.replace(old)
+        if (output / "config.json").exists():  # without it the rest is no run to be resumed
+            (output / "config.json").replace(output / VOID)
         for name in TRAINING_FILES:
             remove(output / name)
-    write_json(former, asdict(config))
-    old.unlink(missing_ok=True)
-
-
-def replace_results(config, write):
-    """Results of a task that does not train: all are written beside the old ones, then swapped."""
-    output = output_of(config)
-    staging = output / f".results{PART}"
-    require_lock(output)
-    remove(staging)
-    staging.mkdir()
-    write_json(staging / "config.json", asdict(config))
-    write(staging)
-    new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-    for path in new:
-        path.replace(output / path.name)
-    staging.rmdir()
-    for name in set(WRITES[config.task]) - {path.name for path in new}:
-        remove(output / name)
+    write_json(output / "config.json", asdict(config))
+    (output / VOID).unlink(missing_ok=True)
 
 
 def remove(path):
     """Remove a file, a link or a directory of ours; of checkpoints/ only its checkpoints.
 
-    A directory is renamed first: whenever the process is killed, all of it is there or nothing.
+    It is renamed first: whenever the process is killed, all of it is there or nothing.
     """
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif not path.exists():
-        return
-    elif path.name.endswith((PART, OLD)):
-        shutil.rmtree(path)
-    elif path.name == "checkpoints":
+    if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
         for entry in path.iterdir():
-            if STEP.fullmatch(entry.name):
+            if STEP.fullmatch(entry.name) or entry.name in (PART, OLD):
                 remove(entry)
-    else:
-        aside = path.with_name(f".{path.name}{OLD}")
-        remove(aside)
-        path.rename(aside)
-        remove(aside)
+    elif os.path.lexists(path):
+        aside = path.with_name(OLD)
+        if path != aside:
+            remove(aside)  # left where a run was killed
+            path.rename(aside)
+        if aside.is_symlink() or aside.is_file():
+            aside.unlink()
+        else:
+            shutil.rmtree(aside)
 
 
 LOCK = []  # the file whose lock says that output_dir is this process's, as long as it lives
@@ -1864,9 +1830,9 @@ def save(run, directory, state, adapters=False, optimizer=False):
     The directory appears when it is complete. Every rank calls this. RunStopped where a parameter
     is no number.
     """
-    model, part = run.policy, directory.with_name(f".{directory.name}{PART}")
+    model, part = run.policy, directory.with_name(PART)
     parts = {name: gemma.local_slice(p)[0] for name, p in model.named_parameters()}
-    together(require_finite, parts)
+    on_all(require_finite, parts)
     on_main(make_part, output_of(run.config), part)
     if adapters:
         gemma.save_adapters(model, part, run.config.policy_model_config.model_path)
@@ -2666,7 +2632,9 @@ def evaluate(config, overwrite=False, resume=False):
     gemma.check_vocabulary(begun.tokenizer, model)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
-    on_main(replace_results, config, lambda folder: write_evaluation(folder, metrics, samples))
+    on_main(require_lock, output_of(config))
+    on_main(write_json, output_of(config) / "config.json", asdict(config))
+    on_main(write_evaluation, output_of(config), metrics, samples)
     for name in metrics:
         print0("{:50} {:>8}".format(*shown(name, metrics, heuristic)))
     say_unended(samples)
@@ -2681,16 +2649,23 @@ def generate_preference(config, overwrite=False, resume=False):
     if not any(found.values()):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
 
-    def write(folder):
-        for name, pairs in found.items():
-            for form, ending in PAIR_FILES.items() if pairs else ():
-                data.write_preferences(folder / f"{name}{ending}", pairs, form)
+    on_main(write_pairs, config, found)
 
-    on_main(replace_results, config, write)
+
+def write_pairs(config, found):
+    """Files of the pairs {name: pairs}, each in all forms; those of a former run go last."""
+    output = output_of(config)
+    require_lock(output)
     for name, pairs in found.items():
-        paths = [output_of(config) / f"{name}{ending}" for ending in PAIR_FILES.values()]
+        paths = [output / f"{name}{ending}" for ending in PAIR_FILES.values()]
+        for form, path in zip(PAIR_FILES, paths, strict=True):
+            if pairs:
+                data.write_preferences(path, pairs, form)
+            else:
+                remove(path)
         if pairs:
             print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
+    write_json(output / "config.json", asdict(config))
 
 
 def check(config, overwrite=False, resume=False):
