@@ -42,7 +42,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -1985,10 +1984,12 @@ def judge_fields(request):
 
 
 def parse_verdict(answer):
-    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right"."""
+    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right" alone."""
     answer = re.split(r"\n[ \t]*CONVERSATION:", answer.upper())[0]
-    found = set(re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer))
-    return {("", "RIGHT"): 1.0, ("", "WRONG"): 0.0}.get(found.pop()) if len(found) == 1 else None
+    found = re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer)
+    means = {(word == "RIGHT") != bool(denied) for denied, word in found}
+    told = any(not denied for denied, _ in found)
+    return float(means.pop()) if told and len(means) == 1 else None
 
 
 def parse_action(answer):
@@ -2023,9 +2024,12 @@ def parse_question(answer):
     return next((line for line in lines if data.is_question(line)), None)
 
 
+LABELS = r"(?:(?:final|next|clarifying) )*(?:answer|reply|response|message|question)"
+
+
 def unlabelled(answer, name):
-    """Without a "User: ", "**Assistant:** " or "Assistant (asks): " in front."""
-    label = rf"\A[\s*]*{name}(?: \([^)\n]*\))?[\s*]*:[\s*]*"
+    """Without a "User: ", "**Assistant:** ", "Assistant (asks): " or "Reply: " in front."""
+    label = rf"(?i)\A[\s*]*(?:{name}(?:['’]s {LABELS})?|{LABELS})(?: \([^)\n]*\))?[\s*]*:[\s*]*"
     return re.sub(label, "", answer.strip()).strip()
 
 
@@ -2063,16 +2067,30 @@ ROLES = {
     ),
 }  # fmt: skip
 
-THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
-THINKING = re.compile(  # where models of several makers begin and end to think aloud
-    rf"(?i)(?P<open><\|?(?:{THOUGHTS}|seed:think|begin_of_thought)\|?>|\[think\]|◁think▷"
-    r"|<\|channel\|?>(?:analysis|thought))"
-    rf"|<\|?/(?:{THOUGHTS}|seed:think)\|?>|<\|end_of_thought\|>|\[/think\]|◁/think▷"
-    r"|<\|channel\|>final<\|message\|>|<channel\|>"
+THOUGHTS = (
+    "think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|inner_monologue"
+    "|internal_monologue|seed:think"
 )
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "</s>")
-ANNOUNCED = re.compile(r"(?i)(?:here|sure|ok|okay|certainly|of course|the)\b[^\n]{0,100}:[ \t]*\n")
-QUOTES = ('""', "“”", "„“", "«»", "''", "``")
+THINKING = re.compile(  # where models of several makers begin and end to think aloud
+    rf"(?i)(?P<open><\|?\s?(?:{THOUGHTS}|(?:begin|start)_of_thought|start_thinking|inner_prefix)"
+    r"(?:\s[^<>\n]{0,40})?\|?>|\[think\]|◁think▷|<\|channel\|?>(?:analysis|thought))"
+    rf"|<\|?/\s?(?:{THOUGHTS})\s?\|?>|<\|(?:end_of_thought|end_thinking|inner_suffix)\|>"
+    r"|\[/think\]|◁/think▷|<\|channel\|>final<\|message\|>|<channel\|>"
+    r"|(?<!\w )(?<!`)<(?:answer|response|output)>"
+)
+MARKS = re.compile(  # what a model's template puts around its answer
+    r"(?i)<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/INST\]"
+    r"|</(?:answer|response|output)>"
+)
+ANNOUNCED = re.compile(
+    r"(?i)[*_#]{0,3}(?:(?:here|sure|ok|okay|certainly|of course|the)\b[^\n]{0,100}:[*_ \t]*\n"
+    r"|here(?:['’]s| is)\b[^\n:]{0,60}\b(?:message|question|reply|response|answer|summary|intent)"
+    r"\b[^\n:]{0,20}:)"
+)
+QUOTES = (
+    '" "', "“ ”", "„ “", "„ ”", "” ”", "« »", "' '", "‘ ’", "「 」", "` `", "** **", "* *",
+    r"\boxed{ }",
+)  # fmt: skip
 
 
 def without_reasoning(text):
@@ -2088,17 +2106,16 @@ def without_reasoning(text):
 
 
 def undressed(text):
-    """An answer without an announcement, a code fence, quotes around it or a marker of its end."""
-    text = text.strip()
-    while end := next((end for end in ENDS if text.endswith(end)), None):
-        text = text.removesuffix(end).rstrip()
+    """An answer without an announcement, a code fence, quotes around it or a template's marks."""
+    text = next(filter(str.strip, MARKS.split(text)), "").strip()
     announced = ANNOUNCED.match(text)
     text = text[announced.end() :].strip() if announced else text
     if text.startswith("```") and text.endswith("```") and "\n" in text:
         text = text[:-3].partition("\n")[2].strip()
-    for left, right in QUOTES:
-        if len(text) > 1 and (text[0], text[-1]) == (left, right) and right not in text[1:-1]:
-            text = text[1:-1].strip()
+    for left, right in map(str.split, QUOTES * 2):
+        said = text.removeprefix(left).removesuffix(right)
+        if text == left + said + right and right not in said:
+            text = said.strip()
     return text
 
 
@@ -2293,22 +2310,25 @@ def gemma_backend(model, tokenizer, config):
 
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most
+FIRST_TIMEOUT = 10.0  # seconds of the call that only asks whether the server is there
 LONGEST_REPLY = 4_000_000  # bytes
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:[1-9]\d{0,4})?(/[^?#@\s]*)?", re.I | re.A)
 THIS_MACHINE = re.compile(r"https?://(localhost|127\.|\[::1\])", re.I)  # no proxy leads there
 RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "stop": None}  # None: gone
+TOO_LONG = re.compile("(?i)context|too l(?:ong|arge)")  # of one prompt, whatever else is named
 
 
 class CallFailed(Exception):
     """One call brought no answer.
 
-    again: whether the same call may do later, after `wait` seconds; final: whether all would fail.
+    again: whether the same call may do later, after `wait` seconds; final: whether all would fail;
+    absent: whether nobody could be reached.
     """
 
-    def __init__(self, message, again=True, final=False, wait=0.0):
+    def __init__(self, message, again=True, final=False, wait=0.0, absent=False):
         super().__init__(message)
-        self.again, self.final, self.wait = again, final, wait
+        self.again, self.final, self.wait, self.absent = again, final, wait, absent
 
 
 class Client:
@@ -2336,7 +2356,7 @@ class Client:
         direct = [urllib.request.ProxyHandler({})] if THIS_MACHINE.match(base) else []
         self.opener = urllib.request.build_opener(NoRedirects, *direct)
         self.cache, self.spent = answer_cache(config.cache_path), threading.Event()
-        self.refused = set()  # parameters that the server does not take
+        self.refused = refused_by(self.url, config.model_id)
 
     def __call__(self, prompts):
         answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in prompts}
@@ -2364,9 +2384,9 @@ class Client:
         """Raises InputError where the server is not there or refuses us; a slow one may wake up."""
         print0(f"helper model {self.config.model_id}: conversations go to {self.url}")
         try:
-            self.call("Say yes.")
+            self.call("Say yes.", min(FIRST_TIMEOUT, self.config.timeout))
         except CallFailed as failure:
-            if failure.final:
+            if failure.final or failure.absent:
                 raise InputError(f"{self.url}: {failure}") from None
 
     def answer(self, prompt):
@@ -2375,7 +2395,7 @@ class Client:
             if self.spent.is_set():
                 return None
             try:
-                text = self.call(prompt)
+                text = self.call(prompt, self.config.timeout)
             except CallFailed as failure:
                 self.why = str(failure)
                 if failure.final:
@@ -2391,7 +2411,7 @@ class Client:
             return text
         return None
 
-    def call(self, prompt):
+    def call(self, prompt, timeout):
         """One POST: its text. Raises CallFailed."""
         body = self.dialect.body(self.config, self.stop, prompt)
         for name in self.refused & body.keys():
@@ -2400,33 +2420,37 @@ class Client:
                 body[RENAMED[name]] = value
         headers = {"Content-Type": "application/json", **self.dialect.headers(self.key)}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        deadline = time.monotonic() + self.config.timeout
+        deadline = time.monotonic() + timeout
         try:
-            with self.opener.open(request, timeout=self.config.timeout) as response:
+            with self.opener.open(request, timeout=timeout) as response:
                 reply = read_reply(response, deadline)
         except urllib.error.HTTPError as error:
             failure = self.http_failure(error, deadline)
-            named = [name for name in RENAMED if name in body and name in str(failure)]
-            if error.code != 400 or not named:
+            words = re.findall(r"\w+", str(failure))
+            named = [name for name in RENAMED if name in body and name in words]
+            if error.code != 400 or not named or TOO_LONG.search(str(failure)):
                 raise failure from None
-            print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
+            if named[0] not in self.refused:
+                print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
             self.refused.add(named[0])
-            return self.call(prompt)
-        except (OSError, http.client.HTTPException) as error:
+            return self.call(prompt, timeout)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: odd headers
             reason = getattr(error, "reason", error) or type(error).__name__
-            absent = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-            raise CallFailed(self.one_line(reason), final=absent) from None
+            absent = isinstance(error, urllib.error.URLError)  # the request was not even sent
+            raise CallFailed(self.one_line(reason), absent=absent) from None
         try:
             if reply.lstrip().startswith((b"data:", b"event:")):
                 raise CallFailed("its reply is streamed, expected one JSON object", again=False)
             reply = json.loads(reply)
-            if reply.get("error"):
-                raise self.failure(reply["error"], 200)
+            report = reply.get("error") or (reply.get("choices") or [{}])[0].get("error")
+            if report:
+                raise self.failure(report, 200)
             text, why = self.dialect.text_of(reply)
             text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
         except UNREADABLE:
             raise CallFailed("its reply is not the JSON of an answer") from None
         if not text.strip():
+            why += REASONING_CUT * why.endswith(("MAX_TOKENS)", "length)"))
             raise CallFailed(self.one_line(why), again=False)
         return self.masked(text)
 
@@ -2434,14 +2458,16 @@ class Client:
         """CallFailed for an HTTP status, with the server's words and the wait that it asks for."""
         report, wait = error.reason, retry_after(error.headers.get("Retry-After", ""))
         with suppress(OSError, http.client.HTTPException, CallFailed, *UNREADABLE), error:
-            report = json.loads(read_reply(error, deadline))["error"]
+            report = json.loads(read_reply(error, deadline))
+            report = report.get("error") or report
         return self.failure(report, error.code, wait)
 
     def failure(self, report, status, wait=0.0):
         """CallFailed for what a server calls an error; 400, 413 and 422 concern one prompt."""
         words, code = report, status if status != 200 else 500
         if isinstance(report, dict):
-            words = report.get("message") or report
+            words, named = str(report.get("message") or report), str(report.get("param"))
+            words += f" ({named})" * (named in RENAMED and named not in words)
             code = report.get("code") if isinstance(report.get("code"), int) else code
         again = code in (408, 429) or code >= 500
         final = "insufficient_quota" in str(report) or not (again or code in (400, 413, 422))
@@ -2583,6 +2609,12 @@ class AnswerCache:
 
 
 answer_cache = cache(AnswerCache)  # one for each file, whichever roles share it
+
+
+@cache
+def refused_by(url, model_id):
+    """What is learnt about a server and a model: the set of parameters that they do not take."""
+    return set()
 
 
 # --------------------------------------------------------------------------------------------------
