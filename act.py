@@ -1483,7 +1483,7 @@ class Run(Start):
 def begin(config, overwrite=False, resume=False):
     """Decide about the output directory, read and check the files. Nothing there is changed."""
     device, source = start_processes(), config.policy_model_config.model_path
-    print0(machine())
+    print0(machine(device))
     writes = config.task in WRITES
     checkpoint = on_main(open_output, config, resume, overwrite) if writes else None
     contents = {key: data.read_bytes(path) for key, path in input_files(config).items()}
@@ -1503,12 +1503,17 @@ def begin(config, overwrite=False, resume=False):
     return Start(config, device, checkpoint, state, tokenizer, template, helpers, pairs, validation)
 
 
-def machine():
-    """On what the bits of a run depend, besides its seed."""
-    kind = torch.backends.cpu.get_cpu_capability()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    processes = f"{dist.get_world_size()} processes of {torch.get_num_threads()} threads"
-    return f"{platform.machine()} with {kind}{gpu}, {processes}: on these the bits depend"
+def machine(device):
+    """On what the last bits of a run depend beside its configuration, in a line."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        cpus = Path("/proc/cpuinfo")  # of Linux; on ARM it does not name a model
+        named = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+        name = named[1] if named else platform.machine()
+        kind = f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    processes = f"processes: {dist.get_world_size()}, threads each: {torch.get_num_threads()}"
+    return f"{kind}, {processes}, torch {torch.__version__}: on these the last bits depend"
 
 
 def prompt_format(config, tokenizer):
