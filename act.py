@@ -1729,9 +1729,9 @@ def step_of(checkpoint, state):
     """The step of a checkpoint. Raises InputError where it is damaged, or not of these files."""
     path, step = checkpoint / "trainer_state.json", int(checkpoint.name[5:])
     then = read_json(path)
-    files = {name: fingerprint(checkpoint / name) for name in then.get("files", {})
-             if (checkpoint / name).exists()}  # fmt: skip
-    for key, value in {"step": step, **state, "files": files}.items():
+    then |= then.get("files", {})
+    files = {path.name: fingerprint(path) for path in checkpoint.iterdir() if path.name in then}
+    for key, value in {"step": step, **state, **files}.items():
         if key != "steps" and then.get(key, value) != value:
             raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
     if step > state["steps"]:
@@ -1805,15 +1805,16 @@ def remove(path):
         remove(aside)
 
 
-LOCK = []  # the file whose lock says that output_dir is this process's, as long as it lives
+LOCK = []  # the file whose lock says that output_dir is this process's, and whether it made that
 
 
 def take_lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
+    new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     path, flags = output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666))]
+        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666)), new]
     except OSError as error:
         raise InputError(f"{path}: cannot be opened, expected a file ({error.strerror})") from None
     try:
@@ -1826,17 +1827,21 @@ def take_lock(output):
         print0(f"{output}: a second run at once would not be noticed here ({error.strerror})")
 
 
-def require_lock(output):
-    """Raises RunStopped where the locked file is no longer the one that is there."""
+def holds_lock(output):
+    """Whether the locked file is the one that is there."""
     path = output / ".lock"
-    mine = os.fstat(LOCK[0].fileno()) if LOCK else None
-    if not mine or not path.exists() or not os.path.samestat(mine, path.stat()):
+    return LOCK and path.exists() and os.path.samestat(os.fstat(LOCK[0].fileno()), path.stat())
+
+
+def require_lock(output):
+    """Raises RunStopped where another run may write to an output directory."""
+    if not holds_lock(output):
         raise RunStopped(f"{output}: its .lock is not this run's any more, another may write there")
 
 
 def release_lock(output):
-    """Let go of an output directory, which goes too if nothing was written there."""
-    if LOCK and os.listdir(output) == [".lock"]:
+    """Let go of an output directory, which goes too if this run made it and wrote nothing."""
+    if LOCK[1:] == [True] and holds_lock(output) and os.listdir(output) == [".lock"]:
         (output / ".lock").unlink()
         output.rmdir()
     LOCK.clear()
@@ -1941,7 +1946,7 @@ def checkpoints(output_dir):
     """
     folder, found = Path(output_dir) / "checkpoints", {}
     try:
-        for path in folder.iterdir() if folder.exists() else ():
+        for path in folder.iterdir() if os.path.lexists(folder) else ():
             name = STEP.fullmatch(path.name)
             if name and (path / "trainer_state.json").exists():
                 found[int(name[1])] = path
