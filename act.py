@@ -42,7 +42,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -421,8 +420,10 @@ def train(config, overwrite=False, resume=False):
             # forward and backward, micro-batch by micro-batch; gradients are averaged over ranks
             for i in range(0, local, micro):
                 sums.update(take_step(run, batch[i : i + micro], 1 / local))
+            sums["stop"] = log.problem is not None or bool(ASKED)
             totals = dict(zip(sums, all_sum(list(sums.values()), run.device), strict=True))
             require_finite(totals)  # on all ranks, before anything is learnt from them
+            stop = totals.pop("stop")  # by Ctrl-C, SIGTERM or a full disk
             lr = learning_rate(step, run.steps, training)
             grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
             done = step + 1
@@ -437,7 +438,8 @@ def train(config, overwrite=False, resume=False):
                 margin = f"  margin {row['rewards/margins']:.3f}" if config.task != "sft" else ""
                 progress(done, f"loss {row['loss']:.4f}{margin}")
 
-            together(stop_if_asked, log)  # by Ctrl-C, SIGTERM or a full disk
+            if stop:
+                raise RunStopped(log.problem or "interrupted")
             last = done == run.steps
             if training.save_steps and (last or done % training.save_steps == 0):
                 save_checkpoint(run, done)
@@ -1257,22 +1259,21 @@ class Progress:
     def __init__(self, label, total, quiet=False):
         """quiet: nothing is said of a stage that is short."""
         self.label, self.total, self.quiet = label, total, quiet
-        self.start, self.first, self.tty = time.monotonic(), None, sys.stdout.isatty()
-        self.every = 0.1 if self.tty else 10.0
-        self.next = self.start + self.every
+        self.tty = sys.stdout.isatty()
+        self.start = self.last = time.monotonic()
+        self.first = None  # (seconds, done) of the first call: compilation is behind it
 
     def __call__(self, done, text=""):
-        now = time.monotonic()
-        self.first = self.first or (now, done)  # a pace is measured from here: after compilation
-        if not is_main() or (now < self.next and (done < self.total or self.quiet)):
+        now, ended = time.monotonic(), done == self.total
+        self.first = self.first or (now, done)
+        due = now - self.last >= (0.1 if self.tty else 10)
+        if not is_main() or not (due or ended and not self.quiet):
             return
-        self.next, left = now + self.every, ""
-        if self.first[1] < done < self.total:
-            seconds = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
-            left = f", {seconds:.0f} s left" if seconds < 120 else f", {seconds / 60:.0f} min left"
+        self.last = now
+        pace = (now - self.first[0]) / max(1, done - self.first[1])
+        left = f", {pace * (self.total - done):.0f} s left" if pace and not ended else ""
         line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}".rstrip()
-        going_on = self.tty and done < self.total
-        say("\r\033[K" * self.tty + line, end="" if going_on else "\n")
+        say("\r\033[K" * self.tty + line, end="" if self.tty and not ended else "\n")
 
 
 def all_sum(values, device="cpu"):
@@ -1302,17 +1303,6 @@ def on_main(function, *arguments):
     return on_all(lambda: function(*arguments) if is_main() else None)[0]
 
 
-def together(work, *arguments):
-    """work(...) on every rank; RunStopped of one on all. While all is well, they share a number."""
-    error = None
-    try:
-        work(*arguments)
-    except RunStopped as problem:
-        error = problem
-    if all_sum([error is not None]) != [0]:
-        raise next(filter(None, on_all(lambda: error)))
-
-
 def share_of(count):
     """The part of range(count) that this rank works on: the turns of a dialogue stay together."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -1338,9 +1328,7 @@ def heed_signals(heed=True):
         signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
 
 
-def stop_if_asked(log=None):
-    if log and log.problem:
-        raise RunStopped(log.problem)
+def stop_if_asked():
     if ASKED:
         raise RunStopped("interrupted")
 
@@ -1507,7 +1495,7 @@ def begin(config, overwrite=False, resume=False):
                 expected = f"expected {ranks[0].get(key)} as on rank 0"
                 raise InputError(f"rank {rank}: {key} is {value}, {expected}")
     tokenizer = template = None
-    if source:
+    if source and config.task != "generate_preference":  # whose pairs are for any model
         tokenizer = Tokenizer(Path(source) / "tokenizer.model")
         template = Template(tokenizer, prompt_format(config, tokenizer))
     helpers = Helpers(config, contents)
@@ -1629,7 +1617,8 @@ def model_fingerprints(config):
 # What is written appears when it is complete, staged beside its place under a name that nobody else
 # uses. A checkpoint is a model in Hugging Face's layout with the optimiser's tensors beside it.
 
-PART, OLD = ".act-part", ".act-old"  # endings of what is being written, and of what is going
+PART, OLD = ".act-part", ".act-old"  # what is being written, and what is going
+VOID = ".act-config.json"  # the configuration of a run that is being overwritten
 STEP = re.compile(r"step-(\d{1,15})", re.ASCII)
 OURS = re.compile(
     r"((generation_|adapter_|tokenizer_)?config|trainer_state|tokenizer|special_tokens_map)\.json"
@@ -1682,7 +1671,7 @@ def open_output(config, resume=False, overwrite=False):
 
 def former_run(output):
     """The configuration of the run in a directory; None where no config.json is a run's."""
-    for path in (output / "config.json", output / f".config.json{OLD}"):
+    for path in (output / "config.json", output / VOID):
         with suppress(InputError):
             found = read_json(path)
             if isinstance(found.get("training_config"), dict) and "task" in found:
@@ -1746,11 +1735,6 @@ def clear_output(config, checkpoint):
     """Remove what a former run wrote and this one will write again: the first change on disk."""
     output = output_of(config)
     require_lock(output)
-    former, old = output / "config.json", output / f".config.json{OLD}"
-    for folder in (output, output / "checkpoints"):
-        for path in folder.glob(".*") if not folder.is_symlink() else ():
-            if path.name.endswith((PART, OLD)) and path != old:
-                remove(path)
     if checkpoint:  # what was logged after it will be logged again
         logs = [output / name for name in ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")]
         rows = {path: logged_rows(path) for path in logs if path.exists()}
@@ -1758,51 +1742,32 @@ def clear_output(config, checkpoint):
             step = int(checkpoint.name[5:])
             data.write_jsonl(path, [row for row in found if row["step"] <= step])
     else:
-        if former.exists():  # without it the rest is no run that could be resumed
-            former.replace(old)
+        if (output / "config.json").exists():  # without it the rest is no run to be resumed
+            (output / "config.json").replace(output / VOID)
         for name in TRAINING_FILES:
             remove(output / name)
-    write_json(former, asdict(config))
-    old.unlink(missing_ok=True)
-
-
-def replace_results(config, write):
-    """Results of a task that does not train: all are written beside the old ones, then swapped."""
-    output = output_of(config)
-    staging = output / f".results{PART}"
-    require_lock(output)
-    remove(staging)
-    staging.mkdir()
-    write_json(staging / "config.json", asdict(config))
-    write(staging)
-    new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-    for path in new:
-        path.replace(output / path.name)
-    staging.rmdir()
-    for name in set(WRITES[config.task]) - {path.name for path in new}:
-        remove(output / name)
+    write_json(output / "config.json", asdict(config))
+    (output / VOID).unlink(missing_ok=True)
 
 
 def remove(path):
     """Remove a file, a link or a directory of ours; of checkpoints/ only its checkpoints.
 
-    A directory is renamed first: whenever the process is killed, all of it is there or nothing.
+    It is renamed first: whenever the process is killed, all of it is there or nothing.
     """
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif not path.exists():
-        return
-    elif path.name.endswith((PART, OLD)):
-        shutil.rmtree(path)
-    elif path.name == "checkpoints":
+    if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
         for entry in path.iterdir():
-            if STEP.fullmatch(entry.name):
+            if STEP.fullmatch(entry.name) or entry.name in (PART, OLD):
                 remove(entry)
-    else:
-        aside = path.with_name(f".{path.name}{OLD}")
-        remove(aside)
-        path.rename(aside)
-        remove(aside)
+    elif os.path.lexists(path):
+        aside = path.with_name(OLD)
+        if path != aside:
+            remove(aside)  # left where a run was killed
+            path.rename(aside)
+        if aside.is_symlink() or aside.is_file():
+            aside.unlink()
+        else:
+            shutil.rmtree(aside)
 
 
 LOCK = []  # the file whose lock says that output_dir is this process's, and whether it made that
@@ -1872,9 +1837,9 @@ def save(run, directory, state, adapters=False, optimizer=False):
     The directory appears when it is complete. Every rank calls this. RunStopped where a parameter
     is no number.
     """
-    model, part = run.policy, directory.with_name(f".{directory.name}{PART}")
+    model, part = run.policy, directory.with_name(PART)
     parts = {name: gemma.local_slice(p)[0] for name, p in model.named_parameters()}
-    together(require_finite, parts)
+    on_all(require_finite, parts)
     on_main(make_part, output_of(run.config), part)
     if adapters:
         gemma.save_adapters(model, part, run.config.policy_model_config.model_path)
@@ -2024,10 +1989,12 @@ def judge_fields(request):
 
 
 def parse_verdict(answer):
-    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right"."""
+    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right" alone."""
     answer = re.split(r"\n[ \t]*CONVERSATION:", answer.upper())[0]
-    found = set(re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer))
-    return {("", "RIGHT"): 1.0, ("", "WRONG"): 0.0}.get(found.pop()) if len(found) == 1 else None
+    found = re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer)
+    means = {(word == "RIGHT") != bool(denied) for denied, word in found}
+    told = any(not denied for denied, _ in found)
+    return float(means.pop()) if told and len(means) == 1 else None
 
 
 def parse_action(answer):
@@ -2062,9 +2029,12 @@ def parse_question(answer):
     return next((line for line in lines if data.is_question(line)), None)
 
 
+LABELS = r"(?:(?:final|next|clarifying) )*(?:answer|reply|response|message|question)"
+
+
 def unlabelled(answer, name):
-    """Without a "User: ", "**Assistant:** " or "Assistant (asks): " in front."""
-    label = rf"\A[\s*]*{name}(?: \([^)\n]*\))?[\s*]*:[\s*]*"
+    """Without a "User: ", "**Assistant:** ", "Assistant (asks): " or "Reply: " in front."""
+    label = rf"(?i)\A[\s*]*(?:{name}(?:['’]s {LABELS})?|{LABELS})(?: \([^)\n]*\))?[\s*]*:[\s*]*"
     return re.sub(label, "", answer.strip()).strip()
 
 
@@ -2102,16 +2072,30 @@ ROLES = {
     ),
 }  # fmt: skip
 
-THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad"
-THINKING = re.compile(  # where models of several makers begin and end to think aloud
-    rf"(?i)(?P<open><\|?(?:{THOUGHTS}|seed:think|begin_of_thought)\|?>|\[think\]|◁think▷"
-    r"|<\|channel\|?>(?:analysis|thought))"
-    rf"|<\|?/(?:{THOUGHTS}|seed:think)\|?>|<\|end_of_thought\|>|\[/think\]|◁/think▷"
-    r"|<\|channel\|>final<\|message\|>|<channel\|>"
+THOUGHTS = (
+    "think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|inner_monologue"
+    "|internal_monologue|seed:think"
 )
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "</s>")
-ANNOUNCED = re.compile(r"(?i)(?:here|sure|ok|okay|certainly|of course|the)\b[^\n]{0,100}:[ \t]*\n")
-QUOTES = ('""', "“”", "„“", "«»", "''", "``")
+THINKING = re.compile(  # where models of several makers begin and end to think aloud
+    rf"(?i)(?P<open><\|?\s?(?:{THOUGHTS}|(?:begin|start)_of_thought|start_thinking|inner_prefix)"
+    r"(?:\s[^<>\n]{0,40})?\|?>|\[think\]|◁think▷|<\|channel\|?>(?:analysis|thought))"
+    rf"|<\|?/\s?(?:{THOUGHTS})\s?\|?>|<\|(?:end_of_thought|end_thinking|inner_suffix)\|>"
+    r"|\[/think\]|◁/think▷|<\|channel\|>final<\|message\|>|<channel\|>"
+    r"|(?<!\w )(?<!`)<(?:answer|response|output)>"
+)
+MARKS = re.compile(  # what a model's template puts around its answer
+    r"(?i)<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/INST\]"
+    r"|</(?:answer|response|output)>"
+)
+ANNOUNCED = re.compile(
+    r"(?i)[*_#]{0,3}(?:(?:here|sure|ok|okay|certainly|of course|the)\b[^\n]{0,100}:[*_ \t]*\n"
+    r"|here(?:['’]s| is)\b[^\n:]{0,60}\b(?:message|question|reply|response|answer|summary|intent)"
+    r"\b[^\n:]{0,20}:)"
+)
+QUOTES = (
+    '" "', "“ ”", "„ “", "„ ”", "” ”", "« »", "' '", "‘ ’", "「 」", "` `", "** **", "* *",
+    r"\boxed{ }",
+)  # fmt: skip
 
 
 def without_reasoning(text):
@@ -2127,17 +2111,16 @@ def without_reasoning(text):
 
 
 def undressed(text):
-    """An answer without an announcement, a code fence, quotes around it or a marker of its end."""
-    text = text.strip()
-    while end := next((end for end in ENDS if text.endswith(end)), None):
-        text = text.removesuffix(end).rstrip()
+    """An answer without an announcement, a code fence, quotes around it or a template's marks."""
+    text = next(filter(str.strip, MARKS.split(text)), "").strip()
     announced = ANNOUNCED.match(text)
     text = text[announced.end() :].strip() if announced else text
     if text.startswith("```") and text.endswith("```") and "\n" in text:
         text = text[:-3].partition("\n")[2].strip()
-    for left, right in QUOTES:
-        if len(text) > 1 and (text[0], text[-1]) == (left, right) and right not in text[1:-1]:
-            text = text[1:-1].strip()
+    for left, right in map(str.split, QUOTES * 2):
+        said = text.removeprefix(left).removesuffix(right)
+        if text == left + said + right and right not in said:
+            text = said.strip()
     return text
 
 
@@ -2332,22 +2315,25 @@ def gemma_backend(model, tokenizer, config):
 
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at most
+FIRST_TIMEOUT = 10.0  # seconds of the call that only asks whether the server is there
 LONGEST_REPLY = 4_000_000  # bytes
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:[1-9]\d{0,4})?(/[^?#@\s]*)?", re.I | re.A)
 THIS_MACHINE = re.compile(r"https?://(localhost|127\.|\[::1\])", re.I)  # no proxy leads there
 RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "stop": None}  # None: gone
+TOO_LONG = re.compile("(?i)context|too l(?:ong|arge)")  # of one prompt, whatever else is named
 
 
 class CallFailed(Exception):
     """One call brought no answer.
 
-    again: whether the same call may do later, after `wait` seconds; final: whether all would fail.
+    again: whether the same call may do later, after `wait` seconds; final: whether all would fail;
+    absent: whether nobody could be reached.
     """
 
-    def __init__(self, message, again=True, final=False, wait=0.0):
+    def __init__(self, message, again=True, final=False, wait=0.0, absent=False):
         super().__init__(message)
-        self.again, self.final, self.wait = again, final, wait
+        self.again, self.final, self.wait, self.absent = again, final, wait, absent
 
 
 class Client:
@@ -2375,7 +2361,7 @@ class Client:
         direct = [urllib.request.ProxyHandler({})] if THIS_MACHINE.match(base) else []
         self.opener = urllib.request.build_opener(NoRedirects, *direct)
         self.cache, self.spent = answer_cache(config.cache_path), threading.Event()
-        self.refused = set()  # parameters that the server does not take
+        self.refused = refused_by(self.url, config.model_id)
 
     def __call__(self, prompts):
         answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in prompts}
@@ -2403,9 +2389,9 @@ class Client:
         """Raises InputError where the server is not there or refuses us; a slow one may wake up."""
         print0(f"helper model {self.config.model_id}: conversations go to {self.url}")
         try:
-            self.call("Say yes.")
+            self.call("Say yes.", min(FIRST_TIMEOUT, self.config.timeout))
         except CallFailed as failure:
-            if failure.final:
+            if failure.final or failure.absent:
                 raise InputError(f"{self.url}: {failure}") from None
 
     def answer(self, prompt):
@@ -2414,7 +2400,7 @@ class Client:
             if self.spent.is_set():
                 return None
             try:
-                text = self.call(prompt)
+                text = self.call(prompt, self.config.timeout)
             except CallFailed as failure:
                 self.why = str(failure)
                 if failure.final:
@@ -2430,7 +2416,7 @@ class Client:
             return text
         return None
 
-    def call(self, prompt):
+    def call(self, prompt, timeout):
         """One POST: its text. Raises CallFailed."""
         body = self.dialect.body(self.config, self.stop, prompt)
         for name in self.refused & body.keys():
@@ -2439,33 +2425,37 @@ class Client:
                 body[RENAMED[name]] = value
         headers = {"Content-Type": "application/json", **self.dialect.headers(self.key)}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        deadline = time.monotonic() + self.config.timeout
+        deadline = time.monotonic() + timeout
         try:
-            with self.opener.open(request, timeout=self.config.timeout) as response:
+            with self.opener.open(request, timeout=timeout) as response:
                 reply = read_reply(response, deadline)
         except urllib.error.HTTPError as error:
             failure = self.http_failure(error, deadline)
-            named = [name for name in RENAMED if name in body and name in str(failure)]
-            if error.code != 400 or not named:
+            words = re.findall(r"\w+", str(failure))
+            named = [name for name in RENAMED if name in body and name in words]
+            if error.code != 400 or not named or TOO_LONG.search(str(failure)):
                 raise failure from None
-            print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
+            if named[0] not in self.refused:
+                print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
             self.refused.add(named[0])
-            return self.call(prompt)
-        except (OSError, http.client.HTTPException) as error:
+            return self.call(prompt, timeout)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: odd headers
             reason = getattr(error, "reason", error) or type(error).__name__
-            absent = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-            raise CallFailed(self.one_line(reason), final=absent) from None
+            absent = isinstance(error, urllib.error.URLError)  # the request was not even sent
+            raise CallFailed(self.one_line(reason), absent=absent) from None
         try:
             if reply.lstrip().startswith((b"data:", b"event:")):
                 raise CallFailed("its reply is streamed, expected one JSON object", again=False)
             reply = json.loads(reply)
-            if reply.get("error"):
-                raise self.failure(reply["error"], 200)
+            report = reply.get("error") or (reply.get("choices") or [{}])[0].get("error")
+            if report:
+                raise self.failure(report, 200)
             text, why = self.dialect.text_of(reply)
             text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
         except UNREADABLE:
             raise CallFailed("its reply is not the JSON of an answer") from None
         if not text.strip():
+            why += REASONING_CUT * why.endswith(("MAX_TOKENS)", "length)"))
             raise CallFailed(self.one_line(why), again=False)
         return self.masked(text)
 
@@ -2473,14 +2463,16 @@ class Client:
         """CallFailed for an HTTP status, with the server's words and the wait that it asks for."""
         report, wait = error.reason, retry_after(error.headers.get("Retry-After", ""))
         with suppress(OSError, http.client.HTTPException, CallFailed, *UNREADABLE), error:
-            report = json.loads(read_reply(error, deadline))["error"]
+            report = json.loads(read_reply(error, deadline))
+            report = report.get("error") or report
         return self.failure(report, error.code, wait)
 
     def failure(self, report, status, wait=0.0):
         """CallFailed for what a server calls an error; 400, 413 and 422 concern one prompt."""
         words, code = report, status if status != 200 else 500
         if isinstance(report, dict):
-            words = report.get("message") or report
+            words, named = str(report.get("message") or report), str(report.get("param"))
+            words += f" ({named})" * (named in RENAMED and named not in words)
             code = report.get("code") if isinstance(report.get("code"), int) else code
         again = code in (408, 429) or code >= 500
         final = "insufficient_quota" in str(report) or not (again or code in (400, 413, 422))
@@ -2624,6 +2616,12 @@ class AnswerCache:
 answer_cache = cache(AnswerCache)  # one for each file, whichever roles share it
 
 
+@cache
+def refused_by(url, model_id):
+    """What is learnt about a server and a model: the set of parameters that they do not take."""
+    return set()
+
+
 # --------------------------------------------------------------------------------------------------
 # Other tasks and the command line
 # What `act.py` does besides training, and how it is told what to do.
@@ -2641,7 +2639,9 @@ def evaluate(config, overwrite=False, resume=False):
     gemma.check_vocabulary(begun.tokenizer, model)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
-    on_main(replace_results, config, lambda folder: write_evaluation(folder, metrics, samples))
+    on_main(require_lock, output_of(config))
+    on_main(write_json, output_of(config) / "config.json", asdict(config))
+    on_main(write_evaluation, output_of(config), metrics, samples)
     for name in metrics:
         print0("{:50} {:>8}".format(*shown(name, metrics, heuristic)))
     say_unended(samples)
@@ -2656,16 +2656,23 @@ def generate_preference(config, overwrite=False, resume=False):
     if not any(found.values()):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
 
-    def write(folder):
-        for name, pairs in found.items():
-            for form, ending in PAIR_FILES.items() if pairs else ():
-                data.write_preferences(folder / f"{name}{ending}", pairs, form)
+    on_main(write_pairs, config, found)
 
-    on_main(replace_results, config, write)
+
+def write_pairs(config, found):
+    """Files of the pairs {name: pairs}, each in all forms; those of a former run go last."""
+    output = output_of(config)
+    require_lock(output)
     for name, pairs in found.items():
-        paths = [output_of(config) / f"{name}{ending}" for ending in PAIR_FILES.values()]
+        paths = [output / f"{name}{ending}" for ending in PAIR_FILES.values()]
+        for form, path in zip(PAIR_FILES, paths, strict=True):
+            if pairs:
+                data.write_preferences(path, pairs, form)
+            else:
+                remove(path)
         if pairs:
             print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
+    write_json(output / "config.json", asdict(config))
 
 
 def check(config, overwrite=False, resume=False):

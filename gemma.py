@@ -1,14 +1,15 @@
-"""Gemma 2 and Gemma 3 (text): tries, decoder, safetensors, SentencePiece tokenizer, batched generation.
+"""Gemma 2 and Gemma 3 (text): tries, decoder, safetensors, tokenizer, batched generation, LoRA.
 
     python gemma.py MODEL_DIR                                      talks with it
-    python gemma.py MODEL_DIR --prompt "Why is the sky blue?"      continues it: is this checkpoint sound?
+    python gemma.py MODEL_DIR --prompt "Why is the sky blue?"      continues it: is it sound?
 
-To read: from here to the end of class Gemma, what a batch is and what the decoder computes. For reference
-after it: configuration, attention, large products, safetensors, tokenizer, generation, command line.
+To read: from here to the end of class Gemma, what a batch is and what the decoder computes. For
+reference after it: configuration, attention, large products, LoRA, safetensors, tokenizer and
+prompt formats, generation, command line.
 
-Parameters are named as in the published checkpoints, so loading is a strict copy without a table of names.
-What is odd about Gemma is noted where it happens. Sources: Gemma 2 (arXiv 2408.00118), Gemma 3 (arXiv
-2503.19786) and the published configurations.
+Parameters are named as in the published checkpoints, so loading is a strict copy without a table
+of names. What is odd about Gemma is noted where it happens. Sources: Gemma 2 (arXiv 2408.00118),
+Gemma 3 (arXiv 2503.19786) and the published configurations.
 
 Shapes: B rows, T tokens, S key slots, N query heads, K key/value heads, D head_dim, C hidden_size,
 V vocab_size, P tokens that are scored.
@@ -20,14 +21,14 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import warnings
-from dataclasses import MISSING, asdict, dataclass, fields
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, fields
 from functools import cache, wraps
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -38,69 +39,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, Pair, fold, read_json, speak_plainly, write_json
+from data import INSTRUCTION, InputError, fold, read_json, speak_plainly, write_json
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # kinds of layers
 NEVER = float("-inf")
-FLOATS = ("BF16", "F16", "F32", "F64")  # the types of safetensors that weights may have
-
-
-@dataclass
-class GemmaConfig:
-    """The fields of Hugging Face's config.json that change what is computed, as named there."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int  # not always hidden_size / num_attention_heads
-    query_pre_attn_scalar: float  # queries are scaled by its root's inverse; not always head_dim
-    sliding_window: int
-    attn_logit_softcapping: float | None = None  # Gemma 2: 50; Gemma 3 has no caps
-    final_logit_softcapping: float | None = None  # Gemma 2: 30
-    model_type: str = "gemma2"  # or "gemma3_text"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float | None = None  # default: 10,000, in Gemma 3 a million
-    rope_local_base_freq: float | None = None  # Gemma 3: theta of the window layers, 10,000
-    max_position_embeddings: int = 8192
-    pad_token_id: int = 0
-    eos_token_id: int | list = 1
-    bos_token_id: int = 2
-    sliding_window_pattern: int | None = None  # one layer in so many is global: 2, in Gemma 3 6
-    layer_types: list | None = None  # LOCAL or GLOBAL, for each layer; default: by the pattern
-    source, generation = {}, {}  # not fields: all that stands in config.json and in generation_config.json beside it
-
-    def __post_init__(self):
-        gemma3 = self.model_type == "gemma3_text"
-        self.rope_theta = self.rope_theta or (1e6 if gemma3 else 1e4)
-        self.rope_local_base_freq = (self.rope_local_base_freq or 1e4) if gemma3 else self.rope_theta
-        self.sliding_window_pattern = self.sliding_window_pattern or (6 if gemma3 else 2)
-        if self.layer_types is None and isinstance(self.num_hidden_layers, int):
-            numbers = range(1, 1 + self.num_hidden_layers)
-            every = self.sliding_window_pattern
-            self.layer_types = [LOCAL if i % every else GLOBAL for i in numbers]
-
-    @staticmethod
-    def from_json(path):
-        """Read a config.json, as transformers 4 or 5 writes it. Raises InputError."""
-        return read_config(path)
-
-    def to_json(self, dtype):
-        """What transformers (4 and 5) and vLLM expect to find in config.json."""
-        return config_json(self, dtype)
-
-
-def fused(function):
-    """The function's lines; on a GPU one kernel instead of several, if flex attention compiles there."""
-
-    @wraps(function)
-    def call(x, *args):
-        alone = x.is_cuda and not torch.compiler.is_compiling() and FLEX not in FAILED
-        return compiled(function, dynamic=True)(x, *args) if alone else function(x, *args)
-
-    return call
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,67 +57,71 @@ class Forest:
     empty. Inside a row a trie lies in depth-first order, so the descendants of the token in slot s
     are the slots s+1 .. ends[s]-1: the token in slot t may attend to slot s if s <= t < ends[s].
 
+    sequences: lists of tokens; masks[i][j]: 1 where token j of sequence i is scored (never the
+    first, which nothing predicts).
     tokens, positions, ends: int64 [B, T]; positions count along each branch.
-    paths[i] = (row, slots of sequence i in order); padding: the fraction of slots without a token.
+    rows, slots, targets: int64 [P], where each scored token is predicted, and which one it is;
+    counts[i]: how many of them are sequence i's.
+    paths[i] = (row, slots of sequence i in order); used: how many tokens are computed; padding: the
+    fraction of slots without a token.
     """
 
-    def __init__(self, sequences):
-        sequences = [list(map(int, sequence)) for sequence in sequences]
+    def __init__(self, sequences, masks=()):
         if not sequences or not all(sequences):
             raise InputError("a token sequence is empty, expected at least one token in each")
-        tries = [self._trie(sequences, group) for group in self._groups(sequences)]
-        tries.sort(key=lambda trie: -len(trie["tokens"]))
-        sizes = [len(trie["tokens"]) for trie in tries]
+        tries = sorted(self._tries(sequences), key=lambda trie: -len(trie[0]))
+        sizes = [len(tokens) for tokens, *_ in tries]
         widths = [sizes[0] + sizes[0] * i // 16 for i in range(9)]
         layouts = [self._pack(sizes, width) for width in widths]
         count, width, places = min(layouts, key=lambda layout: layout[0] * layout[1])
 
-        self.tokens = torch.zeros(count, width, dtype=torch.int64)
-        self.positions = torch.zeros_like(self.tokens)
-        self.ends = torch.arange(1, width + 1).repeat(count, 1)  # padding sees itself only
+        slots = torch.zeros(3, count, width, dtype=torch.int64)
+        self.tokens, self.positions, self.ends = slots
+        self.ends[:] = torch.arange(1, width + 1)  # padding sees itself only
         self.paths = [None] * len(sequences)
-        for (row, start), trie in zip(places, tries, strict=True):
-            span = slice(start, start + len(trie["tokens"]))
-            self.tokens[row, span] = torch.tensor(trie["tokens"])
-            self.positions[row, span] = torch.tensor(trie["positions"])
-            self.ends[row, span] = torch.tensor(trie["ends"]) + start
-            for i, path in trie["paths"].items():
-                self.paths[i] = (row, np.array(path) + start)
-        self.padding = 1 - sum(sizes) / (count * width)
+        for (row, start), (tokens, positions, ends, paths) in zip(places, tries, strict=True):
+            span = slice(start, start + len(tokens))
+            slots[:, row, span] = torch.tensor([tokens, positions, ends])
+            self.ends[row, span] += start
+            for i, path in paths.items():
+                self.paths[i] = row, [start + slot for slot in path]
+        self.used = sum(sizes)
+        self.padding = 1 - self.used / (count * width)
+
+        self.counts = [sum(mask) for mask in masks]
+        scored = []
+        for sequence, mask, (row, path) in zip(sequences, masks, self.paths, strict=False):
+            for j, written in enumerate(mask):
+                if written:  # the token before predicts it
+                    scored.append((row, path[j - 1], sequence[j]))
+        places = torch.tensor(scored, dtype=torch.int64).view(len(scored), 3)
+        self.rows, self.slots, self.targets = places.T
 
     @staticmethod
-    def _groups(sequences):
-        """Lists of the sequences (their numbers, in sorted order) that make a trie each.
+    def _tries(sequences):
+        """[(tokens, positions, ends, paths {number of a sequence: its slots})], one of each trie.
 
         In sorted order a sequence shares most with its neighbour. Sharing less than half of the
         shorter one is not worth the attention over each other's slots.
         """
-        order = sorted(range(len(sequences)), key=lambda i: sequences[i])
-        groups = [[order[0]]]
-        for a, b in zip(order, order[1:], strict=False):
-            shared = common_prefix(sequences[a], sequences[b])
-            if 2 * shared < min(len(sequences[a]), len(sequences[b])):
-                groups.append([])
-            groups[-1].append(b)
-        return groups
-
-    @staticmethod
-    def _trie(sequences, group):
-        """tokens, positions, ends of one trie, and paths {sequence: its slots}."""
-        tokens, positions, ends, paths = [], [], [], {}
-        path = []  # the slots of the sequence before
-        for i in group:
-            shared = common_prefix([tokens[slot] for slot in path], sequences[i])
-            for slot in path[shared:]:
-                ends[slot] = len(tokens)  # the branch left behind ends here
-            branch = sequences[i][shared:]
+        tries, before = [], []
+        for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+            sequence = sequences[i]
+            shared = common_prefix(before, sequence)
+            if not tries or 2 * shared < min(len(before), len(sequence)):
+                tokens, positions, ends, paths = [], [], [], {}
+                tries.append((tokens, positions, ends, paths))
+                path, shared = [], 0
+            branch = sequence[shared:]
             path = path[:shared] + list(range(len(tokens), len(tokens) + len(branch)))
             tokens += branch
-            positions += range(shared, len(sequences[i]))
-            ends += [None] * len(branch)
+            positions += range(shared, len(sequence))
+            ends += branch  # as many; what a token's descendants are is known with the last of them
+            for slot in path:
+                ends[slot] = len(tokens)
             paths[i] = path
-        ends = [len(tokens) if end is None else end for end in ends]
-        return {"tokens": tokens, "positions": positions, "ends": ends, "paths": paths}
+            before = sequence
+        return tries
 
     @staticmethod
     def _pack(sizes, width):
@@ -193,20 +139,30 @@ class Forest:
         return len(used), max(used), places
 
     def to(self, device):
-        self.tokens = self.tokens.to(device)
-        self.positions = self.positions.to(device)
-        self.ends = self.ends.to(device)
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, name, value.to(device))
         return self
 
 
 def common_prefix(a, b):
     """How many tokens two lists begin with in common."""
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
+    return len(os.path.commonprefix([a, b]))
 
 
 # --------------------------------------------------------------------------------------------------
 # The decoder
+
+
+def fused(function):
+    """The function's lines; on a GPU where flex attention compiles, one kernel of all of them."""
+
+    @wraps(function)
+    def call(x, *args):
+        alone = x.is_cuda and not torch.compiler.is_compiling() and FLEX not in FAILED
+        return compiled(function, dynamic=True)(x, *args) if alone else function(x, *args)
+
+    return call
 
 
 @fused
@@ -253,18 +209,17 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, config.num_key_value_heads * D)
         self.v_proj = Linear(C, config.num_key_value_heads * D)
         self.o_proj = Linear(config.num_attention_heads * D, C)
+        self.q_norm = self.k_norm = nn.Identity()
         if config.model_type == "gemma3_text":  # each head's queries and keys are normalised
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, angles, masks, cache=None):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # [B, T, N, D]
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # [B, T, K, D]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q, k = rotate(q, *angles[self.kind]), rotate(k, *angles[self.kind])
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in projections)
+        q = rotate(self.q_norm(q), *angles[self.kind])  # [B, T, N, D]
+        k = rotate(self.k_norm(k), *angles[self.kind])  # [B, T, K, D]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N or K, T, D]
         if cache is not None:
             k, v = cache(self.index, k, v)
@@ -301,7 +256,9 @@ class Layer(nn.Module):
         self.checkpointing = False  # recompute activations in the backward pass, or keep them
 
     def forward(self, *args):
-        return recomputed(self._forward, *args) if self.checkpointing else self._forward(*args)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(*args)
 
     def _forward(self, x, angles, masks, cache=None, at=None):
         # Norms on both sides: what a block adds to the residual stream is normalised too.
@@ -368,13 +325,15 @@ class Gemma(nn.Module):
         masks = tree_masks(positions, ends, self)
         return self.logits(self.hidden(tokens, positions, masks))
 
-    def logps(self, forest, rows, slots, targets):
-        """Log-probabilities, float32 [P], of targets predicted in (rows, slots), all int64 [P]."""
+    def logps(self, forest):
+        """Log-probability of each sequence of a Forest, summed over its scored tokens: float32."""
         masks = tree_masks(forest.positions, forest.ends, self)
-        tied = []
-        hidden = self.hidden(forest.tokens, forest.positions, masks, at=(rows, slots), tied=tied)
+        at, tied = (forest.rows, forest.slots), []
+        hidden = self.hidden(forest.tokens, forest.positions, masks, at=at, tied=tied)
         softcap = self.config.final_logit_softcapping
-        return TokenLogps.apply(hidden, self.embed_tokens.weight, targets, softcap, tied)
+        weight = self.embed_tokens.weight
+        token_logps = TokenLogps.apply(hidden, weight, forest.targets, softcap, tied)
+        return torch.stack([part.sum() for part in token_logps.split(forest.counts)])
 
     def set_checkpointing(self, on):
         for layer in self.layers:
@@ -394,238 +353,317 @@ class Gemma(nn.Module):
 
         Other files in the directory stay. Every rank of a sharded model calls this; rank 0 writes.
         """
-        save_model(self, Path(directory), max_shard_bytes)
+        target = made_by_rank_0(directory)
+        save_safetensors(base_weights(self), target, "model", "model.", max_shard_bytes)
+        if target:  # what says that the rest is complete comes last
+            ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+            ids = {key: getattr(self.config, key) for key in ids}
+            write_json(target / "generation_config.json", {**self.config.generation, **ids})
+            dtype = self.embed_tokens.weight.dtype
+            write_json(target / "config.json", self.config.to_json(dtype))
 
 
-Gemma2, Gemma2Config = Gemma, GemmaConfig  # their first names
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 # What a config.json must say for this decoder to compute what transformers computes.
 
 ARCHITECTURES = {"gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 GELU = "gelu_pytorch_tanh"
-CAPS = ["attn_logit_softcapping", "final_logit_softcapping"]
 THETAS = {GLOBAL: "rope_theta", LOCAL: "rope_local_base_freq"}
+CAPS = ["attn_logit_softcapping", "final_logit_softcapping"]  # which a Gemma 2 must have
+
+Count = Annotated[int, 1, 2**31]  # a type, the lowest and the highest value
+Real = Annotated[float, 1e-12, 2**31]
+Id = Annotated[int, 0, 2**31]
 
 
-def read_config(path):
-    raw, beside = read_json(regular(Path(path))), regular(Path(path).with_name("generation_config.json"))
-    source, generation = dict(raw), read_json(beside) if beside.exists() else {}
-    if raw.get("model_type") not in [*ARCHITECTURES]:
-        hint = " (text only, no pictures)" if raw.get("model_type") == "gemma3" else ""
+@dataclass
+class GemmaConfig:
+    """The fields of Hugging Face's config.json that change what is computed, as named there."""
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Annotated[int, 1, 1000]
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count  # not always hidden_size / num_attention_heads
+    query_pre_attn_scalar: Real  # queries are scaled by its root's inverse; not always head_dim
+    sliding_window: Count
+    attn_logit_softcapping: Real = None  # Gemma 2: 50; Gemma 3 has no caps
+    final_logit_softcapping: Real = None  # Gemma 2: 30
+    model_type: str = "gemma2"  # or "gemma3_text"
+    rms_norm_eps: Real = 1e-6
+    rope_theta: Real = None  # default: 10,000, in Gemma 3 a million
+    rope_local_base_freq: Real = None  # Gemma 3: theta of the window layers, 10,000
+    max_position_embeddings: Count = 8192
+    pad_token_id: Id = 0
+    eos_token_id: int | list = 1
+    bos_token_id: Id = 2
+    sliding_window_pattern: Count = None  # one layer in so many is global: 2, in Gemma 3 6
+    layer_types: list = None  # LOCAL or GLOBAL, for each layer; default: by the pattern
+    source, generation = {}, {}  # not fields: config.json, generation_config.json as they were read
+
+    def __post_init__(self):
+        gemma3 = self.model_type == "gemma3_text"
+        self.rope_theta = self.rope_theta or (1e6 if gemma3 else 1e4)
+        self.rope_local_base_freq = self.rope_local_base_freq or 1e4 if gemma3 else self.rope_theta
+        self.sliding_window_pattern = self.sliding_window_pattern or (6 if gemma3 else 2)
+        if self.layer_types is None:
+            numbers = range(1, 1 + self.num_hidden_layers)
+            every = self.sliding_window_pattern
+            self.layer_types = [LOCAL if i % every else GLOBAL for i in numbers]
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a config.json, as transformers 4 or 5 writes it. Raises InputError."""
+        source = read_json(no_pipe(Path(path)))
+        beside = no_pipe(Path(path).with_name("generation_config.json"))
+        generation = read_json(beside) if beside.exists() else {}
+        raw = dict(source)
+
+        def must(key, right, expected):
+            if not right:
+                found = repr(raw[key]) if key in raw else "missing"
+                raise InputError(f"{path}: {key} is {found}, expected {expected}")
+
+        model_type, activation = raw.get("model_type"), raw.get("hidden_activation", GELU)
         known = " or ".join(map(repr, ARCHITECTURES))
-        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, expected {known}{hint}")
-    if raw.get("use_bidirectional_attention"):
-        raise InputError(f"{path}: use_bidirectional_attention is true, expected a model that reads from left to right")
-    if raw.get("hidden_activation", GELU) != GELU:
-        raise InputError(f"{path}: hidden_activation is {raw['hidden_activation']!r}, expected {GELU!r}")
-    for key in ("rope_scaling", "rope_parameters"):  # the latter, of transformers 5, holds thetas too
-        rope = raw.get(key) or {}
-        by_kind = rope if isinstance(rope, dict) and (GLOBAL in rope or LOCAL in rope) else {GLOBAL: rope}
-        for kind, name in THETAS.items():
-            scheme = by_kind.get(kind, {})
-            if not isinstance(scheme, dict) or scheme.get("rope_type", scheme.get("type", "default")) != "default":
-                raise InputError(f"{path}: {key} is {rope!r}, expected an object with rope_type 'default'")
-            raw[name] = scheme.get("rope_theta", raw.get(name))
-    raw.setdefault("sliding_window_pattern", raw.get("_sliding_window_pattern"))
-    if ends := id_list(raw.get("eos_token_id"), generation.get("eos_token_id")):
-        raw["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    required = [f.name for f in fields(GemmaConfig) if f.default is MISSING] + CAPS * (raw["model_type"] == "gemma2")
-    missing = [name for name in required if name not in raw]
-    if missing:
-        raise InputError(f"{path}: missing key {', '.join(map(repr, missing))}")
+        must("model_type", model_type in [*ARCHITECTURES], f"{known} (text, no pictures)")
+        must("hidden_activation", activation == GELU, repr(GELU))
+        both_ways = "use_bidirectional_attention"
+        must(both_ways, not raw.get(both_ways), "a model that reads from left to right")
+        for key in ("rope_scaling", "rope_parameters"):  # transformers 5: the thetas, too
+            rope = raw.get(key) or {}
+            must(key, isinstance(rope, dict), "an object")
+            for kind, theta in THETAS.items():
+                scheme = rope.get(kind, rope if kind == GLOBAL else {})
+                must(key, isinstance(scheme, dict), "an object of objects")
+                rope_type = scheme.get("rope_type", scheme.get("type", "default"))
+                must(key, rope_type == "default", "rope_type 'default'")
+                raw[theta] = scheme.get("rope_theta", raw.get(theta))
+        raw.setdefault("sliding_window_pattern", raw.get("_sliding_window_pattern"))
+        if ends := id_list(raw.get("eos_token_id"), generation.get("eos_token_id")):
+            must("eos_token_id", all(type(i) is int and i >= 0 for i in ends), "ids of tokens")
+            raw["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        for f in fields(cls):
+            value = raw.get(f.name, f.default)
+            if hasattr(f.type, "__metadata__") and not (value is None and f.default is None):
+                kind, (lowest, highest) = f.type.__origin__, f.type.__metadata__
+                right = type(value) in (int, kind) and lowest <= value <= highest
+                must(f.name, right, f"a number ({kind.__name__}) from {lowest} to {highest}")
+        for key in CAPS:
+            must(key, key in raw or model_type != "gemma2", "a number or null")
 
-    def must(key, right, expected):
-        if not right:
-            raise InputError(f"{path}: {key} is {raw[key]!r}, expected {expected}")
+        config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        config.source, config.generation = source, generation
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        divides = heads % config.num_key_value_heads == 0
+        must("num_key_value_heads", divides, f"a divisor of num_attention_heads {heads}")
+        must("head_dim", config.head_dim % 2 == 0, "an even number")
+        kinds = config.layer_types
+        right = isinstance(kinds, list) and len(kinds) == layers
+        right = right and all(kind in (LOCAL, GLOBAL) for kind in kinds)
+        must("layer_types", right, f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'")
+        return config
 
-    given = {f.name: raw[f.name] for f in fields(GemmaConfig) if f.name in raw}
-    for f in fields(GemmaConfig):
-        value = given.get(f.name, f.default)
-        if f.type not in (str, list | None) and (value is not None or f.default is not None):
-            real, lowest = f.type in (float, float | None), 0 if f.name.endswith("_token_id") else 1e-12
-            numbers = value if f.type == int | list and isinstance(value, list) else [value]
-            right = all(type(n) is int or real and type(n) is float for n in numbers)
-            highest = 1000 if f.name == "num_hidden_layers" else 2**31
-            right = right and all(lowest <= n <= highest for n in numbers)
-            must(f.name, right, f"a {'number' if real else 'whole number'} above 0 and at most {highest}")
-    config = GemmaConfig(**given)
-    heads, layers, types = config.num_attention_heads, config.num_hidden_layers, config.layer_types
-    must("num_key_value_heads", heads % config.num_key_value_heads == 0, f"a divisor of num_attention_heads {heads}")
-    must("head_dim", config.head_dim % 2 == 0, "an even number")
-    right = isinstance(types, list) and len(types) == layers and all(kind in (LOCAL, GLOBAL) for kind in types)
-    must("layer_types", right, f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'")
-    config.source, config.generation = source, generation
-    return config
+    def to_json(self, dtype):
+        """What transformers (4 and 5) and vLLM expect to find in config.json."""
+        rope = {
+            kind: {"rope_type": "default", "rope_theta": getattr(self, theta)}
+            for kind, theta in THETAS.items()
+        }
+        gemma3 = self.model_type == "gemma3_text"
+        written = {
+            **self.source,
+            "architectures": [ARCHITECTURES[self.model_type]],
+            **asdict(self),
+            "rope_parameters": rope if gemma3 else rope[GLOBAL],
+            "hidden_activation": GELU,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        written.pop("dtype", None)  # transformers 5's name for torch_dtype
+        if not gemma3:  # which has one theta
+            del written["rope_local_base_freq"]
+        return written
 
 
-def regular(path):
-    """The path, unless something else than a file is there: a FIFO would be waited for. Raises InputError."""
+Gemma2, Gemma2Config = Gemma, GemmaConfig  # their first names
+
+
+def no_pipe(path):
+    """The path, unless something is there that is no file: a pipe would be waited for."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a file, expected one")
     return path
 
 
 def id_list(*values):
-    """The ids of some values of eos_token_id, each of which may be a number, a list or null."""
+    """The ids of values of eos_token_id, each once; a value may be a number, a list or null."""
     ids = [i for value in values for i in (value if isinstance(value, list) else [value])]
     return [i for n, i in enumerate(ids) if i is not None and i not in ids[:n]]
 
 
-def config_json(config, dtype):
-    rope = {kind: {"rope_type": "default", "rope_theta": getattr(config, key)} for kind, key in THETAS.items()}
-    written = {
-        **{key: value for key, value in config.source.items() if key != "dtype"},  # torch_dtype in transformers 5
-        "architectures": [ARCHITECTURES[config.model_type]],
-        **asdict(config),
-        "rope_parameters": rope if config.model_type == "gemma3_text" else rope[GLOBAL],
-        "hidden_activation": GELU,
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    if config.model_type == "gemma2":  # which has one theta
-        del written["rope_local_base_freq"]
-    return written
+# --------------------------------------------------------------------------------------------------
+# Attention
+# Over a Forest: by blocks of queries on a CPU, by flex attention on a GPU.
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Masks and attention
-# Who sees whom in a Forest, and attention over it, by blocks of queries on a CPU and by flex attention on a GPU.
+def tree_rules(positions, ends, window):
+    """{kind of layer: (row, head, query, key) -> whether the token in one slot sees the other}.
+
+    positions, ends: int64 [B, T]. A token sees its ancestors and itself; in a window layer only
+    window - 1 positions back.
+    """
+
+    def ancestor(row, head, query, key):
+        return (key <= query) & (query < ends[row, key])
+
+    def near(row, head, query, key):
+        distance = positions[row, query] - positions[row, key]
+        return ancestor(row, head, query, key) & (distance < window)
+
+    return {GLOBAL: ancestor, LOCAL: near}
 
 
 def tree_masks(positions, ends, model):
-    """Who sees whom in a Forest, {GLOBAL, LOCAL: mask}, in the form that `attend` takes on its device."""
+    """Who sees whom in a Forest, {kind of layer: mask}, in the form that `attend` takes there."""
     config, dtype = model.config, model.compute_dtype or model.embed_tokens.weight.dtype
-    shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     make = tree_blocks
-    if positions.is_cuda and flex_compiles(*shape, config.attn_logit_softcapping, dtype):
-        make = tree_block_masks
-    return make(positions, ends, config.sliding_window)
+    if positions.is_cuda and flex_compiles(*heads, config.attn_logit_softcapping, dtype):
+        make = flex_mask
+    rules = tree_rules(positions, ends, config.sliding_window)
+    return {kind: make(rule, positions) for kind, rule in rules.items()}
 
 
-@cache
-def flex_compiles(heads, kv_heads, head_dim, softcap, dtype, device="cuda"):
-    """Whether flex attention compiles on this GPU, forward and backward; if not, it is said and blocks do."""
-
-    def work():
-        q, kv = (torch.zeros(2, n, 256, head_dim, dtype=dtype, device=device) for n in (heads, kv_heads))
-        positions = torch.arange(256, device=device).expand(2, -1)
-        mask = tree_block_masks(positions, torch.full_like(positions, 256), 256)[GLOBAL]
-        attend(q.requires_grad_(), kv, kv, mask, 1.0, softcap).sum().backward()
-        return True
-
-    with torch.inference_mode(False), torch.enable_grad():
-        return attempt(FLEX, work) or False
+def flex_mask(rule, positions):
+    B, T = positions.shape
+    return create_block_mask(rule, B, None, T, T, device=positions.device)
 
 
-FAILED, FLEX = set(), "flex attention"  # optimisations that do not work on this machine; the name of one
+def tree_blocks(rule, positions, size=128):
+    """[(queries, keys, bias)] by blocks of `size` queries.
 
-
-def attempt(name, work):
-    """work(); None where it fails, which is said once: what only makes a run faster must not end it."""
-    if name in FAILED:
-        return None
-    try:
-        return work()
-    except torch.OutOfMemoryError:  # a smaller batch may do
-        raise
-    except Exception as error:  # a compiler's, of whatever kind
-        FAILED.add(name)
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        print(f"{name} does not work on this machine, going on without it ({reason[:200]})", flush=True)
-        return None
-
-
-def tree_block_masks(positions, ends, window):
-    def ancestor(batch, head, query, key):
-        return (key <= query) & (query < ends[batch, key])
-
-    def near(batch, head, query, key):
-        return ancestor(batch, head, query, key) & (positions[batch, query] - positions[batch, key] < window)
-
-    (B, T), sees = positions.shape, {GLOBAL: ancestor, LOCAL: near}
-    return {kind: create_block_mask(sees[kind], B, None, T, T, device=positions.device) for kind in sees}
-
-
-def tree_blocks(positions, ends, window, size=128):
-    """The same by blocks of `size` queries: {GLOBAL, LOCAL: [(queries, keys, bias)]}. positions, ends: int64 [B, T].
-
-    queries, keys: slices of t and s slots; bias [B, t, s]: 0, or -inf where a key is hidden. A token sees its ancestors
-    and itself; in a window layer only window - 1 positions back. Keys end with a block's last query and begin with the
-    first key that any of its queries sees.
+    queries, keys: slices of t and s slots; bias [B, t, s]: 0, or -inf where a key is hidden. Keys
+    end with a block's last query and begin with the first that any of its queries sees.
     """
-    blocks, T = {GLOBAL: [], LOCAL: []}, positions.shape[1]
-    slots = torch.arange(T, device=positions.device)
+    B, T = positions.shape
+    rows = torch.arange(B, device=positions.device)[:, None, None]
+    slots, blocks = torch.arange(T, device=positions.device), []
     for start in range(0, T, size):
         stop = min(start + size, T)
-        queries = slice(start, stop)
-        visible = (slots[:stop] <= slots[queries, None]) & (slots[queries, None] < ends[:, None, :stop])
-        near = positions[:, queries, None] - positions[:, None, :stop] < window
-        for kind, seen in ((GLOBAL, visible), (LOCAL, visible & near)):
-            first = int(seen.flatten(0, 1).any(0).int().argmax())
-            blocks[kind].append((queries, slice(first, stop), torch.where(seen[:, :, first:], 0.0, NEVER)))
+        seen = rule(rows, None, slots[start:stop, None], slots[:stop])  # [B, t, stop]
+        first = int(seen.flatten(0, 1).any(0).int().argmax())
+        bias = torch.where(seen[:, :, first:], 0.0, NEVER)
+        blocks.append((slice(start, stop), slice(first, stop), bias))
     return blocks
 
 
 def attend(q, k, v, mask, scale, softcap):
-    """Attention of q [B, N, T, D] over k, v [B, K, S, D]: [B, N, T, D]. mask: BlockMask or blocks, of `tree_masks`.
+    """Attention of q [B, N, T, D] over k, v [B, K, S, D]: [B, N, T, D]. mask: by `tree_masks`.
 
-    Written out, since F.scaled_dot_product_attention takes 0.14 s where this takes 0.11 (270M, 1550 tokens, a layer
-    forward and backward, 2 CPU cores), and 0.20 s on all queries at once, where it cannot skip what a trie hides.
+    Written out, since F.scaled_dot_product_attention takes 0.14 s where this takes 0.11 (270M,
+    1550 tokens, a layer forward and backward, 2 CPU cores), and 0.20 s on all queries at once,
+    where it cannot skip what a trie hides.
     """
-    if isinstance(mask, BlockMask):  # on a GPU: one fused kernel, which skips blocks that nothing sees
+    if isinstance(mask, BlockMask):  # one fused kernel, which skips blocks that nothing sees
         kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
-        cap = softcap and (lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap))
+
+        def cap(score, row, head, query, key):
+            return softcap * torch.tanh(score / softcap)
+
         options = kernel_options(q.device, q.shape[-1]) if q.is_cuda else None
+        cap = softcap and cap
         return kernel(q, k, v, cap, mask, scale, enable_gqa=True, kernel_options=options)
-    q, out = q * scale, []
+    B, N, _, D = q.shape
+    K = k.shape[1]
+    q = q * scale
+    outs = []
     for queries, keys, bias in mask:
-        out.append(attend_block(q[:, :, queries], k[:, :, keys], v[:, :, keys], bias, softcap))
-    return torch.cat(out, 2)
-
-
-def attend_block(q, k, v, bias, softcap):
-    """The same under one bias [B, T, S]. The query heads of a key head are stacked: keys are not expanded."""
-    (B, N, T, D), K = q.shape, k.shape[1]
-    scores = q.reshape(B, K, N // K * T, D) @ k.transpose(-1, -2)
-    scores = soft_capped(scores, softcap).view(B, N, T, -1) + bias[:, None]
-    weights = scores.softmax(-1).to(v.dtype).view(B, K, N // K * T, -1)
-    return (weights @ v).view(B, N, T, D)
+        # the query heads of a key head are stacked: keys are not expanded
+        block = q[:, :, queries].reshape(B, K, -1, D)
+        scores = block @ k[:, :, keys].transpose(-1, -2)
+        scores = soft_capped(scores, softcap).view(B, N, *bias.shape[1:]) + bias[:, None]
+        weights = scores.softmax(-1).to(v.dtype).view(B, K, -1, bias.shape[-1])
+        outs.append((weights @ v[:, :, keys]).view(B, N, -1, D))
+    return torch.cat(outs, 2)
 
 
 @cache
 def kernel_options(device, head_dim):
-    """Of flex attention. Its kernel for short queries has no valid size for one row of 65 to 127 tokens (torch 2.13).
-
-    Cards with some 99 KiB of shared memory (L4, A10, L40S, RTX 4090) need smaller blocks for heads of 256.
+    """Of flex attention. Its kernel for short queries has no valid size for one row of 65 to 127
+    tokens (torch 2.13). Cards with some 99 KiB of shared memory (L4, A10, L40S, RTX 4090) need
+    smaller blocks for heads of 256.
     """
     options = {"FORCE_USE_FLEX_ATTENTION": True}
-    if head_dim > 128 and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024:
-        options |= {"fwd_num_stages": 2, **{f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")}}
+    card = torch.cuda.get_device_properties(device)
+    if head_dim > 128 and card.shared_memory_per_block_optin < 160 * 1024:
+        options |= {"fwd_num_stages": 2, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32}
+        options |= {"bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32}
     return options
 
 
-def compiled(function, **options):
-    """The function as torch.compile makes it, again for each kind of batch: grad or none, one row or more, and so on.
+@cache
+def flex_compiles(heads, kv_heads, head_dim, softcap, dtype, device="cuda"):
+    """Whether flex attention compiles there, forward and backward; tried once for each shape."""
+    if FLEX in FAILED:
+        return False
+    with optional(FLEX), torch.inference_mode(False), torch.enable_grad():
+        q = torch.zeros(2, heads, 256, head_dim, dtype=dtype, device=device, requires_grad=True)
+        kv = torch.zeros(2, kv_heads, 256, head_dim, dtype=dtype, device=device)
+        positions = torch.arange(256, device=device).expand(2, -1)
+        rules = tree_rules(positions, torch.full_like(positions, 256), 256)
+        mask = flex_mask(rules[GLOBAL], positions)
+        attend(q, kv, kv, mask, 1.0, softcap).sum().backward()
+        return True
+    return False
 
-    Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in memory. And it would
-    make tensors of the caps, which flex attention cannot compile.
-    """
-    if torch._dynamo.config.recompile_limit < 64:  # in each thread: autograd has its own
-        torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float = 64, True
-        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")  # advice to those who write compilers
-    return compile_once(function, **options)
+
+FAILED = set()  # names of optimisations that do not work on this machine
+FLEX, RECORDED = "flex attention", "a recorded step"
+
+
+@contextlib.contextmanager
+def optional(name):
+    """What only makes a run faster must not end it: that it fails is said once, and in FAILED."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a smaller batch may do
+        raise
+    except Exception as error:  # a compiler's, of whatever kind
+        FAILED.add(name)
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        if rank() == 0:
+            said = f"{name} does not work on this machine, going on without it ({reason})"
+            print(said, flush=True)
 
 
 compile_once = cache(torch.compile)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def compiled(function, **options):
+    """The function as torch.compile makes it, again for each kind of batch: grad or none, one row
+    or more, and so on.
+
+    Beyond its usual limit of 8 versions torch would silently go on uncompiled, with all scores in
+    memory. And it would make tensors of the caps, which flex attention cannot compile.
+    """
+    config = torch._dynamo.config
+    if config.recompile_limit < 64:  # in each thread: autograd has its own
+        config.recompile_limit = 64
+        config.specialize_float = True
+        # advice to those who write compilers
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
+    return compile_once(function, **options)
+
+
+# --------------------------------------------------------------------------------------------------
 # Large products
-# What a line of PyTorch says, too slowly or with too much memory: a few rows by a large weight, all of the vocabulary.
+# What a line of PyTorch says, too slowly or with too much memory: a few rows by a large weight, all
+# of the vocabulary.
 
 
 class Linear(nn.Linear):
@@ -633,29 +671,31 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
-        for name in ADAPTERS + STARTS:
-            self.register_parameter(name, None)
-        self.names, self.scale = ADAPTERS, 0.0
+        self.lora_A = self.lora_B = None
+        self.scale = 0.0  # of adapters; 0: there are none, or they are off
 
     def forward(self, x):
-        out, (A, B) = product(x, self.weight), self.names
-        A, B = getattr(self, A), getattr(self, B)
-        return out if A is None else torch.add(out, product(product(x, A), B), alpha=self.scale)
+        out = product(x, self.weight)
+        if not self.scale:
+            return out
+        return torch.add(out, product(product(x, self.lora_A), self.lora_B), alpha=self.scale)
 
 
 def product(x, weight):
     """x [..., inputs] times weight [outputs, inputs] transposed: [..., outputs].
 
-    4 to 15 rows, as in decoding, by blocks of a large weight, on a CPU in float32: F.linear takes up to 2.5 times as
-    long (MKL), which makes a rollout of 8 rows 15 % longer (48 M parameters).
+    4 to 15 rows, as in decoding, by blocks of a large weight, on a CPU in float32: F.linear takes
+    up to 2.5 times as long (MKL), which makes a rollout of 8 rows 15 % longer (48 M parameters).
     """
-    (outputs, inputs), rows, block = weight.shape, x.numel() // weight.shape[1], 32
+    outputs, inputs = weight.shape
+    rows, block = x.numel() // inputs, 32
     weight = weight.to(x.dtype)
-    slow = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**19 and 3 < rows < 16
+    slow = weight.device.type == "cpu" and weight.dtype == torch.float32
+    slow = slow and weight.numel() >= 2**19 and 3 < rows < 16
     if not slow or outputs % block:
         return F.linear(x, weight)
     blocks = weight.view(-1, block, inputs).transpose(1, 2)
-    parts = x.reshape(rows, inputs).expand(len(blocks), rows, inputs) @ blocks  # [outputs / 32, rows, 32]
+    parts = x.reshape(rows, inputs).expand(len(blocks), rows, inputs) @ blocks  # [V / 32, rows, 32]
     return parts.transpose(0, 1).reshape(*x.shape[:-1], outputs)
 
 
@@ -666,11 +706,12 @@ def rounded(number, dtype):
 
 
 class TokenLogps(torch.autograd.Function):
-    """Log-probabilities, float32 [P], of targets [P] from hidden states [P, C] and embedding [V, C].
+    """Log-probabilities, float32 [P], of targets [P] from hidden states [P, C], embedding [V, C].
 
-    By parts of the vocabulary, computed again in the backward pass: only a part of the logits [P, V] is held at once,
-    and each part of the embedding's gradient is written once, where it stays. `tied` is a list in which that gradient
-    waits for `Lookup`: autograd would add up the embedding's two uses in new memory (270M: half of a step's time).
+    By parts of the vocabulary, computed again in the backward pass: only a part of the logits
+    [P, V] is held at once, and each part of the embedding's gradient is written once, where it
+    stays. `tied` is a list in which that gradient waits for `Lookup`: autograd would add up the
+    embedding's two uses in new memory (270M: half of a step's time).
     """
 
     @staticmethod
@@ -714,34 +755,38 @@ class TokenLogps(torch.autograd.Function):
             yield rows, part, soft_capped(hidden @ part.T, softcap)
 
 
+LOGITS_HELD = {"cpu": 2**20, "cuda": 2**27}  # on a CPU what its cache holds
+
+
 class Lookup(torch.autograd.Function):
     """Rows of a matrix. Their gradient is added to what `TokenLogps` has left in `tied`, if it has.
 
-    A row may be taken several times: what plain indexing adds up on a CPU, or an embedding on a GPU, depends on which
-    thread comes first.
+    A row may be taken several times: what plain indexing adds up on a CPU, or an embedding on a
+    GPU, depends on which thread comes first.
     """
 
     @staticmethod
-    def forward(ctx, tokens, embedding, tied):
-        ctx.save_for_backward(tokens, embedding)
+    def forward(ctx, rows, matrix, tied):
+        ctx.save_for_backward(rows, matrix)
         ctx.tied = tied
-        return F.embedding(tokens, embedding)
+        return F.embedding(rows, matrix)
 
     @staticmethod
     def backward(ctx, grad):
-        tokens, embedding = ctx.saved_tensors
+        rows, matrix = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return None, None, None
-        waiting = ctx.tied.pop() if ctx.tied else None  # held here alone, so that autograd takes it without a copy
-        embedding_grad = torch.zeros_like(embedding) if waiting is None else waiting
-        add_rows(embedding_grad, tokens.flatten(), grad.flatten(0, -2))
-        return None, embedding_grad if waiting is None else None, None
+        # what waits is held here alone, so that autograd takes it without a copy
+        waiting = ctx.tied.pop() if ctx.tied else None
+        matrix_grad = torch.zeros_like(matrix) if waiting is None else waiting
+        add_rows(matrix_grad, rows.flatten(), grad.flatten(0, -2))
+        return None, matrix_grad if waiting is None else None, None
 
 
 def add_rows(matrix, rows, values):
-    """matrix[row] += value, of each, always in the same order: of the two ways each is so on one kind of device only.
-
-    On a CPU index_put_ adds float32 from several threads at once; on a GPU, where it sorts, index_add_ does.
+    """matrix[row] += value, of each, always in the same order: of the two ways each is so on one
+    kind of device only. On a CPU index_put_ adds float32 from several threads at once; on a GPU,
+    where it sorts, index_add_ does.
     """
     values = values.to(matrix.dtype)
     if matrix.is_cuda:
@@ -750,25 +795,12 @@ def add_rows(matrix, rows, values):
         matrix.index_add_(0, rows, values)
 
 
-LOGITS_HELD = {"cpu": 2**20, "cuda": 2**27}  # on a CPU what its cache holds
-
-
-def recomputed(function, *args):
-    """function(*args), computed again in the backward pass instead of keeping what it holds in between."""
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LoRA (arXiv 2106.09685)
-# Beside a frozen weight W [out, in], trained in float32: lora_A [r, in] and lora_B [out, r]. B is zero at the start, so
-# the model is then its base. The loss's reference is the same model with the adapters that it started from, or none.
+# Beside a frozen weight W [out, in], trained in float32: lora_A [r, in] and lora_B [out, r]. B is
+# zero at the start, so the model is then its base; the loss's reference is it without its adapters.
 
-ADAPTERS, STARTS = ("lora_A", "lora_B"), ("start_A", "start_B")
-ORDINARY = """r lora_alpha target_modules peft_type task_type base_model_name_or_path inference_mode lora_dropout
-    auto_mapping peft_version revision megatron_core qalora_group_size""".split()
-STARTED = True, "gaussian", "orthogonal", "eva"  # init_lora_weights that leave the base as it is, as PiSSA does not
+ADAPTERS = ("lora_A", "lora_B")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -780,273 +812,294 @@ class LoraConfig:
     lora_alpha: float  # scale = lora_alpha / r
     target_modules: list
 
-    @classmethod
-    def from_json(cls, path):
-        """Of an adapter that PEFT or this project wrote. Raises InputError for what is not plain LoRA."""
-        raw = read_json(path)
-        for key, value in raw.items():
-            known = key in ORDINARY or (key == "init_lora_weights" and value in STARTED)
-            if value and value != "none" and not known:
-                raise InputError(f"{path}: {ascii(key)[1:-1]} is {value!r}, expected plain LoRA")
-        if raw.get("peft_type", "LORA") != "LORA":
-            raise InputError(f"{path}: peft_type is {raw['peft_type']!r}, expected 'LORA'")
-        r, alpha, targets = (raw.get(f.name) for f in fields(cls))
-        if type(r) is not int or r < 1 or type(alpha) not in (int, float):
-            raise InputError(f"{path}: r is {r!r} and lora_alpha {alpha!r}, expected numbers above 0, r whole")
-        if not isinstance(targets, list) or not targets or not all(target in PROJECTIONS for target in targets):
-            raise InputError(f"{path}: target_modules is {targets!r}, expected a list of {', '.join(PROJECTIONS)}")
-        return cls(r, alpha, targets)
-
     def to_json(self, base):
-        kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
-        plain = {"bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True}
-        return {**kind, **asdict(self), **plain}
+        """adapter_config.json; base: the directory of the weights that the adapters belong to."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(base),
+            **asdict(self),
+            "bias": "none",
+            "lora_dropout": 0.0,
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
 
 
-def add_adapters(model, lora, started=False):
-    """Freeze a model, and give its target modules adapters; started: also those that it starts from, frozen."""
+def add_adapters(model, lora):
+    """Freeze a model and give its target modules adapters, zero for now, which are trained."""
     model.requires_grad_(False)
     model.lora = lora
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in lora.target_modules:
-            (outputs, inputs), module.scale = module.weight.shape, lora.lora_alpha / lora.r
-            for names, trained in ((ADAPTERS, True), (STARTS, False))[: 1 + started]:
-                for key, shape in zip(names, ((lora.r, inputs), (outputs, lora.r)), strict=True):
-                    values = torch.zeros(shape, device=module.weight.device)
-                    setattr(module, key, nn.Parameter(values, requires_grad=trained))
+            outputs, inputs = module.weight.shape
+            device = module.weight.device
+            module.scale = lora.lora_alpha / lora.r
+            module.lora_A = nn.Parameter(torch.zeros(lora.r, inputs, device=device))
+            module.lora_B = nn.Parameter(torch.zeros(outputs, lora.r, device=device))
 
 
 @torch.no_grad()
 def init_adapters(model, seed):
-    """A uniform in +-1 / sqrt(in), as in the published code, the same however the model is sharded; B zero."""
+    """A uniform in +-1 / sqrt(in), as in the published code, the same however the model is
+    sharded; B zero.
+    """
     for name, parameter in adapters(model).items():
-        generator = torch.Generator().manual_seed(random.Random(f"{seed}/{name}").getrandbits(62))
+        drawn = random.Random(f"{seed}/{name}").getrandbits(62)
+        generator = torch.Generator().manual_seed(drawn)
         bound = parameter.shape[1] ** -0.5 if ".lora_A." in name else 0.0
+        whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
         part, rows = local_slice(parameter)
-        part.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)[rows])
+        part.copy_(whole[rows])
 
 
-def adapters(model, names=ADAPTERS):
+def adapters(model):
     """{name as PEFT writes it: parameter}."""
     return {
-        f"base_model.model.model.{module}.{peft}.weight": getattr(linear, name)
-        for module, linear in model.named_modules() if isinstance(linear, Linear) and linear.lora_A is not None
-        for name, peft in zip(names, ADAPTERS, strict=True)
-    }  # fmt: skip
+        f"base_model.model.model.{name}.weight": parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(ADAPTERS)
+    }
 
 
 def base_weights(model):
     """{name: parameter} of all but adapters."""
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] not in ADAPTERS + STARTS}
+    return {name: p for name, p in model.named_parameters() if not name.endswith(ADAPTERS)}
+
+
+def adapted(model):
+    """The modules that have adapters."""
+    return [module for module in model.modules() if getattr(module, "lora_A", None) is not None]
 
 
 @contextlib.contextmanager
-def starting_adapters(model):
-    """Within it the model computes as it did before training: with the adapters that it started from, or with none."""
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    for module in linears:
-        module.names = STARTS
+def adapters_off(model):
+    """Within it the model computes as its base does, as before training."""
+    scales = {module: module.scale for module in adapted(model)}
+    for module in scales:
+        module.scale = 0.0
     try:
         yield
     finally:
-        for module in linears:
-            module.names = ADAPTERS
+        for module, scale in scales.items():
+            module.scale = scale
 
 
 def save_adapters(model, directory, base):
-    """adapter_config.json and adapter_model.safetensors, as PEFT and vLLM load them. Every rank calls this.
-
-    base: the directory of the weights that they belong to.
+    """adapter_config.json and adapter_model.safetensors, as PEFT and vLLM load them. Every rank
+    calls this. base: the directory of the weights that they belong to.
     """
-    target = directory if int(os.environ.get("RANK", 0)) == 0 else None
-    if target:
-        target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "adapter_config.json", model.lora.to_json(base))
+    target = made_by_rank_0(directory)
     save_safetensors(adapters(model), target, "adapter_model", max_shard_bytes=math.inf)
+    if target:
+        write_json(target / "adapter_config.json", model.lora.to_json(base))
 
 
 @torch.no_grad()
 def merge_adapters(model):
-    """W becomes W + scale B A, computed in float32 and rounded once. The adapters must not be used afterwards."""
-    for module in model.modules():
-        if isinstance(module, Linear) and module.lora_A is not None:
-            A = module.lora_A.full_tensor() if isinstance(module.lora_A, DTensor) else module.lora_A
-            (weight, _), (B, _) = local_slice(module.weight), local_slice(module.lora_B)  # the same rows
-            weight.copy_(weight.float() + module.scale * B.float() @ A.float())
+    """W becomes W + scale B A, computed in float32 and rounded once. The adapters must not be used
+    afterwards.
+    """
+    for module in adapted(model):
+        A = whole_tensor(module.lora_A)
+        weight, _ = local_slice(module.weight)
+        B, _ = local_slice(module.lora_B)  # the same rows
+        weight.copy_(weight.float() + module.scale * B.float() @ A.float())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Safetensors
 # Weights in and out: strict, of a sharded model only the rows of this rank.
 
+FLOATS = ("BF16", "F16", "F32", "F64")  # the types of safetensors that weights may have
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def made_by_rank_0(directory):
+    """A directory that is there from now on, on rank 0, which writes; None on the others."""
+    if rank() > 0:
+        return None
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    return Path(directory)
+
+
+def whole_tensor(tensor):
+    """Of a sharded tensor all rows: every rank calls this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
 
 def local_slice(parameter):
-    """(this rank's part of a parameter, which rows of the whole these are). fully_shard cuts along dimension 0."""
+    """(this rank's part of a parameter, which rows of the whole these are).
+
+    fully_shard cuts along dimension 0, and over the last dimension of its mesh.
+    """
     if not isinstance(parameter, DTensor):
         return parameter, slice(0, parameter.shape[0] if parameter.ndim else 1)
-    start, stop = 0, parameter.shape[0]
-    for dim, placement in enumerate(parameter.placements):
-        if placement.is_shard():
-            step = -(-(stop - start) // parameter.device_mesh.size(dim))
-            first = min(start + step * parameter.device_mesh.get_local_rank(dim), stop)
-            start, stop = first, min(first + step, stop)
-    return parameter.to_local(), slice(start, stop)
+    part, mesh = parameter.to_local(), parameter.device_mesh
+    each = -(-parameter.shape[0] // mesh.shape[-1])
+    start = each * mesh.get_coordinate()[-1]
+    return part, slice(start, start + part.shape[0])
 
 
 def load_safetensors(tensors, directory, stem="model", prefix=""):
-    """Fill `tensors`, name -> tensor (of a DTensor this rank's rows), from STEM.safetensors or its shards.
+    """Fill `tensors`, name -> tensor (of a DTensor this rank's rows), from STEM.safetensors or its
+    shards.
 
     Raises InputError that lists all missing, unexpected and mis-shaped tensors together.
     """
     directory = Path(directory)
+    where = directory / f"{stem}.safetensors"
     index = directory / f"{stem}.safetensors.index.json"
-    names, where = [f"{stem}.safetensors"], directory / f"{stem}.safetensors"
+    names = [where.name]
     if index.exists():
-        weight_map, where = read_json(regular(index)).get("weight_map"), index
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{index}: weight_map is not an object that maps tensor names to file names")
-        names = sorted(set(weight_map.values()))
-    with contextlib.ExitStack() as stack:
-        found, problems = {}, []
-        for name in names:
-            if Path(name).name != name:
-                raise InputError(f"{index}: weight_map names {name!r}, expected a file beside it")
-            try:
-                file = stack.enter_context(safe_open(regular(directory / name), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{directory / name}: not readable as safetensors ({error})") from None
-            for key in file.keys():
-                problems += [f"{key} stands in two places"] if key.removeprefix(prefix) in found else []
-                found[key.removeprefix(prefix)] = file, key
-        if "lm_head.weight" in found and "embed_tokens.weight" in found:  # some writers store the tied head once more
-            tied = found["lm_head.weight"], found["embed_tokens.weight"]
-            if torch.equal(*(file.get_tensor(key) for file, key in tied)):
-                del found["lm_head.weight"]
-        slices = {name: file.get_slice(key) for name, (file, key) in found.items()}
-        problems += [f"missing {name}" for name in tensors if name not in found]
-        problems += [f"unexpected {name}" for name in found if name not in tensors]
-        problems += [
-            f"{name} is {part.get_dtype()} {part.get_shape()}, expected floats {list(tensors[name].shape)}"
-            for name, part in slices.items()
-            if name in tensors and (part.get_shape() != list(tensors[name].shape) or part.get_dtype() not in FLOATS)
-        ]
-        if problems:
-            more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-            raise InputError(f"{where}: does not hold the expected tensors: {'; '.join(problems[:12])}{more}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                file, key = found[name]
-                part, rows = local_slice(tensor)
-                part.copy_(slices[name][rows] if part.ndim else file.get_tensor(key))
-                if part.numel() and not torch.stack(part.aminmax()).isfinite().all():  # 10 times as fast as each
-                    raise InputError(f"{where}: {name} holds numbers that are not finite, expected finite ones")
-
-
-def save_model(model, directory, max_shard_bytes):
-    """`Gemma.save_pretrained`. Files are renamed into place when all are complete."""
-    staging = directory / ".saving" if int(os.environ.get("RANK", 0)) == 0 else None
-    if staging:
-        remove_tree(staging)
-        staging.mkdir(parents=True)
-        write_json(staging / "config.json", model.config.to_json(model.embed_tokens.weight.dtype))
-        ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(staging / "generation_config.json", {**model.config.generation, **ids})
-    save_safetensors(base_weights(model), staging, "model", "model.", max_shard_bytes)
-    if staging:
-        new = sorted(path.name for path in staging.iterdir())
-        for old in directory.glob("model*.safetensors*"):
-            if old.name not in new:
-                old.unlink()
-        for name in reversed(new):  # config.json last
-            (staging / name).replace(directory / name)
-        staging.rmdir()
+        where = index
+        shards = read_json(no_pipe(index)).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+            problem = "weight_map is not an object that maps tensor names to file names"
+            raise InputError(f"{index}: {problem}")
+        names = sorted(set(shards.values()))
+    found, problems = {}, []
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{index}: weight_map names {name!r}, expected a file beside it")
+        path = no_pipe(directory / name)
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not readable as safetensors ({error})") from None
+        for key in file.keys():
+            tensor = key.removeprefix(prefix)
+            problems += [f"{key} stands in two places"] if tensor in found else []
+            found[tensor] = file, key
+    head, embedding = (found.get(f"{name}.weight") for name in ("lm_head", "embed_tokens"))
+    if head and embedding:  # some writers store the tied head once more
+        if torch.equal(*(file.get_tensor(key) for file, key in (head, embedding))):
+            del found["lm_head.weight"]
+    problems += [f"missing {name}" for name in tensors if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in tensors]
+    slices = {name: file.get_slice(key) for name, (file, key) in found.items() if name in tensors}
+    for name, part in slices.items():
+        shape = list(tensors[name].shape)
+        if part.get_shape() != shape or part.get_dtype() not in FLOATS:
+            has = f"{part.get_dtype()} {part.get_shape()}"
+            problems.append(f"{name} is {has}, expected floats {shape}")
+    if problems[12:]:
+        problems[12:] = [f"and {len(problems) - 12} more"]
+    if problems:
+        listed = "; ".join(problems)
+        raise InputError(f"{where}: does not hold the expected tensors: {listed}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            part, rows = local_slice(tensor)
+            file, key = found[name]
+            part.copy_(slices[name][rows] if part.ndim else file.get_tensor(key))
+            # 10 times as fast as to look at each number
+            if part.numel() and not torch.stack(part.aminmax()).isfinite().all():
+                problem = "holds numbers that are not finite, expected finite ones"
+                raise InputError(f"{where}: {name} {problem}")
 
 
 def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_000_000):
-    """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than one shard may be.
+    """Write `tensors` as STEM.safetensors, or as shards with an index when they are larger than
+    one shard may be. Files of an earlier model stay until those of this one are complete.
 
-    Sharded tensors are gathered one at a time; rank 0, the writer (directory not None), holds a file's worth at most.
+    Sharded tensors are gathered one at a time; rank 0, the writer (directory not None), holds a
+    file's worth at most.
     """
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    shards = [[]]
-    for name in tensors:
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > max_shard_bytes:
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if not shards or size > room:
             shards.append([])
+            room = max_shard_bytes
         shards[-1].append(name)
-    files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = [f"{stem}.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
+        room -= size
+    count, files = len(shards), {}  # of each file the tensors' names
+    for i, names in enumerate(shards, start=1):
+        part = f"-{i:05d}-of-{count:05d}" if count > 1 else ""
         whole = {}
-        for name in shard:
-            tensor = tensors[name].detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name in names:
+            tensor = whole_tensor(tensors[name].detach())
             if directory:
                 whole[prefix + name] = tensor.cpu().contiguous()
         if directory:
-            save_file(whole, directory / file, metadata={"format": "pt"})
-            (directory / file).chmod(0o644)  # safetensors makes files that their owner alone can read
-    if directory and len(shards) > 1:
-        weight_map = {prefix + name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_json(directory / f"{stem}.safetensors.index.json", index)
+            path = directory / f".{stem}{part}.safetensors"
+            path.touch()
+            rights = path.stat().st_mode  # safetensors makes files that their owner alone can read
+            save_file(whole, path, metadata={"format": "pt"})
+            path.chmod(rights)
+            files[path] = list(whole)
+    if directory:
+        weight_map = {}
+        for path, names in files.items():
+            file = path.name[1:]
+            path.replace(directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        written = set(weight_map.values())
+        if count > 1:
+            name = f"{stem}.safetensors.index.json"
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            write_json(directory / name, index)
+            written.add(name)
+        for old in directory.glob(f"{stem}*.safetensors*"):
+            if old.name not in written:
+                old.unlink()
 
 
-def remove_tree(path):
-    """Remove a directory or file, if it is there; of a link only the link.
-
-    It is renamed first: whenever the process is killed, all of it is there or nothing.
-    """
-    aside = path.with_name(f".{path.name}.old")
-    for there in (os.path.lexists(path), False):  # first what was left there by a process that was killed
-        if aside.is_symlink() or aside.is_file():
-            aside.unlink()
-        elif aside.exists():
-            shutil.rmtree(aside)
-        if there:
-            path.rename(aside)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer and prompt formats
-# SentencePiece with Gemma's control tokens; messages to tokens, as "plain" text or in the chat template.
+# SentencePiece with Gemma's control tokens; messages to tokens, as "plain" text or in the chat
+# template.
 
 
 class Tokenizer:
-    """A SentencePiece model. `encode` never yields a control token for text that merely spells one."""
+    """A SentencePiece model. `encode` never yields a control token for text that merely spells one.
+
+    pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id: None where the vocabulary lacks them.
+    config: what tokenizer_config.json beside it says.
+    """
 
     def __init__(self, path):
-        if not Path(path).exists():
-            raise InputError(f"{path}: no such file, expected a model's directory, as Hugging Face publishes it")
+        self.path = no_pipe(Path(path))
+        if not self.path.exists():
+            expected = "expected a model's directory, as Hugging Face publishes it"
+            raise InputError(f"{path}: no such file, {expected}")
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(regular(Path(path))))
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: not readable as a SentencePiece model ({reason})") from None
-        self.path, beside = Path(path), regular(Path(path).with_name("tokenizer_config.json"))
+        beside = no_pipe(self.path.with_name("tokenizer_config.json"))
         self.config = read_json(beside) if beside.exists() else {}
         ids = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
-        self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)  # None: not in the vocabulary
-        self.start_of_turn_id, self.end_of_turn_id = map(self._find, ("<start_of_turn>", "<end_of_turn>"))
-        self.control_ids = {self.pad_id, self.eos_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id} - {None}
+        self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)
+        self.start_of_turn_id = self._find("<start_of_turn>")
+        self.end_of_turn_id = self._find("<end_of_turn>")
+        self.control_ids = {*ids, self.start_of_turn_id, self.end_of_turn_id} - {None, -1}
         pieces = [re.escape(self.sp.id_to_piece(i)) for i in self.control_ids]
         self._control = re.compile("|".join(pieces) or "(?!)")
 
     def _find(self, piece):
-        i = self.sp.piece_to_id(piece)
-        return i if i >= 0 and self.sp.id_to_piece(i) == piece else None  # an unknown piece has the id of <unk>, or -1
+        i = self.sp.piece_to_id(piece)  # of an unknown piece the id of <unk>, or -1
+        return i if i >= 0 and self.sp.id_to_piece(i) == piece else None
 
     def __len__(self):
         return self.sp.get_piece_size()
 
     def encode(self, text, bos=False):
-        """Token ids of a text. A control token spelt out in it is cut after its first character: it stays text."""
+        """Token ids of a text. A control token spelt out in it is cut after its first character: it
+        stays text.
+        """
         cuts = [match.start() + 1 for match in self._control.finditer(text)]
         ids = [self.bos_id] if bos else []
         for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
             part = self.sp.encode(text[start:stop])
-            if not self.control_ids.isdisjoint(part):  # a vocabulary that normalises: spelt with other signs
-                part = [i for sign in text[start:stop] for i in self.sp.encode(sign) if i not in self.control_ids]
+            if not self.control_ids.isdisjoint(part):  # a vocabulary that normalises other signs
+                each = [i for sign in text[start:stop] for i in self.sp.encode(sign)]
+                part = [i for i in each if i not in self.control_ids]
             ids += part
         return ids
 
@@ -1055,10 +1108,13 @@ class Tokenizer:
 
 
 def is_chat(tokenizer, config):
-    """Whether a checkpoint's files say that it talks in Gemma's chat template: replies end with a turn, not a line."""
+    """Whether a checkpoint's files say that it talks in Gemma's chat template: replies end with a
+    turn, not a line.
+    """
     ends, turn = id_list(config.eos_token_id), tokenizer.end_of_turn_id
-    template = "chat_template" in tokenizer.config or tokenizer.path.with_name("chat_template.jinja").exists()
-    return turn is not None and (template or turn in ends) and not set(ends) & set(tokenizer.encode("\n"))
+    template = tokenizer.path.with_name("chat_template.jinja").exists()
+    template = template or "chat_template" in tokenizer.config or turn in ends
+    return turn is not None and template and not set(ends) & set(tokenizer.encode("\n"))
 
 
 def check_vocabulary(tokenizer, model):
@@ -1068,29 +1124,38 @@ def check_vocabulary(tokenizer, model):
 
 
 class Template:
-    """Text to tokens, message by message, so that dialogues that begin alike begin with the same tokens.
+    """Text to tokens, message by message, so that dialogues that begin alike begin with the same
+    tokens.
 
-    plain:  <bos>instruction / [context] / context / [conversation] / User: text / Assistant: text, a line each
-    gemma:  <bos><start_of_turn>user / context, blank line, text<end_of_turn> / <start_of_turn>model / text<end_of_turn>
-            token for token what transformers' apply_chat_template gives, white space around a text taken off
+    plain:  <bos>instruction / [context] / context / [conversation] / User: text / Assistant: text,
+            a line each
+    gemma:  <bos><start_of_turn>user / context, blank line, text<end_of_turn> / <start_of_turn>model
+            / text<end_of_turn>, token for token what transformers' apply_chat_template gives, white
+            space around a text taken off
     """
 
     def __init__(self, tokenizer, prompt_format):
-        self.tokenizer, self.plain, self.encode = tokenizer, prompt_format == "plain", tokenizer.encode
+        self.tokenizer, self.encode = tokenizer, tokenizer.encode
+        self.plain = prompt_format == "plain"
         self.newline = self.encode("\n")
         if tokenizer.bos_id is None or not self.newline:
-            raise InputError(f"{tokenizer.path}: a prompt needs <bos> and newlines, this vocabulary lacks one of them")
+            problem = "a prompt needs <bos> and newlines, this vocabulary lacks one of them"
+            raise InputError(f"{tokenizer.path}: {problem}")
         if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
-            raise InputError(f"{tokenizer.path}: no pieces <start_of_turn> and <end_of_turn>, which 'gemma' needs")
+            problem = "no pieces <start_of_turn> and <end_of_turn>, which 'gemma' needs"
+            raise InputError(f"{tokenizer.path}: {problem}")
         self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
         self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
         self.stop_ids = {self.end[-1], tokenizer.eos_id} - {None}
-        self.newlines = {i for i in range(len(tokenizer)) if tokenizer.sp.id_to_piece(i).startswith("\n")}
-        if self.plain:  # a message is one line; large vocabularies have pieces of several newlines, too
+        pieces = map(tokenizer.sp.id_to_piece, range(len(tokenizer)))
+        self.newlines = {i for i, piece in enumerate(pieces) if piece.startswith("\n")}
+        if self.plain:  # a message is one line; large vocabularies have pieces of several newlines
             self.stop_ids |= self.newlines
 
     def mark_stops(self, config):
-        """Let a model's files name what ends a reply in this format, for programs that read no more than the files."""
+        """Let a model's files name what ends a reply in this format, for programs that read no more
+        than the files.
+        """
         others = [i for i in id_list(config.eos_token_id) if i not in self.newlines]
         config.eos_token_id = id_list(others, sorted(self.stop_ids))
 
@@ -1098,227 +1163,281 @@ class Template:
         return [self.tokenizer.start_of_turn_id, *self.encode(f"{role}\n")]
 
     def message(self, role, text):
-        """[(tokens, whether the assistant wrote them), ...] of one message, all its markers included."""
-        text = fold(text) if self.plain else text.strip()
-        if self.plain and role == "user":
-            return [(self.encode("User: " + text) + self.newline, False)]
+        """(tokens, mask) of a message with its markers; mask: 1 where the assistant wrote it."""
+        written = role == "model"
         if self.plain:
-            return [(self.opening, False), (self.encode(" " + text), True), (self.end, True)]
-        if role == "user":
-            return [(self.turn("user") + self.encode(text) + self.end + self.newline, False)]
-        return [(self.opening, False), (self.encode(text), True), (self.end, True), (self.newline, False)]
+            before, after = self.opening if written else [], []
+            text = (" " if written else "User: ") + fold(text)
+        else:
+            before, after = self.turn(role), self.newline
+            text = text.strip()
+        said = self.encode(text) + self.end
+        mask = [0] * len(before) + [int(written)] * len(said) + [0] * len(after)
+        return before + said + after, mask
 
-    def prompt(self, pair, max_length):
-        """Tokens that ask for the assistant's next message, at most `max_length` if that holds more than the markers.
+    def prompts(self, context, messages, lengths, max_length, instruction=INSTRUCTION):
+        """[(tokens, lost)]: for each n of `lengths` what asks for the reply to messages[:n], and
+        how many tokens it lost to be at most `max_length` long, if that holds more than the
+        markers. Each text is tokenised once.
 
-        A longer prompt loses its oldest turns first, then the head of its context, in steps of an eighth of max_length,
-        so that most turns of a dialogue still begin with the same tokens. A last user turn that is longer even alone
-        loses its own head.
+        A longer prompt loses its oldest turns first, then the head of its context, in steps of an
+        eighth of max_length, so that most turns of a dialogue still begin with the same tokens. A
+        last user turn that is longer even alone loses its own head.
         """
-        turns = [[token for tokens, _ in self.message(*message) for token in tokens] for message in pair.history]
+        said, ends = [], [0]  # tokens of all messages; where each begins, and the last ends
+        for message in messages:
+            said += self.message(*message)[0]
+            ends.append(len(said))
+        starts = [i for i, (role, _) in enumerate(messages) if role == "user"]
         if self.plain:
-            before = [self.tokenizer.bos_id, *self.encode(f"{pair.instruction}\n[context]\n")]
-            head, context, after = [], self.encode(pair.context), self.encode("\n[conversation]\n")
-        else:  # no system role: the context stands at the head of the first user turn, one text with its header
-            before, after = [self.tokenizer.bos_id], []
-            head = self.encode("user\n") if pair.context else []
-            context = self.encode(f"user\n{pair.context}\n\n") if pair.context else []
-        room = max_length - len(before) - len(after) - len(self.opening) + len(head)  # the first turn has it too
-        users = [i for i, (role, _) in enumerate(pair.history) if role == "user"]
-        kept = 0 if self.plain else users[0]  # Gemma's template begins with the user
-        while kept < users[-1] and len(context) + sum(map(len, turns[kept:])) > room:
-            kept = next(i for i in users if i > kept)
-        turns = turns[kept:]
-        excess, step = len(context) + sum(map(len, turns)) - room, max(1, max_length // 8)
-        if excess > 0:
-            context = head + context[len(head) + math.ceil(excess / step) * step :]
-        if not self.plain and context:
-            start = self.turn("user")
-            turns[0], context = start[:1] + context + turns[0][len(start) :], []
-        excess = sum(map(len, [before, context, after, *turns, self.opening])) - max_length
-        if excess > 0:
-            mark = self.encode("User:") if self.plain else self.turn("user")
-            end = len(turns[-1]) - len(self.end if self.plain else self.end + self.newline)
-            turns[-1] = mark + turns[-1][min(len(mark) + excess, end) :]
-        return [token for tokens in (before, context, after, *turns, self.opening) for token in tokens]
+            before = [self.tokenizer.bos_id, *self.encode(f"{instruction}\n[context]\n")]
+            head, context, after = [], self.encode(context), self.encode("\n[conversation]\n")
+            skip, mark, closing = 0, self.encode("User:"), self.end
+            starts = sorted({0, *starts})
+        else:  # no system role: the context stands in the first user turn, one text with its header
+            before = [self.tokenizer.bos_id, self.tokenizer.start_of_turn_id]
+            head, after = self.encode("user\n"), []
+            context = self.encode(f"user\n{context}\n\n") if context else head
+            skip, mark, closing = 1 + len(head), [], self.end + self.newline
+        room = max_length - len(before) - len(after) - len(self.opening) + skip
+        step = max(1, max_length // 8)
 
-    def reply(self, messages, ended=True):
-        """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote the token.
+        prompts = []
+        for n in lengths:
+            last = bisect_left(starts, n) - 1
+            enough = len(context) + ends[n] - room  # to be lost
+            first = bisect_left(starts, enough, hi=last, key=ends.__getitem__)
+            excess = enough - ends[starts[first]]
+            cut = head + context[len(head) + math.ceil(excess / step) * step :]
+            kept = context if excess <= 0 else cut
+            turns = said[ends[starts[first]] + skip : ends[n]]
+            excess = len(kept) + len(turns) + skip - room
+            if excess > 0:
+                end = len(turns) - len(closing)
+                turns = mark + turns[min(len(mark) + excess, end) :]
+            tokens = [*before, *kept, *after, *turns, *self.opening]
+            whole = enough - ends[starts[0]] + max_length
+            prompts.append((tokens, whole - len(tokens)))
+        return prompts
 
-        ended: whether the assistant closed its last message, so that an end token is there to be scored.
-        """
-        pieces = [piece for message in messages for piece in self.message(*message)][1:]  # the prompt has the opening
-        while pieces and not pieces[-1][1]:  # nothing after the last reply
-            pieces.pop()
-        if not ended:
-            pieces.pop()
-        tokens = [token for tokens, _ in pieces for token in tokens]
-        return tokens, [int(written) for tokens, written in pieces for _ in tokens]
+    def prompt(self, context, history, max_length, instruction=INSTRUCTION):
+        """The tokens of `prompts` for the whole history."""
+        [(tokens, _)] = self.prompts(context, history, [len(history)], max_length, instruction)
+        return tokens
 
     def following(self, messages):
-        """All tokens of messages that follow `prompt`, up to the opening of the assistant's next."""
-        pieces = [piece for message in messages for piece in self.message(*message)][1:]
-        return [token for tokens, _ in pieces for token in tokens] + self.opening
+        """All tokens of messages that follow `prompt`, to the opening of the assistant's next."""
+        return self._after_opening(messages)[0] + self.opening
+
+    def reply(self, messages, ended=True):
+        """(tokens, mask) of a trajectory that follows `prompt`; mask: 1 where the assistant wrote
+        the token.
+
+        ended: whether the assistant closed its last message, so that an end token is there to be
+        scored.
+        """
+        tokens, mask = self._after_opening(messages)
+        while mask and not mask[-1]:  # nothing after the last reply
+            mask.pop()
+        if not ended:
+            del mask[-len(self.end) :]
+        return tokens[: len(mask)], mask
+
+    def _after_opening(self, messages):
+        tokens, mask = [], []
+        for message in messages:
+            more, written = self.message(*message)
+            tokens += more
+            mask += written
+        skip = len(self.opening)
+        return tokens[skip:], mask[skip:]
 
     def text(self, tokens):
         """A response as a message's text."""
         return self.tokenizer.decode(tokens).strip()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
 # Batched sampling, with a key/value cache that outlives a reply.
 
 
 class KVCache:
-    """Keys and values of a batch of growing sequences; the caller owns it and may hand it to `generate` again.
+    """Keys and values of a batch of growing sequences; the caller owns it and may hand it to
+    `generate` again.
 
-    keys[layer], values[layer]: [B, K, S, D]. A row's slot is its token's position, so rows are aligned at the left and
-    need no padding in front. tokens[b] are the tokens that row b holds. Rows may trade places while decoding: order[b]
-    says which prompt the row belongs to.
+    stores: [B, K, S, D], keys and values of the first layer, of the second, ... A row's slot is its
+    token's position, so rows are aligned at the left and need no padding in front. tokens[b] are
+    the tokens that row b holds. Rows may trade places while decoding: order[b] says which prompt
+    the row belongs to.
     """
 
-    multiple = 64  # of slots: a GPU's products are slow where rows do not begin at multiples of 16 bytes
+    multiple = 64  # of slots: a GPU's products are slow where rows do not begin at 16 bytes each
 
     def __init__(self):
-        self.keys, self.values, self.tokens, self.order = [], [], [], []
+        self.stores, self.tokens, self.order = [], [], []
         self.steps = {}  # on a GPU: number of rows -> CapturedStep
 
-    def prefill(self, model, prompts, room):
-        """Fill an empty cache, what prompts share computed once, with room for more. Returns the next logits [B, V]."""
+    def read(self, model, prompts, room):
+        """Hold these prompts, and room for more tokens. Returns the logits after each row, [B, V].
+
+        Of a prompt whose row holds a beginning of it only the rest is computed.
+        """
+        if not self.order:
+            return self._prefill(model, prompts, room)
+        new = []
+        for row, prompt in enumerate(self.order):
+            held = common_prefix(self.tokens[row], prompts[prompt][:-1])
+            self.tokens[row] = prompts[prompt][:held]
+            new.append(prompts[prompt][held:])
+        return self.advance(model, new, room)
+
+    def _prefill(self, model, prompts, room):
+        """Fill an empty cache: what prompts share is computed once."""
         device = model.embed_tokens.weight.device
         forest = Forest(prompts).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        rows = torch.tensor([row for row, _ in forest.paths])[:, None]
-        slots = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        room += -(slots.shape[1] + room) % self.multiple
-        for b, (_, path) in enumerate(forest.paths):
-            slots[b, : len(path)] = torch.from_numpy(path)
-        last = rows[:, 0].to(device), slots.gather(1, lengths[:, None] - 1)[:, 0].to(device)
-        rows, slots = rows.to(device), slots.to(device)
+        longest = max(map(len, prompts))
+        rows, paths = zip(*forest.paths, strict=True)
+        last = torch.tensor([rows, [path[-1] for path in paths]], device=device)
+        rows = last[0, :, None]
+        slots = [path + [0] * (longest - len(path)) for path in paths]  # zeros: unused slots
+        slots = torch.tensor(slots, device=device)
 
         def copy_branches(layer, k, v):
-            for store, x in ((self.keys, k), (self.values, v)):
-                store.append(F.pad(x[rows, :, slots].transpose(1, 2), (0, 0, 0, room)))
+            self.stores += [x[rows, :, slots].transpose(1, 2) for x in (k, v)]
             return k, v
 
         masks = tree_masks(forest.positions, forest.ends, model)
         hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches, last)
         self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+        self._reserve(longest + room)
         return model.logits(hidden)
 
-    def rewind(self, prompts):
-        """Make each row hold a beginning of its prompt, forgetting what differs. Returns what is left, a list a row."""
-        tails = []
-        for row, prompt in enumerate(self.order):
-            held = common_prefix(self.tokens[row], prompts[prompt][:-1])
-            self.tokens[row] = prompts[prompt][:held]
-            tails.append(prompts[prompt][held:])
-        return tails
+    def _reserve(self, slots):
+        lacking = slots - self.stores[0].shape[2]
+        if lacking > 0:
+            lacking += -slots % self.multiple
+            self.steps = {}  # they hold the old tensors, which go one by one
+            for i, x in enumerate(self.stores):
+                self.stores[i] = F.pad(x, (0, 0, 0, lacking))
 
     def advance(self, model, new, room=1):
-        """Append the token lists `new` to the first len(new) rows. Returns the logits after each row's last, [B, V].
+        """Append the token lists `new` to the first rows. Returns the logits after each, [B, V].
 
         room, at least 1: free slots to keep behind each row, lest the cache move too often.
         """
-        held, T = [len(tokens) for tokens in self.tokens[: len(new)]], max(map(len, new))
+        held = [len(tokens) for tokens in self.tokens[: len(new)]]
         for tokens, tail in zip(self.tokens, new, strict=False):
             tokens.extend(tail)
-        end = max(held) + T
-        lacking = end + room - self.keys[0].shape[2]
-        if lacking > 0:
-            lacking += -(end + room) % self.multiple
-            self.steps = {}  # they hold the old tensors, which go one by one
-            for store in (self.keys, self.values):
-                for layer, x in enumerate(store):
-                    store[layer] = F.pad(x, (0, 0, 0, lacking))
-        if T == 1 and self._captures():
-            logits = self._decode(model, [new, [[start] for start in held]])
+        longest = max(map(len, new))
+        end = max(held) + longest
+        self._reserve(end + room)
+        if longest == 1 and self._records():
+            logits = self._recorded(model, new, held)
             if logits is not None:
                 return logits
-        device = self.keys[0].device
-        tokens = torch.tensor([tail + [0] * (T - len(tail)) for tail in new], device=device)  # zeros: unused slots
-        positions = torch.tensor(held, device=device)[:, None] + torch.arange(T, device=device)
+        device = self.stores[0].device
+        tails = [tail + [0] * (longest - len(tail)) for tail in new]  # zeros: unused slots
+        tokens = torch.tensor(tails, device=device)
+        positions = torch.tensor(held, device=device)[:, None]
+        positions = positions + torch.arange(longest, device=device)
         last = torch.tensor([len(tail) - 1 for tail in new], device=device)
         first = max(0, min(held) - model.config.sliding_window + 1)
         spans = {GLOBAL: slice(0, end), LOCAL: slice(first, end)}
-        return extend(model, *self._rows(len(new)), tokens, positions, last, spans)
+        return extend(model, self._rows(len(new)), tokens, positions, last, spans)
 
-    def _captures(self):
+    def _records(self):
         """Whether steps of one token are recorded."""
-        return self.keys[0].is_cuda
+        return self.stores[0].is_cuda and RECORDED not in FAILED
 
-    def _decode(self, model, inputs):
-        """A step of one token a row by a graph for 4, 16, 64, ... rows or all; rows that are done go along."""
-        active, rows = len(inputs[0]), 4
+    def _recorded(self, model, new, held):
+        """A step of one token a row by a graph for 4, 16, 64, ... rows or all; rows that are done
+        go along. None where it cannot be recorded.
+        """
+        active, rows = len(new), 4
         while rows < active:
             rows *= 4
         rows = min(rows, len(self.tokens))
         idle = self.tokens[active:rows]
-        inputs = torch.tensor([inputs[0] + [[0] for _ in idle], inputs[1] + [[len(tokens)] for tokens in idle]])
+        tokens = new + [[0] for _ in idle]
+        positions = [[start] for start in held + [len(tokens) for tokens in idle]]
+        inputs = torch.tensor([tokens, positions])
         if rows not in self.steps:
-            self.steps[rows] = attempt("a recorded step", lambda: CapturedStep(model, *self._rows(rows), inputs))
-        return self.steps[rows](inputs)[:active] if self.steps[rows] else None
+            with optional(RECORDED):
+                self.steps[rows] = CapturedStep(model, self._rows(rows), inputs)
+        return self.steps[rows](inputs)[:active] if rows in self.steps else None
 
     def _rows(self, count):
-        """Keys and values of the first rows."""
-        return ([x[:count] for x in store] for store in (self.keys, self.values))
+        return [x[:count] for x in self.stores]
 
     def swap(self, a, b):
         """Two rows trade places."""
-        for x in self.keys + self.values:
+        for x in self.stores:
             x[[a, b]] = x[[b, a]]
-        for held in (self.tokens, self.order):
-            held[a], held[b] = held[b], held[a]
+        for each in (self.tokens, self.order):
+            each[a], each[b] = each[b], each[a]
 
-    @torch.inference_mode()  # as in `generate`: a step compiled for such tensors is not compiled again for others
+    @torch.inference_mode()  # as `stream`: a step compiled for such tensors is not compiled again
     def keep(self, prompts):
         """Keep the rows of these prompts only (numbers as of the last call), in this order."""
         rows = [self.order.index(prompt) for prompt in prompts]
         self.steps = {}
-        for store in (self.keys, self.values):
-            for layer, x in enumerate(store):
-                store[layer] = x[rows]
-        self.tokens, self.order = [self.tokens[row] for row in rows], list(range(len(rows)))
+        for i, x in enumerate(self.stores):
+            self.stores[i] = x[rows]
+        self.tokens = [self.tokens[row] for row in rows]
+        self.order = list(range(len(rows)))
 
 
-def extend(model, keys, values, tokens, positions, last, spans):
-    """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows; logits [B, V] after each one's token `last` [B].
+def extend(model, stores, tokens, positions, last, spans):
+    """Put `tokens` at `positions`, int64 [B, T], of a cache of B rows. Returns the logits [B, V]
+    after each one's token `last` [B].
 
-    keys, values: a tensor [B, K, S, D] for each layer; spans {GLOBAL, LOCAL: a slice of all slots that any token sees}.
+    stores: of a KVCache; spans {kind of layer: a slice of all slots that any token sees}.
     """
-    device, window, masks = tokens.device, model.config.sliding_window, {}
-    rows, slots = torch.arange(len(tokens), device=device)[:, None], torch.arange(keys[0].shape[2], device=device)
+    window, masks = model.config.sliding_window, {}
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    slots = torch.arange(stores[0].shape[2], device=tokens.device)
     for kind, span in spans.items():
         distance = positions[:, :, None] - slots[span]
         seen = (distance >= 0) & (distance < window) if kind == LOCAL else distance >= 0
         masks[kind] = [(slice(None), slice(None), torch.where(seen, 0.0, NEVER))]
 
     def write(layer, k, v):
-        for store, x in ((keys[layer], k), (values[layer], v)):
-            store[rows, :, positions] = x.transpose(1, 2)
         span = spans[model.config.layer_types[layer]]
-        return keys[layer][:, :, span], values[layer][:, :, span]
+        keys, values = stores[2 * layer : 2 * layer + 2]
+        keys[rows, :, positions] = k.transpose(1, 2)
+        values[rows, :, positions] = v.transpose(1, 2)
+        return keys[:, :, span], values[:, :, span]
 
     return model.logits(model.hidden(tokens, positions, masks, write, (rows[:, 0], last)))
 
 
 class CapturedStep:
-    """`extend` by one token a row, compiled and recorded as a CUDA graph: one launch a step, not one a kernel."""
+    """`extend` by one token a row, compiled and recorded as a CUDA graph: one launch a step, not
+    one a kernel.
+    """
 
-    def __init__(self, model, keys, values, inputs):
+    def __init__(self, model, stores, inputs):
         """inputs: tokens and positions, int64 [2, B, 1]."""
-        self.inputs, step = inputs.to(keys[0].device), compiled(extend, fullgraph=True)
+        self.inputs = inputs.to(stores[0].device)
+        step = compiled(extend, fullgraph=True)
         tokens, positions = self.inputs
-        last, everything = torch.zeros_like(tokens[:, 0]), {GLOBAL: slice(None), LOCAL: slice(None)}
-        for x, dims in [(x, 0) for x in (tokens, positions, last)] + [(x, (0, 2)) for x in keys + values]:
-            torch._dynamo.maybe_mark_dynamic(x, dims)  # one compilation for all numbers of rows above one, and of slots
-        self.arguments = model, keys, values, tokens, positions, last, everything  # kept: a graph knows addresses only
+        last = torch.zeros_like(tokens[:, 0])
+        everything = {GLOBAL: slice(None), LOCAL: slice(None)}
+        # one compilation for all numbers of rows above one, and of slots
+        for x in (tokens, positions, last):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        for x in stores:
+            torch._dynamo.maybe_mark_dynamic(x, (0, 2))
+        # kept: a graph knows addresses only
+        self.arguments = model, stores, tokens, positions, last, everything
         step(*self.arguments)  # compiles; what it writes will be written again by the first replay
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # not torch.cuda.graph, which empties the allocator's cache each time
-            self.graph.capture_begin(capture_error_mode="thread_local")  # NCCL's own thread may use the GPU
+        # not torch.cuda.graph, which empties the allocator's cache each time
+        with torch.cuda.stream(stream):
+            # NCCL's own thread may use the GPU
+            self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.logits = step(*self.arguments)
             finally:
@@ -1331,54 +1450,69 @@ class CapturedStep:
         return self.logits
 
 
-@torch.inference_mode()
 def generate(
-    model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), generator=None, kv_cache=None
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop_ids=(),
+    generator=None,
+    kv_cache=None,
 ):
-    """Continue token lists of different lengths; returns the new tokens of each, without the stop token.
+    """Continue token lists of different lengths; returns the new tokens of each, without the stop
+    token.
 
-    A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one whose stop token would
-    have come next counts as cut). temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row's
-    result does not depend on the other rows: each draws its own noise, from `generator[i]` if that is a list, else from
-    a stream made for row i from `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is
-    continued: of prompt i, only the tokens that its row does not hold yet are processed. Finished rows leave the batch.
+    A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one
+    whose stop token would have come next counts as cut). temperature 0 is greedy; top_k 0 and top_p
+    1 keep the whole distribution. A row's result does not depend on the other rows: each draws its
+    own noise, from `generator[i]` if that is a list, else from a stream made for row i from
+    `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued:
+    of prompt i, only the tokens that its row does not hold yet are processed. Finished rows leave
+    the batch. Raises InputError.
     """
+    outputs = [[] for _ in prompts]
+    settings = temperature, top_k, top_p, stop_ids, generator, kv_cache or KVCache()
+    for row, token in stream(model, prompts, max_new_tokens, *settings):
+        outputs[row].append(token)
+    return outputs
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, generator, cache):
+    """`generate`, yielding (number of a prompt, its next token) as they are sampled."""
     if not all(prompts):
         raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")
-    if min(temperature, top_k, max_new_tokens) < 0:
+    if not (temperature >= 0 and top_k >= 0 and max_new_tokens >= 0):
         values = f"temperature {temperature}, top_k {top_k}, max_new_tokens {max_new_tokens}"
         raise InputError(f"{values}: expected numbers from 0")
-    prompts = [list(prompt) for prompt in prompts]
-    cache = KVCache() if kv_cache is None else kv_cache
-    held = len(cache.order)
-    assert held in (0, len(prompts)), f"the cache holds {held} rows for {len(prompts)} prompts: call keep() first"
-    stop, outputs = set(stop_ids), [[] for _ in prompts]
-    if max_new_tokens == 0 or not prompts:
-        return outputs
-    noise = draw_noise(generator, len(prompts), max_new_tokens) if temperature > 0 else None
-    if held:
-        logits = cache.advance(model, cache.rewind(prompts), max_new_tokens)
-    else:
-        logits = cache.prefill(model, prompts, max_new_tokens)
     active = len(prompts)  # rows 0 .. active-1 of the cache are still being written
-    for step in range(max_new_tokens):
-        u = noise[cache.order[:active], step].to(logits.device) if temperature > 0 else None
+    held = len(cache.order)
+    assert held in (0, active), f"the cache holds {held} rows for {active} prompts: call keep()"
+    if active == 0 or max_new_tokens == 0:
+        return
+    noise = draw_noise(generator, active, max_new_tokens) if temperature > 0 else None
+    logits = cache.read(model, prompts, max_new_tokens)
+    for left in reversed(range(max_new_tokens)):
+        u = None if noise is None else noise[cache.order[:active], -1 - left].to(logits.device)
         tokens = sample(logits, u, temperature, top_k, top_p).tolist()
         for row in reversed(range(active)):
-            if tokens[row] in stop:
+            if tokens[row] in stop_ids:
                 active -= 1
                 cache.swap(row, active)
                 tokens[row] = tokens[active]
             else:
-                outputs[cache.order[row]].append(tokens[row])
-        if active == 0 or step + 1 == max_new_tokens:
-            break
+                yield cache.order[row], tokens[row]
+        if active == 0 or left == 0:
+            return
         logits = cache.advance(model, [[token] for token in tokens[:active]])
-    return outputs
 
 
 def draw_noise(generator, rows, steps):
-    """Uniform numbers, float64 [rows, steps], from each of which a token is found by inverting the distribution."""
+    """Uniform numbers, float64 [rows, steps], from each of which a token is found by inverting the
+    distribution.
+    """
     if not isinstance(generator, list | tuple):
         generator = generator or torch.Generator().manual_seed(0)
         seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
@@ -1399,68 +1533,68 @@ def sample(logits, u, temperature, top_k, top_p):
 
 
 def invert(weights, u, block=256):
-    """For each row of weights [B, V] the first entry up to which they sum to more than the share u [B] of their sum.
+    """For each row of weights [B, V] the first entry up to which they sum to more than the share
+    u [B] of their sum.
 
-    First among blocks, then within one: sums over a vocabulary, one by one in float64, are slow on any device.
+    First among blocks, then within one: sums over a vocabulary, one by one in float64, are slow on
+    any device.
     """
-    below = 1 - 2**-52  # rounding must not lead to an entry of weight 0
+
+    def search(ends, target):
+        target = torch.minimum(target, ends[:, -1:] * (1 - 2**-52))  # no entry of weight 0
+        at = torch.searchsorted(ends, target, right=True)
+        at.clamp_(max=ends.shape[1] - 1)  # beyond it: not a number
+        return at, target - F.pad(ends, (1, 0)).gather(1, at)
+
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = (u.clamp(max=below) * ends[:, -1])[:, None]
-    at = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)  # beyond it: not a number
-    before = F.pad(ends, (1, 0)).gather(1, at)
-    within = blocks.gather(1, at[..., None].expand(-1, 1, block))[:, 0].cumsum(-1, dtype=torch.float64)
-    target = torch.minimum(target - before, within[:, -1:] * below)
-    return (at * block + torch.searchsorted(within, target, right=True))[:, 0].clamp_(max=weights.shape[1] - 1)
+    at, rest = search(ends, u[:, None] * ends[:, -1:])
+    within = blocks.gather(1, at[..., None].expand(-1, 1, block))[:, 0]
+    pick, _ = search(within.cumsum(-1, dtype=torch.float64), rest)
+    return (at * block + pick)[:, 0].clamp_(max=weights.shape[1] - 1)
 
 
 def candidates(logits, top_k, top_p, guess=1024):
-    """The most likely tokens' logits and ids, sorted; -inf beyond top_k or the smallest set of probability top_p."""
-    V = logits.shape[-1]
-    best, ids = logits.topk(min(top_k or guess, V))
+    """The most likely tokens' logits and ids, sorted; -inf beyond top_k or the smallest set of
+    probability top_p.
+    """
+    best, ids = logits.topk(min(top_k or guess, logits.shape[-1]))
     if top_p < 1:
         total = (best if top_k else logits).logsumexp(-1, keepdim=True)
-        if not top_k and ((best - total).exp().sum(-1) < top_p).any():  # a flat distribution: the guess was too small
+        # a flat distribution: the guess was too small
+        if not top_k and ((best - total).exp().sum(-1) < top_p).any():
             best, ids = logits.sort(descending=True)
-        before = (best - total).exp().cumsum(-1) - (best - total).exp()
+        shares = (best - total).exp()
+        before = shares.cumsum(-1) - shares
         before[..., 0] = -1  # the most likely token always stays
         best = best.masked_fill(before >= top_p, NEVER)
     return best, ids
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 # `python gemma.py MODEL_DIR`: talk with it. With --prompt TEXT: is this checkpoint sound?
 
 
-@torch.inference_mode()
-def stream(model, prompt, cache, room, temperature, stop_ids):
-    """Yields up to `room` tokens that continue `prompt`, as they are sampled; the next call goes on with the cache."""
-    logits = cache.advance(model, cache.rewind([prompt]), room) if cache.order else cache.prefill(model, [prompt], room)
-    for _ in range(room):
-        [token] = sample(logits, torch.rand(1, dtype=torch.float64).to(logits.device), temperature, 0, 1.0).tolist()
-        if token in stop_ids:
-            return
-        yield token
-        logits = cache.advance(model, [[token]])
-
-
 def chat(model, template, context, limit, temperature):
     """A conversation in the terminal, until Ctrl-D raises EOFError. Ctrl-C ends a reply."""
-    history, cache = [], KVCache()
-    pair = Pair(context, history, action="", chosen=[], rejected=[], gold=[], target="")  # a prompt's part of one
+    history, cache, noise = [], KVCache(), torch.Generator()
+    noise.seed()
+    settings = limit, temperature, 0, 1.0, template.stop_ids, [noise]
     while True:
         said = input("> ")
         if not said.strip():
             continue
         history.append(("user", said))
-        prompt = template.prompt(pair, max(1, model.config.max_position_embeddings - limit))
+        room = max(1, model.config.max_position_embeddings - limit)
+        prompt = template.prompt(context, history, room)
         tokens, text = [], ""
         try:
-            for token in stream(model, prompt, cache, limit, temperature, template.stop_ids):
+            for _, token in stream(model, [prompt], *settings, cache):
                 tokens.append(token)
-                shown, text = text, template.text(tokens).rstrip("\ufffd")  # a sign whose last bytes are to come
-                print(text[len(shown) :], end="", flush=True)
+                shown = len(text)
+                text = template.text(tokens).rstrip("\ufffd")  # a sign whose last bytes are to come
+                print(text[shown:], end="", flush=True)
         except KeyboardInterrupt:
             cache = KVCache()  # the old one may hold half a step
         print()
@@ -1472,43 +1606,41 @@ def readable(argument):
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def talk(args):
+    tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), device)
+    check_vocabulary(tokenizer, model)
+    if args.prompt is None:
+        template = Template(tokenizer, "gemma" if is_chat(tokenizer, model.config) else "plain")
+        limit = min(args.max_new_tokens, model.config.max_position_embeddings // 2)
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            chat(model, template, args.context, limit, args.temperature)
+        print()
+    else:
+        stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
+        prompt = [tokenizer.encode(args.prompt, bos=True)]
+        [tokens] = generate(model, prompt, args.max_new_tokens, args.temperature, stop_ids=stop)
+        print(args.prompt + tokenizer.decode(tokens))
+
+
 def main(arguments=None):
     speak_plainly()
-    parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or continue a text with it.")
-    parser.add_argument("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
-    parser.add_argument("--prompt", type=readable, help="a text to continue; without it, a chat (Ctrl-D ends it)")
-    parser.add_argument("--context", type=readable, default="", help="what a chat is about: its system text")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    parser.add_argument("--device", default=devices[-1], choices=devices)
-    args = parser.parse_args(arguments)
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(errors="replace")
+    parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or try it.")
+    option = parser.add_argument
+    option("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
+    option("--prompt", type=readable, help="a text to continue; without it, a chat (Ctrl-D ends it)")
+    option("--context", type=readable, default="", help="what a chat is about: its system text")
+    option("--max_new_tokens", type=int, default=256, help="in a chat at most half of the positions")
+    option("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    option("--dtype", default="float32", choices=["float32", "bfloat16"])
     try:
-        if not (args.temperature >= 0 and args.max_new_tokens > 0):
-            raise InputError("--temperature, --max_new_tokens: expected a number from 0 and one from 1")
-        tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
-        model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), args.device)
-        check_vocabulary(tokenizer, model)
-        positions = model.config.max_position_embeddings
-        if args.prompt is None:
-            if 2 * args.max_new_tokens > positions:
-                raise InputError(f"--max_new_tokens {args.max_new_tokens}: expected at most {positions // 2} in a chat,"
-                                 " half of the model's positions; the rest is for what was said")  # fmt: skip
-            template = Template(tokenizer, "gemma" if is_chat(tokenizer, model.config) else "plain")
-            with contextlib.suppress(EOFError, KeyboardInterrupt):
-                chat(model, template, args.context, args.max_new_tokens, args.temperature)
-            print()
-            return 0
-        stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
-        prompt = tokenizer.encode(args.prompt, bos=True)
-        [tokens] = generate(model, [prompt], args.max_new_tokens, args.temperature, stop_ids=stop)
+        talk(parser.parse_args(arguments))
     except InputError as error:
         print(f"gemma.py: error: {error}", file=sys.stderr)
         return 2
-    print(args.prompt + tokenizer.decode(tokens))
     return 0
 
 

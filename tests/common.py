@@ -81,7 +81,7 @@ def prompted(pairs, template, max_length=900):
 
 def a_pair(action=CLARIFY, chosen="right?", rejected="wrong", target="gold", **values):
     """A pair for Algorithm 2, its sides of one message each."""
-    values = {"context": "", "history": [("user", "hello")], "gold": [("model", "gold?")], **values}
+    values = {"context": "", "messages": [("user", "hello")], "gold": [("model", "gold?")], **values}
     return Pair(action=action, chosen=[("model", chosen)], rejected=[("model", rejected)], target=target, **values)
 
 
@@ -119,12 +119,12 @@ def gradients_of(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def assert_same_gradients(found, expected, tolerance=1e-4):
+def assert_same_gradients(found, expected):
     """float32 rounds at 6e-8; orders of summation differ by some 2e-6 of a gradient, by processor."""
     assert found.keys() == expected.keys()
     for name in expected:
         assert expected[name].norm() > 0, name
-        assert (found[name] - expected[name]).norm() <= tolerance * expected[name].norm(), name
+        assert (found[name] - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 
 def words(seed, count):

@@ -7,17 +7,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import FORMATS, a_pair, random_model, run_of, training_of
+from common import FORMATS, a_pair, prompted, random_model, run_of, training_of
 
 import act
 import data
-from act import BAD_OUTCOME, CUT_OFF, GOOD_OUTCOME, HELPER_FAILED, NO_ANSWER, SAME_TEXT, WRONG_ACTION, Sampler, Template
+from act import (
+    BAD_OUTCOME,
+    CUT_OFF,
+    GOOD_OUTCOME,
+    HELPER_FAILED,
+    NO_ANSWER,
+    SAME_TEXT,
+    WRONG_ACTION,
+    Sampler,
+)
 from data import ANSWER, CLARIFY
-from gemma import generate
+from gemma import Template, generate
 
 
 def play_out(conversation, **answers):
-    """One conversation by callables of one request; None where any of them gives None."""
+    """One conversation by callables of one request, which give None where they have no answer."""
     one = {what: lambda rows, requests, answer=answer: [answer(requests[0])] for what, answer in answers.items()}
     [found] = act.in_lockstep([conversation], one)
     return found
@@ -26,7 +35,7 @@ def play_out(conversation, **answers):
 def play(pair, replies, users=(), score=0.0, max_turns=3, tolerance=0.5, simulate_user=True):
     """act_pair with scripted replies: one that ends in "?" asks, one in "..." is cut off.
 
-    Returns (pair, outcome, number of replies used).
+    Returns (the new pair, outcome, number of replies used).
     """
     replies, users, said = list(replies), list(users), []
 
@@ -45,7 +54,11 @@ def play(pair, replies, users=(), score=0.0, max_turns=3, tolerance=0.5, simulat
 
     conversation = act.act_pair(pair, tolerance, max_turns, simulate_user)
     actions = {"classify": lambda text: data.rule_actions([text])[0], "simulate": simulate}
-    return *play_out(conversation, respond=respond, score=judge, **actions), len(said)
+    rollout = play_out(conversation, respond=respond, score=judge, **actions)
+    assert rollout.before is pair and [text for role, text in rollout.trajectory if role == "model"] == [
+        text.removesuffix("...") for text in said
+    ]
+    return rollout.pair, rollout.outcome, len(said)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,6 +133,12 @@ def test_a_response_that_is_cut_off_loses_whatever_it_says(action, replies):
     new, outcome, said = play(pair, replies, ["u"] * 3, score=1.0)
     assert (outcome, said, new.cut) == ("cut_off", len(replies), True)
     assert new.chosen == pair.chosen and new.rejected[-1] == ("model", replies[-1].removesuffix("..."))
+
+
+def test_a_response_of_nothing_loses_with_its_end_scored():
+    """Line breaks until max_new_tokens: without its end it would be a side of no tokens."""
+    new, outcome, _ = play(a_pair(CLARIFY), ["..."])
+    assert (outcome, new.cut, new.rejected) == ("cut_off", False, [("model", "")])
 
 
 def test_a_pair_whose_sides_become_equal_is_put_back():
@@ -259,32 +278,43 @@ def test_lockstep_equals_the_oracle_in_every_outcome(max_turns, simulated):
         oracle_of_training(i, pair, oracle_script, 0.5, max_turns, simulated) for i, pair in enumerate(pairs)
     ]
     conversations = [act.act_pair(pair, 0.5, max_turns, simulated) for pair in pairs]
-    results, batches = lockstep(conversations, script)
-    found = [result or (pair, HELPER_FAILED) for result, pair in zip(results, pairs, strict=True)]
-    for (new, outcome), wanted, old in zip(found, expected, pairs, strict=True):
-        assert (new.chosen, new.rejected, new.cut, outcome) == wanted
-        assert replace(new, chosen=old.chosen, rejected=old.rejected, cut=False) == old
+    found, batches = lockstep(conversations, script)
+    for i, (rollout, wanted, old) in enumerate(zip(found, expected, pairs, strict=True)):
+        new = rollout.pair
+        assert (new.chosen, new.rejected, new.cut, rollout.outcome) == wanted
+        assert replace(new, chosen=old.chosen, rejected=old.rejected, cut=False) == old and rollout.before is old
+        sides = {"chosen": new.chosen, "rejected": new.rejected, None: rollout.trajectory}
+        assert sides[rollout.replaced] == rollout.trajectory
+        assert (rollout.replaced is None) == (rollout.outcome in (SAME_TEXT, HELPER_FAILED)) == (new is old)
+        if rollout.score is not None:
+            assert rollout.score == script.heuristic(rollout.trajectory[-1][1], f"gold {i}")
+        assert (rollout.score is None) <= (rollout.outcome != BAD_OUTCOME), "who was judged knows the score"
     assert script.asked == oracle_script.asked
     assert_batches_hold_the_waiting(batches, script.asked, len(pairs))
     never = set() if simulated else {NO_ANSWER}
-    assert {outcome for _, outcome in found} == set(act.OUTCOMES) - never
-    assert min(Counter(outcome for _, outcome in found).values()) > 5
+    counts = Counter(rollout.outcome for rollout in found)
+    assert set(counts) == set(act.OUTCOMES) - never and min(counts.values()) > 5
 
 
 def oracle_of_evaluation(i, script, max_turns, said=(), actions=()):
-    """The rest of an evaluated conversation, by recursion: what is kept of it, or None for a failure."""
+    """The rest of an evaluated conversation, by recursion: what is kept of it; of a failure what was said."""
+    failed = {"inferred_action": None, "questions": 0, "final_answer": None, "exact_match": 0.0, "f1": 0.0, "ended": True}
     response = script.policy(i, list(said))
-    action = script.classifier(i, response[0]) if response else None
+    if not response:
+        return {"trajectory": list(said), **failed}
+    said, action = [*said, ("model", response[0])], script.classifier(i, response[0])
     if action is None:
-        return None
-    said, actions = [*said, ("model", response[0])], [*actions, action]
+        return {"trajectory": said, **failed}
+    actions = [*actions, action]
     if action == ANSWER or not response[1] or len(actions) == max_turns:
         answer = response[0] if response[1] and action == ANSWER else None
         score = 0.0 if answer is None else script.heuristic(answer, f"gold {i}")
         return {"trajectory": said, "inferred_action": actions[0], "questions": actions.count(CLARIFY),
-                "final_answer": answer, "exact_match": 0.0, "f1": score}  # fmt: skip
+                "final_answer": answer, "exact_match": 0.0, "f1": score, "ended": response[1]}  # fmt: skip
     reply = script.user(i, said)
-    return None if reply is None else oracle_of_evaluation(i, script, max_turns, [*said, ("user", reply)], actions)
+    if reply is None:
+        return {"trajectory": said, **failed}
+    return oracle_of_evaluation(i, script, max_turns, [*said, ("user", reply)], actions)
 
 
 @pytest.mark.parametrize("max_turns", [1, 2, 3])
@@ -295,8 +325,9 @@ def test_evaluated_conversations_equal_the_oracle(max_turns):
     assert results == expected
     assert script.asked == oracle_script.asked
     assert_batches_hold_the_waiting(batches, script.asked, len(pairs))
-    assert {len(result["trajectory"]) // 2 + 1 for result in results if result} == set(range(1, max_turns + 1))
-    assert None in results and {result["final_answer"] is None for result in results if result} == {True, False}
+    usable = [result for result in results if result["inferred_action"]]
+    assert {len(result["trajectory"]) // 2 + 1 for result in usable} == set(range(1, max_turns + 1))
+    assert len(usable) < len(results) and {result["final_answer"] is None for result in usable} == {True, False}
 
 
 def test_an_evaluated_conversation_goes_on_after_a_needless_question():
@@ -336,7 +367,7 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
     """A batch, its cache kept across turns, against each row alone, all its tokens computed anew each turn."""
     template = Template(tokenizer, prompt_format)
     training = training_of(temperature=1.3, top_k=60, top_p=0.95, max_turns=4)
-    batch, model = pairs[:9], random_model()
+    batch, model = prompted(pairs[:9], template), random_model()
     if prompt_format == "gemma":
         model.norm.weight.data.normal_(-1, 1)  # else its greedy replies are newlines only, which are no end here
     turns = [1, 4, 2, 3, 1, 4, 2, 1, 3]  # responses of each row until one is taken for an answer
@@ -366,7 +397,7 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
         [generator], said, ended = act.noise_generators(5, 7, [row]), [], []
         for turn in range(turns[row]):
             said += [("user", *user([row], [said]))] if turn else []
-            prompt = template.prompt(replace(pair, history=pair.history + said), 10**6)
+            prompt = template.prompt(pair.context, pair.history + said, 10**6)
             options = {"stop_ids": template.stop_ids, "generator": [generator], **sampling}
             [tokens] = generate(model, [prompt], training.max_new_tokens, **options)
             said.append(("model", template.text(tokens)))
@@ -376,46 +407,20 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
     assert len(spoken) > 3, "they should differ"
 
 
-def test_a_later_turn_computes_only_what_was_said_since(plain, pairs, monkeypatch):
+def test_a_later_turn_computes_only_what_was_said_since(plain, pairs):
     """Each row goes on from its own cache: not a token of its prompt is read again."""
-    read, rewind = [], act.KVCache.rewind
-    monkeypatch.setattr(act.KVCache, "rewind", lambda *args: read.append(rewind(*args)) or read[-1])
-    sampler = Sampler(random_model(), plain, pairs[:9], training_of())
+    batch, model, widths = prompted(pairs[:9], plain), random_model(), []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    sampler = Sampler(model, plain, batch, training_of())
     said = {row: [(role, "rome.") for role in ("model", "user")] for row in range(9)}
     sampler(range(9), [[] for _ in range(9)])
+    assert widths[0] > 50
     for rows in ([1, 4, 5, 8], [4, 8]):  # those that finish leave the batch
+        widths.clear()
         sampler(rows, [said[row] for row in rows])
-        for row, tail in zip(rows, read.pop(), strict=True):
-            assert 0 < len(tail) <= len(plain.following(said[row]))
+        assert 0 < widths[0] <= max(len(plain.following(said[row])) for row in rows)
         for row in rows:
             said[row] = said[row] * 2
-
-
-@pytest.mark.parametrize("limit", [1, 3, 8])
-def test_a_batch_without_the_memory_is_halved_and_says_the_same(plain, pairs, monkeypatch, capsys, limit):
-    """In the first turn or in a later one, with the same noise; a batch of one raises."""
-    def talk(limits):
-        sampler = Sampler(random_model(), plain, pairs[:9], training_of(temperature=1.3), act.noise_generators(1, 1, range(9)))
-        said = {row: [] for row in range(9)}
-        for rows, most in zip((range(9), [1, 2, 4, 5, 8], [2, 8]), limits, strict=True):
-            def bounded(model, prompts, *args, most=most, **options):
-                tokens = generate(model, prompts, *args, **options)  # the noise is drawn before memory ends
-                if len(prompts) > most:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                return tokens
-
-            monkeypatch.setattr(act, "generate", bounded)
-            for row, (text, ended) in zip(rows, sampler(rows, [said[row] for row in rows]), strict=True):
-                said[row] += [("model", text), ("user", f"{row} {ended}")]
-        return said
-
-    expected = talk([9, 9, 9])
-    assert capsys.readouterr().out == ""
-    assert talk([limit, 9, 9]) == talk([9, limit, limit]) == talk([limit] * 3) == expected
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "no memory to continue 9 conversations at once: going on with 4"
-    with pytest.raises(torch.OutOfMemoryError):
-        talk([0, 9, 9])
 
 
 def test_noise_is_keyed_by_seed_step_and_position():
@@ -426,24 +431,102 @@ def test_noise_is_keyed_by_seed_step_and_position():
     assert draw(act.noise_generators(1, 2, range(2, 4))) == base[2:], "a rank's part is the part of the whole"
     others = draw(act.noise_generators(2, 2, range(4))) + draw(act.noise_generators(1, 3, range(4)))
     assert len({*base, *others}) == 12
+    several = draw(act.noise_generators(1, 2, range(4), samples=3))
+    assert several[::3] == base and len(set(several)) == 12, "the first of several samples is that of one"
 
 
-@pytest.mark.parametrize("simulated", [True, False], ids=["simulated", "alone"])
-def test_a_batch_on_policy_equals_each_example_alone(world, mesh, plain, pairs, simulated):
-    """on_policy's pairs and counts, against the oracle played by the same model from scratch, an example at a time."""
-    training = training_of(temperature=0.7, max_turns=2, max_new_tokens=4, seed=3, simulate_user=simulated)
+# ----------------------------------------------------------------------------------------------------------------------
+# Several samples
+
+
+def sampled(pair, outcome, text="new"):
+    """A rollout of this outcome, made as Algorithm 2 makes it."""
+    said = [("model", f"{text}?"), ("user", "u"), ("model", text)]
+    if outcome in (SAME_TEXT, HELPER_FAILED):
+        return act.Rollout(pair, pair, said, outcome)
+    return act.contrast(pair, said, outcome, 0.5)
+
+
+def test_of_several_samples_the_first_win_meets_the_first_loss():
+    pair = a_pair()
+    bad, cut, good, better, late = (
+        sampled(pair, outcome, f"sample {i}")
+        for i, outcome in enumerate((BAD_OUTCOME, CUT_OFF, GOOD_OUTCOME, GOOD_OUTCOME, BAD_OUTCOME))
+    )
+    for order, chosen, rejected in (
+        ([bad, good], good, bad), ([good, bad], good, bad), ([better, late, good, bad, cut], better, late),
+        ([cut, good, bad], good, cut), ([good, better], good, None), ([bad, late], None, bad),
+    ):  # fmt: skip
+        group = [replace(rollout) for rollout in order]
+        new = act.best_contrast(group)
+        assert new.chosen == (chosen.trajectory if chosen else pair.chosen)
+        assert new.rejected == (rejected.trajectory if rejected else pair.rejected)
+        assert new.cut == (rejected is cut), "the losing side breaks off where its sample does"
+        taken = [rollout.trajectory for rollout in group if rollout.replaced]
+        assert sorted(taken) == sorted(each.trajectory for each in (chosen, rejected) if each)
+
+
+def test_of_samples_that_tell_nothing_the_pair_stays():
+    pair = a_pair()
+    same, failed = sampled(pair, SAME_TEXT), sampled(pair, HELPER_FAILED)
+    assert act.best_contrast([same, failed]) is pair
+    good, bad = sampled(pair, GOOD_OUTCOME, "it is"), sampled(pair, CUT_OFF, "it  is")
+    assert act.best_contrast([good, bad]) is pair, "the same words on both sides: the loser was cut off, say"
+    assert good.replaced is bad.replaced is None
+    assert act.best_contrast([same, good := sampled(pair, GOOD_OUTCOME)]) == good.pair and good.replaced == "chosen"
+
+
+def oracle_of_choice(group, pair):
+    """The two sides told by outcomes: (chosen, rejected, cut, indices of the samples taken)."""
+    wins = [i for i, rollout in enumerate(group) if rollout.outcome == GOOD_OUTCOME]
+    lost = (WRONG_ACTION, BAD_OUTCOME, NO_ANSWER, CUT_OFF)
+    losses = [i for i, rollout in enumerate(group) if rollout.outcome in lost]
+    chosen = group[wins[0]].trajectory if wins else pair.chosen
+    rejected = group[losses[0]].trajectory if losses else pair.rejected
+    cut = bool(losses) and group[losses[0]].outcome == CUT_OFF
+    if " ".join(f"{who} {text}" for who, text in chosen).split() == " ".join(f"{w} {t}" for w, t in rejected).split():
+        return pair.chosen, pair.rejected, False, set()
+    return chosen, rejected, cut, {*wins[:1], *losses[:1]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_choosing_among_samples_equals_the_oracle(count):
+    """One sample is Algorithm 2 itself; several are played side by side by the same script."""
+    pairs = random_pairs(1500, 7)
+    examples = [pair for pair in pairs for _ in range(count)]
+    rollouts, _ = lockstep([act.act_pair(pair, 0.5, 2) for pair in examples], Script(f"samples {count}"))
+    seen = Counter()
+    for i, pair in enumerate(pairs):
+        group = rollouts[count * i : count * (i + 1)]
+        before = [replace(rollout) for rollout in group]
+        chosen, rejected, cut, taken = oracle_of_choice(group, pair)
+        new = act.best_contrast(group)
+        assert (new.chosen, new.rejected, new.cut) == (chosen, rejected, cut)
+        assert replace(new, chosen=pair.chosen, rejected=pair.rejected, cut=False) == pair
+        if count == 1:
+            assert new == before[0].pair and group == before, "as before, to the bit"
+        for k, (rollout, old) in enumerate(zip(group, before, strict=True)):
+            assert rollout == replace(old, replaced=old.replaced if k in taken else None)
+        seen[len(taken)] += 1
+    assert set(seen) == set(range(min(count, 2) + 1)) and min(seen.values()) > 20
+
+
+@pytest.mark.parametrize(("simulated", "samples"), [(True, 1), (False, 1), (True, 3)], ids=["simulated", "alone", "three"])
+def test_a_batch_on_policy_equals_each_example_alone(world, mesh, plain, pairs, simulated, samples):
+    """on_policy's pairs, counts and log, against the oracle played by the same model from scratch, a sample at a time."""
+    training = training_of(temperature=0.7, max_turns=2, max_new_tokens=4, seed=3, simulate_user=simulated,
+                           num_generations=samples)  # fmt: skip
     config = act.Config(data_config=act.DataConfig(tolerance=0.0), training_config=training)
     run = run_of(act.build_model(world / "model", mesh, torch.float32), None, plain, training)
-    run.config, run.helpers = config, act.build_helpers(config)
-    batch, positions, model = pairs[:24], range(100, 124), random_model()
-    found, counts, samples = act.on_policy(run, batch, 5, positions)
-    assert [new for *_, new, _ in samples] == found and [pair for pair, *_ in samples] == batch
+    run.config, run.helpers = config, act.Helpers(config, {})
+    batch, positions, model = prompted(pairs[: 24 // samples], plain), range(100, 100 + 24 // samples), random_model()
+    found, counts, rows = act.on_policy(run, batch, 5, positions)
 
     class Played(Script):
         def policy(self, i, said):
-            prompt = plain.prompt(replace(batch[i], history=batch[i].history + said), 10**6)
+            prompt = plain.prompt(batch[i].context, batch[i].history + said, 10**6)
             if not said:
-                [self.noise] = act.noise_generators(3, 5, [positions[i]])
+                self.noise = act.noise_generators(3, 5, [positions[i]], samples)[self.seed]
             options = {"stop_ids": plain.stop_ids, "generator": [self.noise], "temperature": 0.7}
             [tokens] = generate(model, [prompt], 4, **options)
             return plain.text(tokens), len(tokens) < 4
@@ -457,10 +540,27 @@ def test_a_batch_on_policy_equals_each_example_alone(world, mesh, plain, pairs, 
         def heuristic(self, text, target):
             return data.drop_f1(text, target)[1]
 
-    outcomes = Counter()
+    outcomes, both = Counter(), 0
     for i, (pair, new) in enumerate(zip(batch, found, strict=True)):
-        chosen, rejected, cut, outcome = oracle_of_training(i, pair, Played(0), 0.0, 2, simulated)
+        group = []
+        for n in range(samples):
+            chosen, rejected, cut, outcome = oracle_of_training(i, pair, Played(n), 0.0, 2, simulated)
+            told = rows[samples * i + n]
+            assert (told["step"], told["where"], told["history"]) == (6, pair.where, pair.history)
+            assert (told["action"], told["target"], told["outcome"]) == (pair.action, pair.target, outcome)
+            sides = {GOOD_OUTCOME: chosen, SAME_TEXT: told["trajectory"]}
+            assert told["trajectory"] == sides.get(outcome, rejected)
+            assert (told["score"] is None) or data.drop_f1(told["trajectory"][-1][1], pair.target)[1] == told["score"]
+            group.append(act.Rollout(pair, replace(pair, cut=cut), told["trajectory"], outcome))
+            outcomes[outcome] += 1
+        chosen, rejected, cut, taken = oracle_of_choice(group, pair)
         assert (new.chosen, new.rejected, new.cut) == (chosen, rejected, cut)
-        outcomes[outcome] += 1
-    assert counts == {f"act/{outcome}": outcomes[outcome] for outcome in act.OUTCOMES}
-    assert outcomes[CUT_OFF] and len(outcomes) > 2
+        sides = ["chosen" if rollout.outcome == GOOD_OUTCOME else "rejected" for rollout in group]
+        replaced = [row["replaced"] for row in rows[samples * i : samples * (i + 1)]]
+        assert replaced == [side if n in taken else None for n, side in enumerate(sides)]
+        both += len(taken) == 2
+    expected = {f"act/{outcome}": outcomes[outcome] for outcome in act.OUTCOMES}
+    assert counts == expected | ({"act/both_sides_own": both} if samples > 1 else {})
+    assert outcomes[CUT_OFF] and len(outcomes) > 2 and bool(both) == (samples > 1)
+
+

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import a_pair, pairs_of, training_of
+from common import a_pair, pairs_of, prompted, training_of
 
 import act
 import data
@@ -62,34 +62,22 @@ def test_the_better_matching_gold_question_is_answered():
     assert reply_to("The revenue of which year?", gold) == "2019"
 
 
-def test_users_are_simulated_in_batches_and_summarised_once():
-    asked, pairs = [], [a_pair(target=str(i)) for i in range(5)]
-
-    def summarize(batch):
-        asked.append([pair.target for pair in batch])
-        return [None if pair.target == "4" else f"intent {pair.target}" for pair in batch]
-
-    def reply(requests):
-        assert all(pair.target in intent for pair, _, intent in requests)
-        return [f"{said[-1][1]} / {intent}" for _, said, intent in requests]
-
-    simulate = act.Helpers(None, summarize, reply, None).users_of(pairs)
-    assert simulate([1, 3], [[("model", "a?")], [("model", "b?")]]) == ["a? / intent 1", "b? / intent 3"]
-    assert simulate([3, 0], [[("model", "c?")], [("model", "d?")]]) == ["c? / intent 3", "d? / intent 0"]
-    assert simulate([4, 1], [[("model", "e?")], [("model", "f?")]]) == [None, "f? / intent 1"]
-    assert simulate([4], [[("model", "g?")]]) == [None]
-    assert asked == [["1", "3"], ["0"], ["4"]]
-
-
 def judged(action, trajectory, actions, gold=None, target="get stock", answered=True):
     """A scored turn; `trajectory`: what model and user say in turns."""
     messages = [("model" if i % 2 == 0 else "user", text) for i, text in enumerate(trajectory)]
-    pair = a_pair(action, gold=gold or [("model", target)], target=target, context="a table", where="x:1")
+    pair = a_pair(action, gold=gold or [("model", target)], target=target, context="a table", path="x", line=1)
     answer = trajectory[-1] if answered and actions[-1] == ANSWER else None
     exact, f1 = data.exact_match(answer, target) if answer is not None else (0.0, 0.0)
     turn = {"trajectory": messages, "final_answer": answer, "inferred_action": actions[0],
-            "questions": actions.count(CLARIFY), "exact_match": exact, "f1": f1}  # fmt: skip
-    return act.sample_of(pair, turn, "exact_match")
+            "questions": actions.count(CLARIFY), "exact_match": exact, "f1": f1, "ended": answered}  # fmt: skip
+    return act.sample_row("exact_match", pair, turn)
+
+
+def failed_turn():
+    """A scored turn in which a helper gave no answer, to the policy's first reply."""
+    conversation = act.play_turn(a_pair(CLARIFY), 3)
+    [turn] = act.in_lockstep([conversation], {"respond": lambda *_: [("what", True)], "classify": lambda *_: [None]})
+    return act.sample_row("exact_match", a_pair(CLARIFY), turn)
 
 
 ASKED = [("model", "Which item?"), ("user", "stock"), ("model", "get stock")]
@@ -101,6 +89,7 @@ def test_a_clarified_answer_written_out():
         "where": "x:1", "context": "a table", "history": [("user", "hello")], "trajectory": ASKED, "gold": ASKED,
         "inferred_action": CLARIFY, "target_action": CLARIFY, "final_answer": "get stock", "gold_target": "get stock",
         "questions": 1, "gold_questions": 1, "turn_exact_match": 1.0, "turn_f1": 1.0, "exact_match": 1.0, "f1": 1.0,
+        "ended": True,
     }  # fmt: skip
 
 
@@ -119,8 +108,8 @@ def test_a_cut_answer_scores_nothing_but_its_turn():
 
 
 def test_a_failed_helper_leaves_its_turn_out_of_all_means_but_counts_it():
-    failed = act.sample_of(a_pair(CLARIFY), None, "exact_match")
-    assert failed["inferred_action"] is None and failed["trajectory"] == [] and failed["questions"] == 0
+    failed = failed_turn()
+    assert failed["inferred_action"] is None and failed["trajectory"] == [("model", "what")] and failed["questions"] == 0
     good = judged(ANSWER, ["get stock"], [ANSWER])
     assert act.summarize([good, failed]) == {**act.summarize([good]), "Helper Failures": 1}
 
@@ -147,58 +136,96 @@ def test_metrics_of_written_out_samples():
     }  # fmt: skip
 
 
-def test_a_mean_over_nothing_is_none_and_shown_as_a_dash():
+def test_a_mean_over_nothing_is_none():
     never_asked = act.summarize([judged(ANSWER, ["get stock"], [ANSWER])])
     assert never_asked["Post-Clarification DROP F1"] is never_asked["Post-Clarification Exact Match"] is None
     assert never_asked["Post-Clarification Turns"] == 0
     assert never_asked["CLARIFY Turns: Trajectory-level Exact Match"] is None
     assert all(value is None or value == 0 for value in act.summarize([]).values())
-    after = {**never_asked, "Post-Clarification Exact Match": 0.25, "Questions per Turn": 1.5}
-    lines = act.comparison(never_asked, after).splitlines()
-    rows = {line[:44].strip(): line[44:].split() for line in lines[1:]}
-    assert rows["Post-Clarification Exact Match"] == ["-", "25.0"]
-    assert rows["Accuracy"] == ["100.0", "100.0"] and rows["Questions per Turn"] == ["0.00", "1.50"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before and after
+
+WRONG = judged(CLARIFY, ["get x"], [ANSWER], ASKED)
+RIGHT = judged(CLARIFY, ["Which\nitem?", "stock", "get stock"], [CLARIFY, ANSWER], ASKED)
+
+
+def table_of(before, after, heuristic="drop_f1"):
+    """{metric: [before, after]} of the comparison, as it is shown."""
+    lines = act.comparison(before, after, heuristic)
+    return {line[:44].strip(): line[44:].split() for line in lines[1 : lines.index("")]}
+
+
+def test_metrics_are_shown_in_percent_and_what_is_a_mean_over_nothing_as_a_dash():
+    table = table_of([WRONG, judged(ANSWER, ["get stock"], [ANSWER])], [RIGHT] * 2)
+    assert table["Post-Clarification Exact Match"] == ["-", "100.0"]
+    assert table["Accuracy"] == ["50.0", "100.0"] and table["Questions per Turn"] == ["0.00", "1.00"]
+
+
+def test_a_metric_bears_the_name_of_the_heuristic():
+    assert "Trajectory-level DROP F1" in table_of([WRONG], [RIGHT])
+    names = set(table_of([WRONG], [RIGHT], "coqa_f1"))
+    assert "Trajectory-level coqa_f1" in names and not [name for name in names if "DROP" in name]
+
+
+def test_before_and_after_are_compared_over_the_turns_that_both_have():
+    """A helper that fails in one of the two evaluations must not move the other's means."""
+    failed = failed_turn()
+    assert table_of([WRONG, RIGHT, RIGHT, failed], [RIGHT, RIGHT, failed, WRONG]) == table_of([WRONG, RIGHT], [RIGHT] * 2)
+    assert table_of([WRONG, failed], [failed, RIGHT])["Accuracy"] == ["-", "-"]
+
+
+def shown_turns(before, after):
+    """What is shown below the table: the count, then a list of lines for each turn."""
+    lines = act.comparison(before, after, "exact_match")
+    turns = "\n".join(lines[lines.index("") + 1 :]).split("\n\n")
+    return turns[0], [turn.splitlines() for turn in turns[1:]]
 
 
 def test_conversations_that_changed_are_shown_on_a_line_each():
-    wrong = judged(CLARIFY, ["get x"], [ANSWER], ASKED)
-    right = judged(CLARIFY, ["Which\nitem?", "stock", "get stock"], [CLARIFY, ANSWER], ASKED)
     shown = [
-        "", "  a table", "  User: hello",
+        "  User: hello",
         "    before | Assistant: get x",
         "    after  | Assistant: Which item?  User: stock  Assistant: get stock",
         "    gold   | get stock",
     ]  # fmt: skip
-    found = act.changed_conversations([wrong, right], [right, right]).splitlines()
-    assert found == ["1 turns got a better answer, 0 a worse one, of 2", *shown]
-    back = [shown[4].replace("after ", "before"), shown[3].replace("before", "after ")]
-    found = act.changed_conversations([right, right], [wrong, right]).splitlines()
-    assert found == ["0 turns got a better answer, 1 a worse one, of 2", *shown[:3], *back, shown[5]]
+    assert shown_turns([WRONG, RIGHT], [RIGHT, RIGHT]) == ("1 turns got a better answer, 0 a worse one, of 2", [shown])
+    back = [shown[0], shown[2].replace("after ", "before"), shown[1].replace("before", "after "), shown[3]]
+    assert shown_turns([RIGHT, RIGHT], [WRONG, RIGHT]) == ("0 turns got a better answer, 1 a worse one, of 2", [back])
+
+
+def test_of_a_long_conversation_the_last_messages_are_shown():
+    history = [("user", "a"), ("model", "b"), ("user", "c\nd"), ("model", "e"), ("user", "f")]
+    _, [shown] = shown_turns([WRONG | {"history": history}], [RIGHT | {"history": history}])
+    assert shown[0] == "  User: c d  Assistant: e  User: f"
 
 
 def test_two_conversations_that_got_better_and_one_that_got_worse_are_shown():
     """Those that became right, or wrong, first; a turn that a helper failed counts as neither."""
-    wrong, half = judged(CLARIFY, ["get x"], [ANSWER], ASKED), judged(CLARIFY, ["get x"], [ANSWER], ASKED) | {"f1": 0.5}
-    right = judged(CLARIFY, ["Which?", "stock", "get stock"], [CLARIFY, ANSWER], ASKED)
-    failed = right | act.FAILED_TURN
-    before = [wrong, half, wrong, wrong, half, right, right]
-    after = [half, right, right, right, wrong, wrong, failed]
-    first, *shown = act.changed_conversations(before, after).split("\n\n")
+    half, failed = WRONG | {"f1": 0.5}, failed_turn()
+    before = [WRONG, half, WRONG, WRONG, half, RIGHT, RIGHT]
+    after = [half, RIGHT, RIGHT, RIGHT, WRONG, WRONG, failed]
+    first, shown = shown_turns(before, after)
     assert first == "4 turns got a better answer, 2 a worse one, of 6" and len(shown) == 3
-    assert "before | Assistant: Which?" in shown[2], "right before"
-    assert ["after  | Assistant: Which?" in text for text in shown] == [True, True, False]
-    assert act.changed_conversations([failed], [right]) == "0 turns got a better answer, 0 a worse one, of 0"
+    assert "before | Assistant: Which item?" in shown[2][1], "right before"
+    assert ["after  | Assistant: Which item?" in turn[2] for turn in shown] == [True, True, False]
+    assert shown_turns([failed], [RIGHT]) == ("0 turns got a better answer, 0 a worse one, of 0", [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model on validation turns
 
 
 @pytest.fixture
-def validation(world):
-    return pairs_of(world / "validation.jsonl")
+def validation(world, plain):
+    return prompted(pairs_of(world / "validation.jsonl"), plain)
 
 
 def evaluated(world, mesh, plain, pairs, **training):
     model = act.build_model(world / "model", mesh, torch.float32, trainable=False)
     config = Config(training_config=training_of(**training))
-    return act.evaluate_pairs(model, plain, pairs, act.build_helpers(config), config)
+    return act.evaluate_pairs(model, plain, pairs, act.Helpers(config, {}), config)
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(world, mesh, plain, validation):
@@ -218,5 +245,14 @@ def test_a_response_cut_at_max_new_tokens_is_no_answer(world, mesh, plain, valid
     spoken = [sample for sample in samples if sample["trajectory"][-1][1]]
     assert spoken
     for sample in spoken:
-        assert len(sample["trajectory"]) == 1, "nobody replies to half a question"
+        assert len(sample["trajectory"]) == 1 and not sample["ended"], "nobody replies to half a question"
         assert (sample["final_answer"], sample["exact_match"], sample["f1"]) == (None, 0.0, 0.0)
+
+
+def test_replies_that_never_end_are_counted(capsys):
+    """A base model in Gemma's chat format with adapters may never learn to stop."""
+    cut = judged(ANSWER, ["get stock"], [ANSWER], answered=False)
+    act.say_unended([RIGHT, WRONG])
+    assert capsys.readouterr().out == ""
+    act.say_unended([RIGHT, cut, cut])
+    assert capsys.readouterr().out == "2 of 3 turns end in a reply that is cut at max_new_tokens\n"

@@ -21,8 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import act
 import gemma
-from act import Scored, Template
-from gemma import Forest, Gemma
+from gemma import Forest, Gemma, Template
+
+
+def forest_of(sequences):
+    """Of (prompt, reply, mask of the reply)."""
+    masks = [[0] * len(prompt) + mask for prompt, _, mask in sequences]
+    return Forest([prompt + reply for prompt, reply, _ in sequences], masks)
 
 
 def weighted_gradients(model, logps):
@@ -33,12 +38,12 @@ def weighted_gradients(model, logps):
 
 
 def assert_scored_exactly(model, sequences):
-    scored = Scored(sequences, "cpu")
-    logps, expected = scored.logps(model), oracle_logps(model, sequences)
+    forest = forest_of(sequences)
+    logps, expected = model.logps(forest), oracle_logps(model, sequences)
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
     assert_same_gradients(weighted_gradients(model, logps), weighted_gradients(model, expected))
-    assert scored.lengths.tolist() == [sum(mask) for *_, mask in sequences]
-    return scored
+    assert forest.counts == [sum(mask) for *_, mask in sequences]
+    return forest
 
 
 @pytest.mark.parametrize("prompt_format", FORMATS)
@@ -46,15 +51,15 @@ def test_pairs_on_one_prompt_score_as_separate_rows(model, tokenizer, pairs, pro
     template = Template(tokenizer, prompt_format)
     sequences = both_sides([pairs[0], pairs[9]], template, training_of())
     assert min(len(prompt) for prompt, *_ in sequences) > 2 * WINDOW
-    scored = assert_scored_exactly(model, sequences)
+    forest = assert_scored_exactly(model, sequences)
     alone = sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
-    assert scored.used < alone - 2 * WINDOW, "the prompts are not shared"
+    assert forest.used < alone - 2 * WINDOW, "the prompts are not shared"
 
 
 def test_all_turns_of_whole_dialogues_score_as_separate_rows(model, plain, pairs):
     sequences = both_sides(pairs, plain, training_of())
-    scored = assert_scored_exactly(model, sequences)
-    assert 5 * scored.used < sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
+    forest = assert_scored_exactly(model, sequences)
+    assert 5 * forest.used < sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
 
 
 def test_user_tokens_count_with_loss_on_all_and_only_then(model, plain, pairs):
@@ -91,9 +96,9 @@ def test_odd_batches_score_as_separate_rows(model, sequences):
 
 def test_a_reply_without_a_scored_token_counts_nothing(model):
     """A cut response of nothing but blanks has none."""
-    scored = Scored([(words(0, 12), words(1, 5), [1] * 5), (words(0, 12), [], [])], "cpu")
-    assert scored.lengths.tolist() == [5, 0]
-    logps = scored.logps(model)
+    forest = forest_of([(words(0, 12), words(1, 5), [1] * 5), (words(0, 12), [], [])])
+    assert forest.counts == [5, 0]
+    logps = model.logps(forest)
     assert logps[0].item() != 0 and logps[1].item() == 0
 
 
@@ -101,7 +106,7 @@ def test_the_order_of_sequences_only_permutes_their_logps(model, plain, pairs):
     sequences = both_sides(pairs[:5], plain, training_of())
     order = random.Random(0).sample(range(len(sequences)), len(sequences))
     with torch.no_grad():
-        logps, shuffled = (Scored(rows, "cpu").logps(model) for rows in (sequences, [sequences[i] for i in order]))
+        logps, shuffled = (model.logps(forest_of(rows)) for rows in (sequences, [sequences[i] for i in order]))
     torch.testing.assert_close(shuffled, logps[order], rtol=1e-5, atol=1e-5)
 
 
@@ -112,9 +117,18 @@ def test_forest_of_a_written_out_batch():
     assert forest.tokens.tolist() == [[5, 6, 7, 4, 4, 8, 1], [9, 9, 9, 9, 0, 0, 0]]
     assert forest.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4], [0, 1, 2, 3, 0, 0, 0]]
     assert forest.ends.tolist() == [[7, 7, 7, 5, 5, 7, 7], [4, 4, 4, 4, 5, 6, 7]]
-    paths = [(row, slots.tolist()) for row, slots in forest.paths]
-    assert paths == [(0, [0, 1, 2, 5, 6]), (0, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 5])]
-    assert forest.padding == pytest.approx(3 / 14)
+    assert forest.paths == [(0, [0, 1, 2, 5, 6]), (0, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 5])]
+    assert forest.padding == pytest.approx(3 / 14) and forest.used == 11
+
+
+def test_scored_tokens_of_a_written_out_batch():
+    """Each is predicted one token before it, on its own branch; the same slot may predict several."""
+    sequences = [[5, 6, 7, 8, 1], [5, 6, 7, 4, 4], [9, 9, 9, 9], [5, 6, 7, 8]]
+    forest = Forest(sequences, [[0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]])
+    assert forest.counts == [2, 1, 0, 2]
+    assert forest.rows.tolist() == [0] * 5
+    assert forest.slots.tolist() == [2, 5, 2, 0, 2]
+    assert forest.targets.tolist() == [8, 1, 4, 6, 8]
 
 
 def test_rows_are_longer_than_the_longest_trie_where_that_leaves_less_empty():
@@ -132,8 +146,7 @@ def test_small_tries_share_a_row():
     assert forest.tokens.tolist() == [[5, 6, 7, 8, 9], [3, 4, 4, 1, 2]]
     assert forest.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
     assert forest.ends.tolist() == [[5] * 5, [3, 3, 3, 5, 5]]
-    paths = [(row, slots.tolist()) for row, slots in forest.paths]
-    assert paths == [(0, [0, 1, 2, 3, 4]), (1, [3, 4]), (1, [0, 1, 2])]
+    assert forest.paths == [(0, [0, 1, 2, 3, 4]), (1, [3, 4]), (1, [0, 1, 2])]
     assert forest.padding == 0
 
 
@@ -159,10 +172,10 @@ def small_parts(monkeypatch, entries):
 @pytest.mark.parametrize("width", [1, 100])
 def test_parts_of_the_vocabulary_change_nothing(monkeypatch, model, width):
     sequences = ODD_BATCHES["nothing shared"]
-    once = Scored(sequences, "cpu").logps(model)
+    once = model.logps(forest_of(sequences))
     expected = weighted_gradients(model, once)
     small_parts(monkeypatch, width * sum(sum(mask) for *_, mask in sequences))
-    parted = Scored(sequences, "cpu").logps(model)
+    parted = model.logps(forest_of(sequences))
     torch.testing.assert_close(parted, once, rtol=1e-5, atol=1e-5)
     assert_same_gradients(weighted_gradients(model, parted), expected)
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo import lookup_backend
 
 import gemma
-from data import INSTRUCTION
 from gemma import Gemma, GemmaConfig, InputError, Tokenizer, generate
 
 ROOT = Path(__file__).parent.parent
@@ -219,12 +218,10 @@ def test_sequences_in_a_forest_are_scored_as_in_rows_of_their_own(model, golden)
     """Log-probabilities and gradients, of branches longer and shorter than the window, against log_softmax of each row's logits."""
     a, b = golden["tokens"][0].tolist(), golden["tokens"][1].tolist()
     sequences = [a, a[:30] + b[:9], a[:30] + b[:2] + a[:7], a[:24], b]
-    forest = gemma.Forest(sequences)
-    assert forest.tokens.numel() < sum(map(len, sequences))
-    rows = [row for sequence, (row, _) in zip(sequences, forest.paths, strict=True) for _ in sequence[1:]]
-    slots = [slot for _, path in forest.paths for slot in path[:-1].tolist()]
-    targets = [token for sequence in sequences for token in sequence[1:]]
-    found = model.logps(forest, *map(torch.tensor, (rows, slots, targets)))
+    masks = [[int(i == j) for j in range(len(sequence))] for sequence in sequences for i in range(1, len(sequence))]
+    forest = gemma.Forest([sequence for sequence in sequences for _ in sequence[1:]], masks)
+    assert forest.used < sum(map(len, sequences))
+    found = model.logps(forest)  # each token's, one by one
     each = [model(torch.tensor([sequence]))[0, :-1].log_softmax(-1) for sequence in sequences]
     expected = torch.cat([logps.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0] for logps, ids in zip(each, sequences, strict=True)])
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
@@ -246,11 +243,10 @@ def test_the_gradient_of_an_embedding_used_twice_is_made_once(model, golden, mon
 
     monkeypatch.setattr(gemma, "add_rows", watched)
     tokens = golden["tokens"][0].tolist()
-    forest = gemma.Forest([tokens])
-    [(row, path)] = forest.paths
     model.zero_grad()
-    model.logps(forest, torch.full((len(path) - 1,), row), torch.tensor(path[:-1]), torch.tensor(tokens[1:])).sum().backward()
-    assert written == [model.embed_tokens.weight.grad.data_ptr()] * 2
+    model.logps(gemma.Forest([tokens], [[0] + [1] * (len(tokens) - 1)])).sum().backward()
+    head, _, lookup = written  # between them the hidden states of scored tokens
+    assert head == lookup == model.embed_tokens.weight.grad.data_ptr()
     model.zero_grad()
 
 
@@ -681,9 +677,13 @@ def test_failed_save_leaves_the_earlier_model_whole(model, tmp_path, monkeypatch
     later = Gemma.from_pretrained(GOLDEN)
     with torch.no_grad():
         later.norm.weight.add_(1)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(InputError, match="cannot be written"):
-        later.save_pretrained(tmp_path)
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    for name, place in (("save_file", gemma), ("replace", Path)):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(place, name, full)
+            later.save_pretrained(tmp_path)
     assert torch.equal(Gemma.from_pretrained(tmp_path).norm.weight, model.norm.weight)
 
 
@@ -776,14 +776,14 @@ class RecordedOnCPU:
     def record(self, graph):
         self.calls.clear()
         yield
-        [((model, keys, values, *inputs, spans), result)] = self.calls
+        [((model, stores, *inputs, spans), result)] = self.calls
         self.calls.clear()
         self.rows.append(len(result))
-        references = [[weakref.ref(x) for x in each] for each in (keys, values, inputs)]  # a graph keeps nothing alive
+        references = [[weakref.ref(x) for x in each] for each in (stores, inputs)]  # a graph keeps nothing alive
 
         def replay():
-            keys, values, inputs = ([reference() for reference in each] for each in references)
-            result.copy_(self.extend(model, keys, values, *inputs, spans))
+            stores, inputs = ([reference() for reference in each] for each in references)
+            result.copy_(self.extend(model, stores, *inputs, spans))
 
         graph.replay = replay
 
@@ -794,7 +794,7 @@ def gpu_steps(monkeypatch):
     torch._dynamo.reset()  # what it has seen of other models makes it compile twice
     recorded = RecordedOnCPU()
     monkeypatch.setattr(gemma, "compiled", lambda function, **_: {gemma.extend: recorded}[function])
-    monkeypatch.setattr(gemma.KVCache, "_captures", lambda cache: True)
+    monkeypatch.setattr(gemma.KVCache, "_records", lambda cache: gemma.RECORDED not in gemma.FAILED)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", recorded.graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
@@ -844,7 +844,7 @@ def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_
     full = gemma.KVCache()
     [[first], _] = generate(model, prompts[::17], 1, temperature=0, kv_cache=full)
     longer = [prompts[0] + [first], prompts[17]]
-    assert len(longer[0]) == full.keys[0].shape[2]
+    assert len(longer[0]) == full.stores[0].shape[2]
     [stop] = generate(model, longer[:1], 1, temperature=0)[0]
     ended = generate(model, longer, 6, temperature=0, stop_ids=[stop], kv_cache=full)
     tight = gemma.KVCache()
@@ -867,11 +867,21 @@ def test_a_step_that_cannot_be_recorded_is_said_once_and_done_without(model, gol
     assert capsys.readouterr().out == "a recorded step does not work on this machine, going on without it (division by zero)\n"
 
 
-def test_a_step_for_which_memory_does_not_suffice_has_not_failed_for_good(monkeypatch):
+def test_what_memory_does_not_suffice_for_has_not_failed_for_good(monkeypatch):
     monkeypatch.setattr(gemma, "FAILED", set())
-    with pytest.raises(torch.OutOfMemoryError):
-        gemma.attempt("a recorded step", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("20 MiB")))
-    assert not gemma.FAILED and gemma.attempt("a recorded step", lambda: "recorded") == "recorded"
+    with pytest.raises(torch.OutOfMemoryError), gemma.optional("a recorded step"):
+        raise torch.OutOfMemoryError("20 MiB")
+    assert not gemma.FAILED
+
+
+def test_what_fails_is_said_on_rank_0_alone(monkeypatch, capsys):
+    monkeypatch.setattr(gemma, "FAILED", set())
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with gemma.optional("it"):
+            raise RuntimeError("too old\nand more")
+    assert capsys.readouterr().out == "it does not work on this machine, going on without it (too old)\n"
+    assert gemma.FAILED == {"it"}
 
 
 def test_a_fused_function_is_one_kernel_on_a_gpu_alone_and_where_kernels_compile(monkeypatch):
@@ -898,12 +908,14 @@ def test_flex_attention_that_does_not_compile_is_said_once_and_blocks_take_its_p
     gemma.flex_compiles.cache_clear()
     forest = gemma.Forest(prompts_of(golden))
     on_gpu = SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(gemma, "tree_block_masks", lambda positions, *_: "flex")
-    monkeypatch.setattr(gemma, "tree_blocks", lambda positions, *_: "blocks")
+    monkeypatch.setattr(gemma, "flex_mask", lambda rule, positions: "flex")
+    monkeypatch.setattr(gemma, "tree_blocks", lambda rule, positions: "blocks")
     monkeypatch.setattr(gemma, "flex_compiles", lambda heads, *_: heads == 4)
-    assert gemma.tree_masks(on_gpu, forest.ends, model) == "flex" and gemma.tree_masks(forest.positions, forest.ends, model) == "blocks"
+    kinds = (gemma.GLOBAL, gemma.LOCAL)
+    assert gemma.tree_masks(on_gpu, forest.ends, model) == dict.fromkeys(kinds, "flex")
+    assert gemma.tree_masks(forest.positions, forest.ends, model) == dict.fromkeys(kinds, "blocks")
     monkeypatch.setattr(gemma, "flex_compiles", lambda *_: False)
-    assert gemma.tree_masks(on_gpu, forest.ends, model) == "blocks"
+    assert gemma.tree_masks(on_gpu, forest.ends, model) == dict.fromkeys(kinds, "blocks")
 
 
 @pytest.mark.parametrize(("head_dim", "memory", "blocks"), [(256, 99, 32), (256, 163, None), (256, 227, None), (128, 99, None)])
@@ -1186,7 +1198,7 @@ def replies_of(prompt_format, lines, first=None):
     template, history = gemma.Template(tokenizer, prompt_format), []
     for line in lines:
         history.append(("user", line))
-        prompt = template.prompt(SimpleNamespace(history=history, context=CONTEXT, instruction=INSTRUCTION), 2000)
+        prompt = template.prompt(CONTEXT, history, 2000)
         [reply] = generate(model, [prompt], 12, temperature=0, stop_ids=template.stop_ids)
         history.append(("model", template.text(reply) if first is None or len(history) > 1 else first))
     return [text for role, text in history if role == "model"]
@@ -1195,9 +1207,8 @@ def replies_of(prompt_format, lines, first=None):
 @pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
 def test_a_chat_is_the_conversation_in_the_models_template(talk, monkeypatch, prompt_format):
     """Every reply as from a prompt of its own, though only new tokens are computed after the first."""
-    prefill, advance, computed = gemma.KVCache.prefill, gemma.KVCache.advance, []
-    monkeypatch.setattr(gemma.KVCache, "prefill", lambda self, model, prompts, room: computed.append(len(prompts[0])) or prefill(self, model, prompts, room))
-    monkeypatch.setattr(gemma.KVCache, "advance", lambda self, model, new, room=1: computed.append(len(new[0])) or advance(self, model, new, room))
+    hidden, computed = gemma.Gemma.hidden, []
+    monkeypatch.setattr(gemma.Gemma, "hidden", lambda self, tokens, *rest: computed.append(tokens.numel()) or hidden(self, tokens, *rest))
     found, work = talk(SAID, prompt_format), list(computed)
     monkeypatch.undo()
     replies = replies_of(prompt_format, SAID)
@@ -1212,7 +1223,7 @@ def test_an_empty_line_is_not_sent(talk):
 
 def test_a_reply_appears_token_by_token_and_ctrl_c_ends_it_but_not_the_chat(talk, monkeypatch, capsys):
     """Pressed while the third token was being computed, which the cache counts from then on and does not hold."""
-    sample, extend, prefill, steps, shown, prefilled = gemma.sample, gemma.extend, gemma.KVCache.prefill, iter(range(100)), [], []
+    sample, extend, forest, steps, shown, prefilled = gemma.sample, gemma.extend, gemma.Forest, iter(range(100)), [], []
 
     def watched(*arguments):
         shown.append(capsys.readouterr().out)
@@ -1227,7 +1238,7 @@ def test_a_reply_appears_token_by_token_and_ctrl_c_ends_it_but_not_the_chat(talk
     first, second = (tokenizer.decode([token]) for token in tokenizer.encode(" " + whole)[:2])
     monkeypatch.setattr(gemma, "sample", watched)
     monkeypatch.setattr(gemma, "extend", interrupted)
-    monkeypatch.setattr(gemma.KVCache, "prefill", lambda self, *arguments: prefilled.append(self) or prefill(self, *arguments))
+    monkeypatch.setattr(gemma, "Forest", lambda prompts: prefilled.append(prompts) or forest(prompts))
     rest = talk(SAID)
     monkeypatch.undo()
     begun = (first + second).strip()
@@ -1241,7 +1252,7 @@ def test_signs_appear_when_their_bytes_are_complete_and_as_far_as_the_terminal_h
     text, tokenizer = "caf\u00e9 \U0001f44b\U0001f3ff. ok", Tokenizer(TINY / "tokenizer.model")
     tokens = tokenizer.encode(text)
     assert len(tokens) > len(text) + 5
-    monkeypatch.setattr(gemma, "stream", lambda *_: iter(tokens))
+    monkeypatch.setattr(gemma, "stream", lambda *_: enumerate(tokens))
     assert talk([b"na\xefve\n"]) == f"> {text}\n> \n"
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
@@ -1258,27 +1269,25 @@ def test_the_command_line_says_type_device_and_lengths(monkeypatch, capsys):
         seen.append(arguments)
         raise InputError("enough")
 
-    monkeypatch.setattr(Gemma, "from_pretrained", load)
-    assert gemma.main([str(TINY), "--dtype", "bfloat16", "--device", "cpu"]) == 2
-    assert gemma.main([str(TINY)]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Gemma, "from_pretrained", load)
+        assert gemma.main([str(TINY), "--dtype", "bfloat16"]) == 2
+        assert gemma.main([str(TINY)]) == 2
     assert seen == [(str(TINY), torch.bfloat16, "cpu"), (str(TINY), torch.float32, "cpu")]
-    for words in (["--max_new_tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]):
+    for words in (["--max_new_tokens", "-1"], ["--temperature", "-1"], ["--temperature", "nan"]):
         capsys.readouterr()
-        assert gemma.main([str(TINY), *words]) == 2 and len(seen) == 2
+        assert gemma.main([str(TINY), "--prompt", "get", *words]) == 2
         error = capsys.readouterr().err
-        assert words[0] in error and error.count("\n") == 1
-    with pytest.raises(SystemExit) as raised:
-        gemma.main([str(TINY), "--device", "cuda"])
-    assert raised.value.code == 2
+        assert words[0][2:] in error and error.count("\n") == 1
 
 
 def test_a_reply_may_not_take_the_room_of_what_was_said(monkeypatch, capsys):
-    """TINY has 2048 positions: a chat refuses what would leave a question less than half of them."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    assert gemma.main([str(TINY), "--max_new_tokens", "1024"]) == 0
-    capsys.readouterr()
-    assert gemma.main([str(TINY), "--max_new_tokens", "1025"]) == 2
-    assert "--max_new_tokens 1025: expected at most 1024 in a chat" in capsys.readouterr().err
+    """TINY has 2048 positions: in a chat a reply takes half of them at most."""
+    asked = []
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    monkeypatch.setattr(gemma, "stream", lambda model, prompts, limit, *_: asked.append(limit) or iter(()))
+    assert gemma.main([str(TINY), "--max_new_tokens", "5000"]) == 0
+    assert asked == [1024]
 
 
 def test_bytes_of_the_command_line_that_are_no_utf8_become_signs(monkeypatch, capsys):
@@ -1295,10 +1304,10 @@ def test_flex_attention_with_block_masks_equals_attention_in_blocks(softcap):
     forest = gemma.Forest([[5, 6, 7, *range(20, 20 + n)] for n in (90, 140, 7)] + [[1, 2, 3, 4] * 9])
     (B, T), window = forest.tokens.shape, 30
     q, k, v = torch.randn(B, 4, T, 16), torch.randn(B, 2, T, 16), torch.randn(B, 2, T, 16)
-    blocks, masks = (make(forest.positions, forest.ends, window) for make in (gemma.tree_blocks, gemma.tree_block_masks))
-    for kind in (gemma.LOCAL, gemma.GLOBAL):
-        expected = gemma.attend(q, k, v, blocks[kind], 0.3, softcap)
-        found = gemma.attend(q, k, v, masks[kind], 0.3, softcap)
+    for rule in gemma.tree_rules(forest.positions, forest.ends, window).values():
+        blocks, mask = (make(rule, forest.positions) for make in (gemma.tree_blocks, gemma.flex_mask))
+        expected = gemma.attend(q, k, v, blocks, 0.3, softcap)
+        found = gemma.attend(q, k, v, mask, 0.3, softcap)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -1313,13 +1322,13 @@ def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
 
     flex_attention = gemma.compiled(gemma.flex_attention, dynamic=True, backend=compile)
     monkeypatch.setattr(gemma, "flex_attention", flex_attention)
-    monkeypatch.setattr(gemma, "tree_masks", lambda p, e, model: gemma.tree_block_masks(p, e, model.config.sliding_window))
+    monkeypatch.setattr(gemma, "tree_blocks", gemma.flex_mask)
     for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)):
         prompts = torch.randint(200, (rows, length), generator=seeded(length)).tolist()
         forest = gemma.Forest(prompts)
         assert forest.tokens.shape == (rows, length)
         with torch.no_grad():
-            model.logps(forest, *(torch.zeros(1, dtype=torch.int64) for _ in range(3)))
+            model.logps(gemma.Forest(prompts, [[0, 1]] * rows))
         generate(model, prompts, 1)
 
 
@@ -1340,7 +1349,8 @@ def test_attention_in_blocks_equals_attention_written_out(softcap):
     weight = torch.randn_like(expected)
     gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for size in (5, 16, 512):
-        blocks = gemma.tree_blocks(forest.positions, forest.ends, window, size)[gemma.LOCAL]
+        rule = gemma.tree_rules(forest.positions, forest.ends, window)[gemma.LOCAL]
+        blocks = gemma.tree_blocks(rule, forest.positions, size)
         inputs = [x.detach().float().requires_grad_() for x in (q, k, v)]
         found = gemma.attend(*inputs, blocks, 0.3, softcap)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)

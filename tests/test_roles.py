@@ -1,7 +1,8 @@
-"""What the four helper roles are as text: their prompts, what is read from answers, and the rules that do without."""
+"""What the helper roles are as text: their prompts, what is read from answers, and the rules that do without."""
 
 import random
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from hostile import HOSTILE
 
 import act
 import data
-from data import ANSWER, CLARIFY, ROLES, Pair
+from act import ROLES
+from data import ANSWER, CLARIFY, Pair
 
 ROOT = Path(__file__).parent.parent
 GOLD = [("model", "In which league?"), ("user", "The second."), ("model", "1,234 points")]
@@ -22,12 +24,27 @@ SAID = "User: Who won in 2018?\nAssistant: Ada.\nUser: How many\n  points?\n"
 ASKING = "Assistant (asks a clarifying question):"
 
 
+def helper_of(name, answer="", **config):
+    """A role with the shipped prompt, played by a model that always gives this answer, and its list of prompts."""
+    asked, role = [], ROLES[name]
+    raw = (ROOT / "configs/prompts" / role.prompt).read_bytes()
+    helper = act.Helper(name, act.HelperConfig(**config), act.read_prompt(raw, role.prompt, role))
+    helper.ask = lambda prompts: asked.extend(prompts) or [answer] * len(prompts)
+    return helper, asked
+
+
 def prompt_of(name, request):
     """What a model is told by the shipped prompt."""
-    prompts, role = [], ROLES[name]
-    prompt = act.read_prompt(ROOT / "configs/prompts" / role.prompt, role)
-    act.played(lambda texts: prompts.extend(texts) or [None] * len(texts), role, prompt)([request])
-    return prompts[0]
+    helper, asked = helper_of(name)
+    helper([request])
+    return asked[0]
+
+
+def read(name, answer, **config):
+    """What a role makes of a model's answer."""
+    helper, _ = helper_of(name, answer, **config)
+    [result] = helper([REQUESTS[name]([f"text {i}" for i in range(8)])])
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,7 +133,7 @@ def test_no_message_breaks_out_of_its_place_in_a_prompt(name):
     for row in HOSTILE:
         texts = [message["content"] for message in row["messages"]]
         cases.append([texts[i % len(texts)] for i in range(8)])
-    cases += [["".join(rng.choices(BREAKS, k=rng.randrange(6))) for _ in range(8)] for _ in range(2000)]
+    cases += [["".join(rng.choices(BREAKS, k=rng.randrange(6))) for _ in range(8)] for _ in range(800)]
     for texts in cases:
         texts = [text.strip() for text in texts] if name == "action_model_config" else texts
         firsts = [text.split("\n")[0] for text in texts]
@@ -128,14 +145,14 @@ def test_no_message_breaks_out_of_its_place_in_a_prompt(name):
 def test_the_texts_of_messages_can_be_read_back_from_what_is_shown():
     for row in HOSTILE:
         messages = [(m["role"], m["content"]) for m in row["messages"] if m["role"] != "system"]
-        shown = re.split(r"^(?:User|Assistant): ", data.indented(messages), flags=re.MULTILINE)[1:]
+        shown = re.split(r"^(?:User|Assistant): ", act.indented(messages), flags=re.MULTILINE)[1:]
         assert [text.replace("\n  ", "\n").removesuffix("\n") for text in shown] == [text for _, text in messages]
 
 
 def test_of_a_long_message_a_helper_is_shown_the_end():
-    assert data.in_prompt("x" * 20_000) == "x" * 20_000
-    assert data.in_prompt("no" + "x" * 19_999) == "o" + "x" * 19_999
-    assert len(data.indented([("user", "word " * 20_000), ("model", "Which?")])) < 20_100
+    assert act.in_prompt("x" * 20_000) == "x" * 20_000
+    assert act.in_prompt("no" + "x" * 19_999) == "o" + "x" * 19_999
+    assert len(act.indented([("user", "word " * 20_000), ("model", "Which?")])) < 20_100
 
 
 def test_no_rule_knows_the_final_answer():
@@ -152,10 +169,12 @@ def test_no_rule_knows_the_final_answer():
     ("Answer", ANSWER), ("Action: CLARIFY", CLARIFY), ("Answer: CLARIFY", CLARIFY), ("Answer: clarify", CLARIFY),
     ("The answer is CLARIFY", CLARIFY), ("ANSWER\n\nMessage: Which?\nAction: CLARIFY", ANSWER),
     ("No clarification: it answers", ANSWER), ("CLARIFYING", CLARIFY),
+    ("This is not an ANSWER: CLARIFY", CLARIFY), ("It doesn't CLARIFY, so ANSWER", ANSWER),
+    ("This message is not an answer, it is to clarify", CLARIFY), ("not to clarify", None), ("Not an ANSWER.", None),
     ("", None), ("yes", None), ("unanswered", None), ("Klären", None), ("?", None),
 ])  # fmt: skip
 def test_action_is_read_from(answer, action):
-    assert data.parse_action(answer) == action
+    assert read("action_model_config", answer) == action
 
 
 @pytest.mark.parametrize(("answer", "intent"), [
@@ -167,17 +186,18 @@ def test_action_is_read_from(answer, action):
     ("Here it is:", None), ("\n", None), ("Intent:", None),
 ])  # fmt: skip
 def test_intent_is_read_from(answer, intent):
-    assert data.parse_intent(answer) == intent
+    assert read("intent_model_config", answer) == intent
 
 
 @pytest.mark.parametrize(("answer", "reply"), [
     (" 2019", "2019"), ("\n2019\n", "2019"), ("User: 2019", "2019"), ("User:\n2019", "2019"),
     ("**User:** 2019", "2019"), ("2019\nAssistant: 42", "2019"), ("2019 Assistant: 42", "2019"),
     ("2019\nUser: 2020", "2019"), ("-5", "-5"), ("User fees", "User fees"),
+    ("User's reply: 2019", "2019"), ("Reply: 2019", "2019"), ("user: 2019", "2019"), ("Time: 5 pm", "Time: 5 pm"),
     ("Assistant: Which?", None), ("", None), ("User:", None), (" \n", None),
 ])  # fmt: skip
 def test_users_reply_is_read_from(answer, reply):
-    assert data.parse_user(answer) == reply
+    assert read("user_simulator_config", answer) == reply
 
 
 @pytest.mark.parametrize(("answer", "question"), [
@@ -187,18 +207,18 @@ def test_users_reply_is_read_from(answer, reply):
     ("It was 42.", None), ("It was 42.\n\nUser: And then?", None), ("Which year", "Which year"), ("", None),
 ])  # fmt: skip
 def test_question_is_read_from_and_no_question_mark_is_made_up(answer, question):
-    assert data.parse_question(answer) == question
+    assert read("preference_model_config", answer) == question
 
 
 @pytest.mark.parametrize(("answer", "verdict"), [
     ("RIGHT", 1.0), (" WRONG\n", 0.0), ("**RIGHT**", 1.0), ("_WRONG_", 0.0), ("right", 1.0), ("Wrong.", 0.0),
     ("Verdict: RIGHT", 1.0), ("The answer is WRONG.", 0.0), ('"Right"', 1.0), ("RIGHT: both say 5", 1.0),
     ("WRONG: it does not say which", 0.0), ("It is right.\n\nRIGHT", 1.0), ("\n\nWRONG", 0.0),
-    ("<think>\n</think>\nRIGHT", 1.0), ('{"verdict": "WRONG"}', 0.0),
+    ("The answer is not wrong.\n\n**RIGHT**", 1.0), ("It isn't right, it is WRONG", 0.0), ('{"verdict": "WRONG"}', 0.0),
     ("RIGHT or WRONG", None), ("RIGHT\nWRONG", None), ("", None), ("?", None), ("yes", None), ("Incorrect", None),
 ])  # fmt: skip
 def test_verdict_is_read_from(answer, verdict):
-    assert data.parse_verdict(answer) == verdict
+    assert read("judge_model_config", answer) == verdict
 
 
 @pytest.mark.parametrize(("answer", "verdict"), [
@@ -207,28 +227,126 @@ def test_verdict_is_read_from(answer, verdict):
 ])  # fmt: skip
 def test_verdict_is_read_before_the_next_example_that_a_model_makes_up(answer, verdict):
     """A local checkpoint is not stopped at \"Conversation:\"."""
-    assert data.parse_verdict(answer) == verdict
+    assert read("judge_model_config", answer) == verdict
 
 
 @pytest.mark.parametrize("answer", [
     "It is not RIGHT.", "NOT RIGHT", "This isn't right.", "not\nwrong", "Brighton", "a copyright notice",
-    "wrongly, rightly", "not **RIGHT**",
+    "wrongly, rightly", "not **RIGHT**", "It is RIGHT. Or not RIGHT?", "not RIGHT, not WRONG",
 ])  # fmt: skip
 def test_what_only_looks_like_a_verdict_is_none(answer):
     """A pair stays as it is rather than that the wrong side wins."""
-    assert data.parse_verdict(answer) is None
+    assert read("judge_model_config", answer) is None
 
 
-@pytest.mark.parametrize("role", ROLES.values())
-def test_no_answer_breaks_what_reads_it(role):
+GOOD = {  # role -> (an answer, the result that it means, what the role might think aloud)
+    "action_model_config": ("CLARIFY", CLARIFY, "It might be an ANSWER."),
+    "user_simulator_config": ("In May.", "In May.", "The user wants May. Which month?"),
+    "intent_model_config": ("The user wants May.", "The user wants May.", "The user asks."),
+    "preference_model_config": ("For which item?", "For which item?", "It asks for a month. Which month is open?"),
+    "judge_model_config": ("RIGHT", 1.0, "RIGHT or WRONG?"),
+}
+THINKING = {  # {} and {} become thoughts and answer
+    "lines": "<think>\n{}\n</think>\n\n{}", "one line": "<think>{}</think>{}", "thinking": "<thinking>\n{}\n</thinking>\n{}",
+    "capitals": "<Think>{}</Think> {}", "attributes": '<think lang="en">{}</think>{}', "blanks": "< think >{}</ think >{}",
+    "opening missing": "{}\n</think>\n\n{}", "twice": "<think>{0}</think>\n<think>{0}</think>\n{1}",
+    "nested": "<think>{0}<think>{0}</think></think>{1}", "reasoning": "<reasoning>{}</reasoning>{}",
+    "thought": "<thought>{}</thought>{}", "scratchpad": "<scratchpad>{}</scratchpad>{}", "seed": "<seed:think>{}</seed:think>{}",
+    "magistral": "[THINK]{}[/THINK]{}", "kimi": "◁think▷{}◁/think▷{}", "gemma": "<|channel>thought\n{}<channel|>{}",
+    "harmony": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+    "command": "<|START_THINKING|>{}<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>",
+    "open thinker": "<|begin_of_thought|>\n{}\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n<|end_of_solution|>",
+    "apertus": "<|inner_prefix|>{}<|inner_suffix|>{}", "hunyuan": "<think>\n{}\n</think>\n<answer>\n{}\n</answer>",
+    "ernie": "{}\n</think>\n\n<response>\n{}\n</response>", "reflection": "<thinking>{}</thinking>\n<output>\n{}\n</output>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", THINKING)
+@pytest.mark.parametrize("name", ROLES)
+def test_what_stands_after_the_reasoning_is_the_answer(name, form):
+    answer, result, thoughts = GOOD[name]
+    assert read(name, THINKING[form].format(thoughts, answer)) == result
+    assert read(name, THINKING[form].format("", answer)) == result, "nothing was thought"
+
+
+@pytest.mark.parametrize("opening", [
+    "<think>\n", "<thinking>", "<think>{answer}</think>\n<think>", "[THINK]", "◁think▷", "<|channel|>analysis<|message|>",
+    "<|channel>thought\n", "<reasoning>", "<|START_THINKING|>", "<think lang=en>",
+])  # fmt: skip
+@pytest.mark.parametrize("name", ROLES)
+def test_reasoning_that_was_cut_off_is_no_answer_and_max_new_tokens_is_named(name, opening):
+    answer, _, thoughts = GOOD[name]
+    said = f"{opening.format(answer=answer)}{thoughts} {answer}"
+    assert read(name, said) is None
+    helper, _ = helper_of(name, said, max_failures=1)
+    with pytest.raises(act.RunStopped, match=f"^{name}: 1 failures in a row, .*max_new_tokens"):
+        helper([REQUESTS[name](["x"] * 8)])
+
+
+DRESSED = (
+    '"{}"', "“{}”", "„{}“", "«{}»", "'{}'", "「{}」", "`{}`", "**{}**", '**"{}"**', "```\n{}\n```", "```text\n{}\n```",
+    "{}<|im_end|>", "{}<end_of_turn>\n", "{}</s>", "{}<|eot_id|><|start_header_id|>user", "{}<｜end▁of▁sentence｜>", "</s>{}",
+    "Here is the user's next message:\n\n\"{}\"", "Sure! Here is the question:\n\n{}", "**Here it is:**\n\n{}",
+    "Here's the message: {}", "The answer:\n{}", "Certainly:\n```\n{}\n```\n", "**Answer:** {}", "Final answer: {}",
+    "\\boxed{{{}}}", "\n\n{}\n\n", '"{}"<|im_end|>\n',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", DRESSED)
+@pytest.mark.parametrize("name", ROLES)
+def test_what_a_model_puts_around_its_answer_is_not_part_of_it(name, form):
+    answer, result, _ = GOOD[name]
+    assert read(name, form.format(answer)) == result
+
+
+@pytest.mark.parametrize("reply", [
+    "It's the \"second\" one", "\"A\" and \"B\"", "The user: me", "a < b", "Here we go", "5*3*", "the `x` of `y`", "I think so",
+    "Which <output> do I mean", "2 ** 3", "[1]", "<b>bold</b>",
+])  # fmt: skip
+def test_what_only_looks_like_dress_stays(reply):
+    assert read("user_simulator_config", reply) == reply
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_no_answer_breaks_what_reads_it(name):
     rng, words = random.Random(0), (*BREAKS, "User:", "**", "CLARIFY", "answer", "?", " (asks)", ":", "Which?", "2019",
-                                    "WRONG", "right", "not ", "Verdict:")  # fmt: skip
-    for _ in range(3000):
-        found = role.parse("".join(rng.choices(words, k=rng.randrange(9))))
-        if role is ROLES["judge_model_config"]:
+                                    "WRONG", "right", "not ", "Verdict:", "<think>", "</think>", '"', "```", "</s>",
+                                    "Here is:\n")  # fmt: skip
+    for _ in range(2000):
+        found = read(name, "".join(rng.choices(words, k=rng.randrange(9))))
+        if name == "judge_model_config":
             assert found in (None, 0.0, 1.0)
         else:
             assert found is None or (found.strip() == found and found and "\n" not in found)
+
+
+LONG = (
+    "\n", " ", "\n ", " \n", "*", "**", "(", ")", "\"", "`", "``` ", "<", "<think>", "</think>", "<think> </think>", "</s>", "<|im_end|>",
+    "not ", "not\n", "RIGHT", "n't WRONG ", "Here is ", "the\n:", "User: ", "User", "Assistant (", "Assistant:", "\nUser:\n", "\n\n:",
+    "Intent:", "?", "? ", "?)", "select ", "'", "--", "/*", "[", "http://", "www..", "&a", "<a ", "x", "which ", "please ", "\\boxed{", "answer ",
+    "<answer>", "\r", "\t", "\u3000", "＿", "。", "か。",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_long_hostile_answers_are_read_in_linear_time(name):
+    """Here some 10 ms; where a pattern goes back over what it has read, from 1 s to minutes."""
+    beginnings = ("", "What?") if name == "preference_model_config" else ("",)
+    cases = [(beginning + unit * (16_000 // len(unit)), unit) for beginning in beginnings for unit in LONG]
+    cases += [(f"{beginning}{unit * 16_000}", unit) for beginning in ("Assistant", "User", "Assistant (", "not", "select", "<think>x")
+              for unit in " *\n"]  # fmt: skip
+    cases += [(unit * 100_000, unit) for unit in ("</s>", "<|im_end|>", '"', "\n") if name == "action_model_config"]
+    for answer, unit in cases:
+        began = time.thread_time()
+        read(name, answer, max_new_tokens=2**20)
+        assert time.thread_time() - began < 0.4, (answer[:20], unit)
+
+
+def test_of_a_long_answer_only_what_max_new_tokens_can_be_is_read():
+    """16 characters a token: what a server sends beyond that is no answer to what it was asked."""
+    reply = "a" * 200 + " CLARIFY"
+    assert read("action_model_config", reply, max_new_tokens=12) is None
+    assert read("action_model_config", reply, max_new_tokens=13) == CLARIFY
 
 
 # ----------------------------------------------------------------------------------------------------------------------

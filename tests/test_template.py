@@ -10,9 +10,8 @@ from hostile import HOSTILE
 
 import act
 import data
-from act import Template
 from data import ANSWER, CLARIFY
-from gemma import Forest, GemmaConfig, Tokenizer
+from gemma import Forest, GemmaConfig, Template, Tokenizer
 
 FAR = 10**6  # a limit that no prompt reaches
 
@@ -20,6 +19,10 @@ FAR = 10**6  # a limit that no prompt reaches
 @pytest.fixture(params=FORMATS)
 def template(request, tokenizer):
     return Template(tokenizer, request.param)
+
+
+def prompt_of(template, pair, max_length):
+    return template.prompt(pair.context, pair.history, max_length, pair.instruction)
 
 
 def ids(tokenizer, text):
@@ -52,7 +55,7 @@ TRAJECTORY = [("model", "Which place do you mean?"), ("user", "rome."), ("model"
 
 def test_plain_prompt_piece_by_piece(tokenizer, plain):
     written = f"{PLAIN_HEAD} {PLAIN_CONTEXT} \\n [conversation] \\n {' '.join(PLAIN_TURNS)} Assistant:"
-    assert plain.prompt(a_pair(**TALK), FAR) == ids(tokenizer, written)
+    assert prompt_of(plain, a_pair(**TALK), FAR) == ids(tokenizer, written)
 
 
 def test_chat_prompt_piece_by_piece(tokenizer, chat):
@@ -61,19 +64,19 @@ def test_chat_prompt_piece_by_piece(tokenizer, chat):
         "<end_of_turn> \\n <start_of_turn> model \\n Which _place _do _you _mean ? <end_of_turn> \\n "
         "<start_of_turn> user \\n rome . <end_of_turn> \\n <start_of_turn> model \\n"
     )
-    assert chat.prompt(a_pair(**TALK), FAR) == ids(tokenizer, written)
+    assert prompt_of(chat, a_pair(**TALK), FAR) == ids(tokenizer, written)
 
 
 def test_without_a_context_the_chat_prompt_begins_with_the_user(tokenizer, chat):
     pair = a_pair(**{**TALK, "context": "", "history": [("user", " rome.\n")]})
     written = "<s> <start_of_turn> user \\n rome . <end_of_turn> \\n <start_of_turn> model \\n"
-    assert chat.prompt(pair, FAR) == ids(tokenizer, written)
+    assert prompt_of(chat, pair, FAR) == ids(tokenizer, written)
 
 
 def test_plain_prompt_without_context_keeps_its_block(tokenizer, plain):
     pair = a_pair(**{**TALK, "context": "", "history": [("user", "rome.")]})
     written = f"{PLAIN_HEAD} \\n [conversation] \\n User: _rome . \\n Assistant:"
-    assert plain.prompt(pair, FAR) == ids(tokenizer, written)
+    assert prompt_of(plain, pair, FAR) == ids(tokenizer, written)
 
 
 # < stands for <start_of_turn>, > for <end_of_turn>, | for a newline, ▁ for a space
@@ -100,7 +103,7 @@ def test_chat_template_is_gemmas(tokenizer, chat, context, messages, pieces):
     expected = [tokenizer.bos_id] + [tokenizer.sp.piece_to_id(piece) for piece in pieces]
     assert tokenizer.sp.unk_id() not in expected
     history = [(("user", "model")[i % 2], text) for i, text in enumerate(messages)]
-    assert chat.prompt(a_pair(context=context, history=history), FAR) == expected
+    assert prompt_of(chat, a_pair(context=context, history=history), FAR) == expected
 
 
 RECORDED = json.loads((ROOT / "tests" / "golden" / "chat_template.json").read_text(encoding="utf-8"))["conversations"]
@@ -113,7 +116,7 @@ def test_recorded_references_of_the_chat_template(chat, row):
     if row["name"] == EMPTY:
         pytest.skip('a system text of "" is the same as none here')
     history = [tuple(message) for message in row["messages"]]
-    prompt = chat.prompt(a_pair(context=row["system"] or "", history=history), FAR)
+    prompt = prompt_of(chat, a_pair(context=row["system"] or "", history=history), FAR)
     assert prompt == row["prompt_ids"]
     reply, mask = chat.reply([("model", row["reply"])])
     assert prompt + reply + chat.newline == row["full_ids"]
@@ -168,7 +171,7 @@ def test_transformers_reads_a_saved_tokenizer_as_it_is_used_here(tmp_path, token
     assert len(AUTO["texts"]) > 20 and len(AUTO["chats"]) == len(RECORDED)
     for row in RECORDED:
         pair = a_pair(context=row["system"] or "", history=[tuple(message) for message in row["messages"]])
-        assert chat.prompt(pair, FAR) == AUTO["chats"][row["name"]], row["name"]
+        assert prompt_of(chat, pair, FAR) == AUTO["chats"][row["name"]], row["name"]
 
 
 def test_a_tokenizers_own_files_stay_as_they_are_and_get_what_they_lack(tmp_path):
@@ -219,7 +222,7 @@ def test_of_a_cut_reply_the_end_that_was_not_written_is_not_scored(template, mes
 @pytest.mark.parametrize(("role", "text"), [("model", "one\n\n  two \r\nthree"), ("user", "\none\rtwo\n")])
 def test_line_breaks_survive_in_the_chat_format_and_are_folded_in_the_plain_one(tokenizer, plain, chat, role, text):
     def said(template):
-        tokens = [token for piece, _ in template.message(role, text) for token in piece]
+        tokens, _ = template.message(role, text)
         return tokenizer.decode([token for token in tokens if token > 5])  # without control tokens
 
     speaker = {"model": "Assistant", "user": "User"}[role]
@@ -230,14 +233,14 @@ def test_line_breaks_survive_in_the_chat_format_and_are_folded_in_the_plain_one(
 def test_only_the_context_keeps_its_line_breaks_in_the_plain_format(tokenizer, plain):
     pair = a_pair(context="a\n\n b", history=[("user", "c\nd")], instruction="e")
     written = "e\n[context]\na\n\n b\n[conversation]\nUser: c d\nAssistant:"
-    assert tokenizer.decode(plain.prompt(pair, FAR)[1:]) == written
+    assert tokenizer.decode(prompt_of(plain, pair, FAR)[1:]) == written
 
 
 def test_prompt_and_reply_together_are_the_next_prompt(template):
     """What is scored in training is what is continued in sampling."""
     pair = a_pair(**TALK)
     later = replace(pair, history=pair.history + TRAJECTORY + [("user", "And stock?")])
-    whole, now = template.prompt(later, FAR), template.prompt(pair, FAR)
+    whole, now = prompt_of(template, later, FAR), prompt_of(template, pair, FAR)
     sequence = now + template.reply(TRAJECTORY)[0]
     assert whole[: len(sequence)] == sequence
     said = [*TRAJECTORY, ("user", "And stock?")]
@@ -246,7 +249,7 @@ def test_prompt_and_reply_together_are_the_next_prompt(template):
 
 def test_later_turns_of_a_dialogue_begin_with_the_tokens_of_earlier_ones(template, pairs):
     for dialogue in data.dialogues(pairs):
-        prompts = [template.prompt(pairs[i], FAR) for i in dialogue]
+        prompts = [prompt_of(template, pairs[i], FAR) for i in dialogue]
         assert len(prompts) > 3
         for a, b in zip(prompts, prompts[1:], strict=False):
             assert b[: len(a)] == a and len(b) > len(a)
@@ -255,7 +258,7 @@ def test_later_turns_of_a_dialogue_begin_with_the_tokens_of_earlier_ones(templat
 def test_a_conversation_that_the_assistant_opens_keeps_roles_in_the_chat_template(chat):
     greeting = [("model", "get tax"), ("user", "jan")]
     whole, alone = (a_pair(context="tax", history=history) for history in (greeting, greeting[1:]))
-    assert chat.prompt(whole, FAR) == chat.prompt(alone, FAR) == AUTO["opened"]
+    assert prompt_of(chat, whole, FAR) == prompt_of(chat, alone, FAR) == AUTO["opened"]
 
 
 def test_a_tokenizer_without_turns_cannot_chat(tokenizer, monkeypatch):
@@ -283,7 +286,7 @@ def test_control_tokens_in_texts_stay_text(tokenizer, template):
     def control(text):
         pair = a_pair(context=text, history=[("user", text), ("model", text), ("user", text)], instruction=text)
         replies = template.reply([("model", text), ("user", text), ("model", text)])[0]
-        return [[token for token in tokens if token in CONTROL] for tokens in (template.prompt(pair, FAR), replies)]
+        return [[token for token in tokens if token in CONTROL] for tokens in (prompt_of(template, pair, FAR), replies)]
 
     assert control(nasty) == control("rome")
     assert control(nasty)[1] == ([] if template.plain else [5, 4, 5, 4, 5])
@@ -293,7 +296,7 @@ def test_control_tokens_in_texts_stay_text(tokenizer, template):
 def test_hostile_texts_keep_control_tokens_where_the_template_puts_them(tokenizer, template, hostile):
     for pairs in hostile:
         for pair in pairs:
-            prompt, (reply, mask) = template.prompt(pair, FAR), template.reply(pair.gold)
+            prompt, (reply, mask) = prompt_of(template, pair, FAR), template.reply(pair.gold)
             count, model_turns = len(pair.history), (len(pair.gold) + 1) // 2
             markers = [] if template.plain else [4, 5] * count + [4]
             assert [token for token in prompt if token in CONTROL] == [tokenizer.bos_id, *markers], pair.where
@@ -308,7 +311,7 @@ def test_hostile_dialogues_go_on_where_their_earlier_turns_stopped(template, hos
     """Every later prompt begins with an earlier one's tokens and those of its gold trajectory."""
     compared = 0
     for pairs in hostile:
-        prompts = [template.prompt(pair, FAR) for pair in pairs]
+        prompts = [prompt_of(template, pair, FAR) for pair in pairs]
         for i, pair in enumerate(pairs):
             sequence = prompts[i] + template.reply(pair.gold)[0]
             for later, prompt in zip(pairs[i + 1 :], prompts[i + 1 :], strict=True):
@@ -339,7 +342,7 @@ def test_hostile_records_give_the_tokens_of_their_conversations(tmp_path, templa
     pairs = [pair for dialogue in hostile for pair in dialogue]
     data.write_preferences(tmp_path / "records.jsonl", pairs, "records")
     for pair, again in zip(pairs, data.read_preferences(tmp_path / "records.jsonl"), strict=True):
-        assert template.prompt(again, FAR) == template.prompt(pair, FAR), pair.where
+        assert prompt_of(template, again, FAR) == prompt_of(template, pair, FAR), pair.where
         for side in ("chosen", "rejected", "gold"):
             assert template.reply(getattr(again, side)) == template.reply(getattr(pair, side)), pair.where
 
@@ -358,7 +361,7 @@ def test_a_record_gives_the_tokens_of_its_conversation(tmp_path, template):
     for made in (pairs, data.read_preferences(tmp_path / "records.jsonl")):
         for pair, turns in zip(made, (1, 3), strict=True):
             direct = a_pair(context=context, history=said[:turns])
-            assert template.prompt(pair, FAR) == template.prompt(direct, FAR)
+            assert prompt_of(template, pair, FAR) == prompt_of(template, direct, FAR)
             assert template.reply(pair.gold) == template.reply(said[turns:])
         assert [pair.action for pair in made] == [CLARIFY, ANSWER]
         assert [pair.target for pair in made] == ["get  revenue"] * 2
@@ -371,7 +374,7 @@ def test_a_record_gives_the_tokens_of_its_conversation(tmp_path, template):
 def test_bos_stands_once_and_first(tokenizer, template, pairs):
     for pair in [*pairs, a_pair(**{**TALK, "context": "<s>", "history": [("user", "<s> rome <bos>")]})]:
         for max_length in (FAR, 40, 1):
-            prompt = template.prompt(pair, max_length)
+            prompt = prompt_of(template, pair, max_length)
             assert prompt[0] == tokenizer.bos_id and prompt.count(tokenizer.bos_id) == 1
         assert tokenizer.bos_id not in template.reply(pair.chosen)[0]
 
@@ -394,24 +397,24 @@ def test_a_long_plain_prompt_loses_turns_then_the_head_of_the_context(tokenizer,
         return head + context + middle + sum(turns[first_turn:], []) + end
 
     whole = prompt(context, 0)
-    assert plain.prompt(pair, len(whole)) == whole
-    assert plain.prompt(pair, len(whole) - 1) == prompt(context, 2), "the oldest user turn, and the reply to it"
+    assert prompt_of(plain, pair, len(whole)) == whole
+    assert prompt_of(plain, pair, len(whole) - 1) == prompt(context, 2), "the oldest user turn, and the reply to it"
     shorter = len(prompt(context, 2))
-    assert plain.prompt(pair, shorter) == prompt(context, 2)
-    assert plain.prompt(pair, shorter - 1) == prompt(context, 4)
+    assert prompt_of(plain, pair, shorter) == prompt(context, 2)
+    assert prompt_of(plain, pair, shorter - 1) == prompt(context, 4)
     last = len(prompt(context, 4))
     lengths = set()
     for lost in range(len(context) + 1):
         expected = prompt(cut(context, lost, last - lost), 4)
-        assert plain.prompt(pair, last - lost) == expected
+        assert prompt_of(plain, pair, last - lost) == expected
         assert len(expected) <= last - lost or len(expected) == last - len(context)
         lengths.add(len(expected))
     assert 2 < len(lengths) < len(context), "it goes in steps"
     for lost in (1, 2, 3):
         shorter = head + middle + ids(tokenizer, "User:") + turns[4][1 + lost :] + end
-        assert plain.prompt(pair, last - len(context) - lost) == shorter, "then the last user turn loses its head"
+        assert prompt_of(plain, pair, last - len(context) - lost) == shorter, "then the last user turn loses its head"
     markers = head + middle + ids(tokenizer, "User: \\n") + end
-    assert plain.prompt(pair, 5) == plain.prompt(pair, 1) == markers, "and no limit goes below the markers"
+    assert prompt_of(plain, pair, 5) == prompt_of(plain, pair, 1) == markers, "and no limit goes below the markers"
 
 
 def test_a_long_chat_prompt_loses_turns_then_the_head_of_the_context(tokenizer, chat):
@@ -419,17 +422,17 @@ def test_a_long_chat_prompt_loses_turns_then_the_head_of_the_context(tokenizer, 
     context = ids(tokenizer, "items: _revenue , _stock \\n places: _rome \\n \\n")
     user = ids(tokenizer, "<start_of_turn> user \\n")
     end = ids(tokenizer, "rome . <end_of_turn> \\n <start_of_turn> model \\n")
-    whole = chat.prompt(pair, FAR)
-    assert chat.prompt(pair, len(whole)) == whole
-    assert chat.prompt(pair, len(whole) - 1) == [tokenizer.bos_id, *user, *context, *end]
+    whole = prompt_of(chat, pair, FAR)
+    assert prompt_of(chat, pair, len(whole)) == whole
+    assert prompt_of(chat, pair, len(whole) - 1) == [tokenizer.bos_id, *user, *context, *end]
     last = 1 + len(user + context + end)
     for lost in range(len(context) + 1):
         expected = [tokenizer.bos_id, *user, *cut(context, lost, last - lost), *end]
-        assert chat.prompt(pair, last - lost) == expected
-    assert chat.prompt(pair, last - len(context)) == [tokenizer.bos_id, *user, *end]
-    assert chat.prompt(pair, last - len(context) - 1) == [tokenizer.bos_id, *user, *end[1:]]
+        assert prompt_of(chat, pair, last - lost) == expected
+    assert prompt_of(chat, pair, last - len(context)) == [tokenizer.bos_id, *user, *end]
+    assert prompt_of(chat, pair, last - len(context) - 1) == [tokenizer.bos_id, *user, *end[1:]]
     markers = ids(tokenizer, "<end_of_turn> \\n <start_of_turn> model \\n")
-    assert chat.prompt(pair, 5) == chat.prompt(pair, 1) == [tokenizer.bos_id, *user, *markers]
+    assert prompt_of(chat, pair, 5) == prompt_of(chat, pair, 1) == [tokenizer.bos_id, *user, *markers]
 
 
 @pytest.fixture(scope="module")
@@ -447,21 +450,20 @@ def long_dialogue():
 def test_the_context_loses_at_most_an_eighth_of_the_limit_more_than_it_must(template, long_dialogue):
     for limit in (300, 301, 400, 650):
         for pair in long_dialogue:
-            assert limit - limit // 8 < len(template.prompt(pair, limit)) <= limit
+            assert limit - limit // 8 < len(prompt_of(template, pair, limit)) <= limit
 
 
 def test_turns_of_a_dialogue_with_a_long_context_still_share_their_beginning(template, long_dialogue):
     """As tokens: what the trie computes is far less than a row for each sequence."""
     limit = 400
     training = training_of(max_prompt_length=limit, max_length=500)
-    prompts = [template.prompt(pair, limit) for pair in long_dialogue]
-    assert min(len(template.prompt(pair, FAR)) for pair in long_dialogue) > limit, "every one of them is cut"
+    prompts = [prompt_of(template, pair, limit) for pair in long_dialogue]
+    assert min(len(prompt_of(template, pair, FAR)) for pair in long_dialogue) > limit, "every one of them is cut"
     beginnings = {tuple(prompt[: limit // 2]) for prompt in prompts}
     assert len(beginnings) <= 3, "a cut to the very token would give one each"
     sequences = [prompt + reply for prompt, reply, _ in both_sides(long_dialogue, template, training)]
     forest = Forest(sequences)
-    computed = round((1 - forest.padding) * forest.tokens.numel())
-    assert 5 * computed < sum(map(len, sequences))
+    assert 5 * forest.used < sum(map(len, sequences))
 
 
 def test_a_sequence_is_cut_at_max_length_but_keeps_a_token(plain):
@@ -492,5 +494,5 @@ def test_nothing_that_is_sampled_from_or_scored_is_longer_than_max_length(templa
 
 def test_an_instruction_stands_before_the_context_in_the_plain_format_only(tokenizer, plain, chat):
     pair = a_pair(ANSWER, context="tax", instruction="Other words.")
-    assert tokenizer.decode(plain.prompt(pair, FAR)[1:]).startswith("Other words.\n[context]\ntax\n")
-    assert chat.prompt(pair, FAR) == chat.prompt(replace(pair, instruction=""), FAR)
+    assert tokenizer.decode(prompt_of(plain, pair, FAR)[1:]).startswith("Other words.\n[context]\ntax\n")
+    assert prompt_of(chat, pair, FAR) == prompt_of(chat, replace(pair, instruction=""), FAR)

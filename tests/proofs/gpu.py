@@ -73,11 +73,8 @@ def dialogues(sizes):
 def logps_and_gradients(model, sequences, checkpointing):
     device = model.embed_tokens.weight.device
     model.set_checkpointing(checkpointing)
-    forest = gemma.Forest(sequences).to(device)
-    rows = torch.cat([torch.full((10,), row) for row, _ in forest.paths]).to(device)
-    slots = torch.cat([torch.from_numpy(path[-11:-1]) for _, path in forest.paths]).to(device)
-    targets = torch.tensor([token for sequence in sequences for token in sequence[-10:]], device=device)
-    logps = model.logps(forest, rows, slots, targets)
+    masks = [[0] * (len(sequence) - 10) + [1] * 10 for sequence in sequences]
+    logps = model.logps(gemma.Forest(sequences, masks).to(device))
     gradients = torch.autograd.grad(logps.sum(), [p for p in model.parameters() if p.requires_grad])
     return [logps.detach().cpu(), *(gradient.float().cpu() for gradient in gradients)]
 
