@@ -547,7 +547,7 @@ def make_pairs(path, rows, config, helpers, asks, action_labels="gold"):
         questions = helpers.divided("preference_model_config", "writing question", requests)
     data.reject_questions(requests, questions)
     free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
-    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else None
+    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else ()
     for line in data.check_conversations(path, pairs, skipped, len(missing), actions):
         print0(line)
     return pairs
