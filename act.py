@@ -2660,9 +2660,10 @@ def generate_preference(config, overwrite=False, resume=False):
 
 
 def write_pairs(config, found):
-    """Files of the pairs {name: pairs}, each in all forms; those of a former run go last."""
+    """Files of the pairs {name: pairs}, each in all forms, over those of a former run."""
     output = output_of(config)
     require_lock(output)
+    write_json(output / "config.json", asdict(config))  # first: without it the rest is nobody's
     for name, pairs in found.items():
         paths = [output / f"{name}{ending}" for ending in PAIR_FILES.values()]
         for form, path in zip(PAIR_FILES, paths, strict=True):
@@ -2672,7 +2673,6 @@ def write_pairs(config, found):
                 remove(path)
         if pairs:
             print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
-    write_json(output / "config.json", asdict(config))
 
 
 def check(config, overwrite=False, resume=False):
