@@ -842,6 +842,8 @@ class Log:
         best = [f"{self.evaluated[n]:.3f} after step {n}" for n in self.best_first()[:5]]
         if best:
             print0(f"{self.metric}, the best first: {', '.join(best)}")
+        if self.problem:
+            print0(f"Not all was written: {self.problem}")
 
 
 def say_unended(samples):
