@@ -547,7 +547,7 @@ def make_pairs(path, rows, config, helpers, asks, action_labels="gold"):
         questions = helpers.divided("preference_model_config", "writing question", requests)
     data.reject_questions(requests, questions)
     free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
-    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else None
+    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else ()
     for line in data.check_conversations(path, pairs, skipped, len(missing), actions):
         print0(line)
     return pairs
@@ -842,6 +842,8 @@ class Log:
         best = [f"{self.evaluated[n]:.3f} after step {n}" for n in self.best_first()[:5]]
         if best:
             print0(f"{self.metric}, the best first: {', '.join(best)}")
+        if self.problem:
+            print0(f"Not all was written: {self.problem}")
 
 
 def say_unended(samples):
@@ -1723,9 +1725,9 @@ def step_of(checkpoint, state):
     """The step of a checkpoint. Raises InputError where it is damaged, or not of these files."""
     path, step = checkpoint / "trainer_state.json", int(checkpoint.name[5:])
     then = read_json(path)
-    files = {name: fingerprint(checkpoint / name) for name in then.get("files", {})
-             if (checkpoint / name).exists()}  # fmt: skip
-    for key, value in {"step": step, **state, "files": files}.items():
+    then |= then.get("files", {})
+    files = {path.name: fingerprint(path) for path in checkpoint.iterdir() if path.name in then}
+    for key, value in {"step": step, **state, **files}.items():
         if key != "steps" and then.get(key, value) != value:
             raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
     if step > state["steps"]:
@@ -1775,15 +1777,16 @@ def remove(path):
             shutil.rmtree(aside)
 
 
-LOCK = []  # the file whose lock says that output_dir is this process's, as long as it lives
+LOCK = []  # the file whose lock says that output_dir is this process's, and whether it made that
 
 
 def take_lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
+    new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     path, flags = output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666))]
+        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666)), new]
     except OSError as error:
         raise InputError(f"{path}: cannot be opened, expected a file ({error.strerror})") from None
     try:
@@ -1796,17 +1799,21 @@ def take_lock(output):
         print0(f"{output}: a second run at once would not be noticed here ({error.strerror})")
 
 
-def require_lock(output):
-    """Raises RunStopped where the locked file is no longer the one that is there."""
+def holds_lock(output):
+    """Whether the locked file is the one that is there."""
     path = output / ".lock"
-    mine = os.fstat(LOCK[0].fileno()) if LOCK else None
-    if not mine or not path.exists() or not os.path.samestat(mine, path.stat()):
+    return LOCK and path.exists() and os.path.samestat(os.fstat(LOCK[0].fileno()), path.stat())
+
+
+def require_lock(output):
+    """Raises RunStopped where another run may write to an output directory."""
+    if not holds_lock(output):
         raise RunStopped(f"{output}: its .lock is not this run's any more, another may write there")
 
 
 def release_lock(output):
-    """Let go of an output directory, which goes too if nothing was written there."""
-    if LOCK and os.listdir(output) == [".lock"]:
+    """Let go of an output directory, which goes too if this run made it and wrote nothing."""
+    if LOCK[1:] == [True] and holds_lock(output) and os.listdir(output) == [".lock"]:
         (output / ".lock").unlink()
         output.rmdir()
     LOCK.clear()
@@ -1911,7 +1918,7 @@ def checkpoints(output_dir):
     """
     folder, found = Path(output_dir) / "checkpoints", {}
     try:
-        for path in folder.iterdir() if folder.exists() else ():
+        for path in folder.iterdir() if os.path.lexists(folder) else ():
             name = STEP.fullmatch(path.name)
             if name and (path / "trainer_state.json").exists():
                 found[int(name[1])] = path
@@ -2660,9 +2667,10 @@ def generate_preference(config, overwrite=False, resume=False):
 
 
 def write_pairs(config, found):
-    """Files of the pairs {name: pairs}, each in all forms; those of a former run go last."""
+    """Files of the pairs {name: pairs}, each in all forms, over those of a former run."""
     output = output_of(config)
     require_lock(output)
+    write_json(output / "config.json", asdict(config))  # first: without it the rest is nobody's
     for name, pairs in found.items():
         paths = [output / f"{name}{ending}" for ending in PAIR_FILES.values()]
         for form, path in zip(PAIR_FILES, paths, strict=True):
@@ -2672,7 +2680,6 @@ def write_pairs(config, found):
                 remove(path)
         if pairs:
             print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
-    write_json(output / "config.json", asdict(config))
 
 
 def check(config, overwrite=False, resume=False):
