@@ -2588,13 +2588,13 @@ class AnswerCache:
     def __init__(self, path):
         self.path, self.lock, self.answers = path, threading.Lock(), {}
         raw = data.read_bytes(path) if path and os.path.exists(path) else b""
-        for line in raw.split(b"\n")[:-1]:  # the last one may be half a line
-            try:
+        for line in raw.split(b"\n"):
+            with suppress(*UNREADABLE):  # half a line, which a killed run has left
                 key, answer = json.loads(line)
-                self.answers[key] = answer + ""
-            except (ValueError, TypeError):
-                if line.strip():
-                    raise InputError(f"{path}: not a cache of helper models' answers") from None
+                if re.fullmatch("[0-9a-f]{64}", key):
+                    self.answers[key] = answer + ""
+        if raw.strip() and not self.answers and not raw.startswith(b'["'):
+            raise InputError(f"{path}: not a cache of helper models' answers")
 
     def get(self, key):
         return self.answers.get(key)
@@ -2602,8 +2602,11 @@ class AnswerCache:
     def put(self, key, answer):
         with self.lock:
             self.answers[key] = answer
-            if self.path:
-                data.append_jsonl(self.path, [[key, answer]])
+            try:
+                if self.path:
+                    data.append_jsonl(self.path, [[key, answer]])
+            except InputError as error:  # a full disk: the run saves
+                raise RunStopped(str(error)) from None
 
 
 answer_cache = cache(AnswerCache)  # one for each file, whichever roles share it
