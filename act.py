@@ -869,6 +869,8 @@ def logged_rows(path):
 def write_report(folder):
     """report.html: a template with what the folder's files hold as JSON in it, long texts once."""
     template, texts, found = HERE / "configs" / "report.html", {}, {}
+    if not template.exists():
+        return
 
     def shared(row):
         long = [key for key in ("context", "history", "gold") if key in row]
@@ -878,7 +880,7 @@ def write_report(folder):
         raw = path.read_bytes() if path.exists() else b""  # a killed run leaves half a line
         lines = raw.split(b"\n")[:-1] if path.suffix == ".jsonl" else [raw] * bool(raw)
         try:
-            rows = [json.loads(line, object_hook=shared, parse_constant=str) for line in lines]
+            rows = [json.loads(line, object_hook=shared, parse_constant={}.get) for line in lines]
         except (ValueError, AttributeError):
             return print0(f"{path}: not as a run wrote it; report.html stays as it was")
         if raw:

@@ -5,6 +5,7 @@ Without a browser; tests/proofs/report.py opens reports in one.
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -123,10 +124,15 @@ def test_without_its_template_a_run_goes_on_without_a_report(tmp_path, monkeypat
     assert not any(tmp_path.iterdir())
 
 
-def test_other_ranks_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "config.json"])
+def test_a_log_that_cannot_be_read_costs_the_report_alone(tmp_path, capsys, name):
+    """A note, or a row glued to the one before by an editor: it is said, and the report before stays."""
+    (tmp_path / "report.html").write_text("the one before")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / name).write_text("# a note\n")
     act.write_report(tmp_path)
-    assert not any(tmp_path.iterdir())
+    assert capsys.readouterr().out == f"{tmp_path / name}: not as a run wrote it; report.html stays as it was\n"
+    assert (tmp_path / "report.html").read_text() == "the one before"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,7 +151,7 @@ def runs(tmp_path_factory):
         words = ["--config", str(ROOT / "configs" / "tiny.json"), "--task", task, *flags]
         for name in ("train", "validation"):
             words += [f"--data_config.{name}_path", str(folder / f"{name}.jsonl")]
-        training = {"output_dir": folder / out, "max_steps": 3, "per_device_train_batch_size": 12, "temperature": 2.0, **training}
+        training = {"output_dir": folder / out, "max_steps": 2, "per_device_train_batch_size": 12, "temperature": 2.0, **training}
         for key, value in training.items():
             words += [f"--training_config.{key}", str(value)]
         assert act.main(words) == 0
@@ -169,7 +175,7 @@ def test_a_run_leaves_a_report_with_all_it_did(run_of_act):
     assert held["eval_metrics"] == json.loads((run_of_act / "eval_metrics.json").read_text())
     for name in ("metrics", "eval_samples", "rollouts"):
         assert held[name] == rows_of(run_of_act / f"{name}.jsonl")
-    assert {row["step"] for row in held["eval_samples"]} == {0, 3}
+    assert {row["step"] for row in held["eval_samples"]} == {0, 2}
     shown = set(re.findall(r"\b(\w+): \"var\(--c\d\)\"", TEMPLATE))
     assert shown == set(act.OUTCOMES), "every outcome has a colour"
     shown = re.search(r"const ROWS = (.*?)\];\n", TEMPLATE, re.DOTALL)[1]
@@ -178,7 +184,7 @@ def test_a_run_leaves_a_report_with_all_it_did(run_of_act):
 
 def test_rollouts_are_what_the_outcomes_of_each_step_count(run_of_act):
     rows = rows_of(run_of_act / "rollouts.jsonl")
-    assert [row["step"] for row in rows] == [step for step in (1, 2, 3) for _ in range(12)]
+    assert [row["step"] for row in rows] == [step for step in (1, 2) for _ in range(12)]
     for metrics in rows_of(run_of_act / "metrics.jsonl"):
         if "loss" in metrics:
             found = Counter(row["outcome"] for row in rows if row["step"] == metrics["step"])
@@ -202,15 +208,19 @@ def test_a_question_that_wins_as_it_is_has_no_score(runs):
 
 
 def test_a_resumed_run_keeps_the_rollouts_up_to_its_checkpoint(runs, run_of_act):
-    folder = runs("resumed", save_steps=2, lr_scheduler_type="constant")
+    options = {"save_steps": 1, "save_total_limit": 0}
+    folder = runs("resumed", **options)
     whole = (folder / "rollouts.jsonl").read_bytes()
+    times = (folder / "checkpoints" / "step-1").stat().st_mtime_ns
     with open(folder / "rollouts.jsonl", "a") as file:
         file.write('{"step": 3, "wh')
-    act.gemma.remove_tree(folder / "model")
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / "step-2")
     (folder / "report.html").unlink()
-    runs("resumed", "--resume", save_steps=2, lr_scheduler_type="constant")
+    runs("resumed", "--resume", **options)
     assert (folder / "rollouts.jsonl").read_bytes() == whole
-    assert len(data_of(folder)["rollouts"]) == 36
+    assert len(data_of(folder)["rollouts"]) == 24
+    assert (folder / "checkpoints" / "step-1").stat().st_mtime_ns == times, "it went on from there"
 
 
 def test_a_run_that_starts_anew_or_samples_nothing_leaves_no_rollouts(runs):
