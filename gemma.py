@@ -71,8 +71,7 @@ class Forest:
             raise InputError("a token sequence is empty, expected at least one token in each")
         tries = sorted(self._tries(sequences), key=lambda trie: -len(trie[0]))
         sizes = [len(tokens) for tokens, *_ in tries]
-        widths = [sizes[0] + sizes[0] * i // 16 for i in range(9)]
-        layouts = [self._pack(sizes, width) for width in widths]
+        layouts = [self._pack(sizes, sizes[0] + sizes[0] * i // 16) for i in range(9)]
         count, width, places = min(layouts, key=lambda layout: layout[0] * layout[1])
 
         slots = torch.zeros(3, count, width, dtype=torch.int64)
@@ -356,11 +355,10 @@ class Gemma(nn.Module):
         target = made_by_rank_0(directory)
         save_safetensors(base_weights(self), target, "model", "model.", max_shard_bytes)
         if target:  # what says that the rest is complete comes last
-            ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-            ids = {key: getattr(self.config, key) for key in ids}
+            config = self.config.to_json(self.embed_tokens.weight.dtype)
+            ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             write_json(target / "generation_config.json", {**self.config.generation, **ids})
-            dtype = self.embed_tokens.weight.dtype
-            write_json(target / "config.json", self.config.to_json(dtype))
+            write_json(target / "config.json", config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -609,16 +607,15 @@ def kernel_options(device, head_dim):
 @cache
 def flex_compiles(heads, kv_heads, head_dim, softcap, dtype, device="cuda"):
     """Whether flex attention compiles there, forward and backward; tried once for each shape."""
-    if FLEX in FAILED:
-        return False
-    with optional(FLEX), torch.inference_mode(False), torch.enable_grad():
-        q = torch.zeros(2, heads, 256, head_dim, dtype=dtype, device=device, requires_grad=True)
-        kv = torch.zeros(2, kv_heads, 256, head_dim, dtype=dtype, device=device)
-        positions = torch.arange(256, device=device).expand(2, -1)
-        rules = tree_rules(positions, torch.full_like(positions, 256), 256)
-        mask = flex_mask(rules[GLOBAL], positions)
-        attend(q, kv, kv, mask, 1.0, softcap).sum().backward()
-        return True
+    if FLEX not in FAILED:
+        with optional(FLEX), torch.inference_mode(False), torch.enable_grad():
+            q = torch.zeros(2, heads, 256, head_dim, dtype=dtype, device=device, requires_grad=True)
+            kv = q[:, :kv_heads].detach().contiguous()
+            positions = torch.arange(256, device=device).expand(2, -1)
+            rules = tree_rules(positions, torch.full_like(positions, 256), 256)
+            mask = flex_mask(rules[GLOBAL], positions)
+            attend(q, kv, kv, mask, 1.0, softcap).sum().backward()
+            return True
     return False
 
 
@@ -774,13 +771,14 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, matrix = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return None, None, None
-        # what waits is held here alone, so that autograd takes it without a copy
-        waiting = ctx.tied.pop() if ctx.tied else None
-        matrix_grad = torch.zeros_like(matrix) if waiting is None else waiting
-        add_rows(matrix_grad, rows.flatten(), grad.flatten(0, -2))
-        return None, matrix_grad if waiting is None else None, None
+        rows, grad = rows.flatten(), grad.flatten(0, -2)
+        if ctx.tied:  # popped, so that nobody else holds it, and autograd takes it without a copy
+            add_rows(ctx.tied.pop(), rows, grad)
+        elif ctx.needs_input_grad[1]:
+            matrix_grad = torch.zeros_like(matrix)
+            add_rows(matrix_grad, rows, grad)
+            return None, matrix_grad, None
+        return None, None, None
 
 
 def add_rows(matrix, rows, values):
@@ -973,18 +971,18 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
         for key in file.keys():
             tensor = key.removeprefix(prefix)
             problems += [f"{key} stands in two places"] if tensor in found else []
-            found[tensor] = file, key
-    head, embedding = (found.get(f"{name}.weight") for name in ("lm_head", "embed_tokens"))
-    if head and embedding:  # some writers store the tied head once more
-        if torch.equal(*(file.get_tensor(key) for file, key in (head, embedding))):
-            del found["lm_head.weight"]
+            found[tensor] = file.get_slice(key)
+    head, embedding = found.get("lm_head.weight"), found.get("embed_tokens.weight")
+    if head and embedding and torch.equal(head[...], embedding[...]):
+        del found["lm_head.weight"]  # some writers store the tied head once more
     problems += [f"missing {name}" for name in tensors if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in tensors]
-    slices = {name: file.get_slice(key) for name, (file, key) in found.items() if name in tensors}
-    for name, part in slices.items():
+    for name, stored in found.items():
+        if name not in tensors:
+            problems.append(f"unexpected {name}")
+            continue
         shape = list(tensors[name].shape)
-        if part.get_shape() != shape or part.get_dtype() not in FLOATS:
-            has = f"{part.get_dtype()} {part.get_shape()}"
+        if stored.get_shape() != shape or stored.get_dtype() not in FLOATS:
+            has = f"{stored.get_dtype()} {stored.get_shape()}"
             problems.append(f"{name} is {has}, expected floats {shape}")
     if problems[12:]:
         problems[12:] = [f"and {len(problems) - 12} more"]
@@ -994,8 +992,7 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
     with torch.no_grad():
         for name, tensor in tensors.items():
             part, rows = local_slice(tensor)
-            file, key = found[name]
-            part.copy_(slices[name][rows] if part.ndim else file.get_tensor(key))
+            part.copy_(found[name][rows if part.ndim else ...])
             # 10 times as fast as to look at each number
             if part.numel() and not torch.stack(part.aminmax()).isfinite().all():
                 problem = "holds numbers that are not finite, expected finite ones"
@@ -1058,15 +1055,12 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
 class Tokenizer:
     """A SentencePiece model. `encode` never yields a control token for text that merely spells one.
 
-    pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id: None where the vocabulary lacks them.
-    config: what tokenizer_config.json beside it says.
+    ids: piece -> id; pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id: None where the
+    vocabulary lacks them; config: what tokenizer_config.json beside it says.
     """
 
     def __init__(self, path):
         self.path = no_pipe(Path(path))
-        if not self.path.exists():
-            expected = "expected a model's directory, as Hugging Face publishes it"
-            raise InputError(f"{path}: no such file, {expected}")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
@@ -1074,17 +1068,15 @@ class Tokenizer:
             raise InputError(f"{path}: not readable as a SentencePiece model ({reason})") from None
         beside = no_pipe(self.path.with_name("tokenizer_config.json"))
         self.config = read_json(beside) if beside.exists() else {}
-        ids = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
-        self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ids)
-        self.start_of_turn_id = self._find("<start_of_turn>")
-        self.end_of_turn_id = self._find("<end_of_turn>")
-        self.control_ids = {*ids, self.start_of_turn_id, self.end_of_turn_id} - {None, -1}
-        pieces = [re.escape(self.sp.id_to_piece(i)) for i in self.control_ids]
-        self._control = re.compile("|".join(pieces) or "(?!)")
-
-    def _find(self, piece):
-        i = self.sp.piece_to_id(piece)  # of an unknown piece the id of <unk>, or -1
-        return i if i >= 0 and self.sp.id_to_piece(i) == piece else None
+        pieces = self.sp.id_to_piece(list(range(len(self))))
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
+        ends = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
+        self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ends)
+        self.start_of_turn_id = self.ids.get("<start_of_turn>")
+        self.end_of_turn_id = self.ids.get("<end_of_turn>")
+        self.control_ids = {*ends, self.start_of_turn_id, self.end_of_turn_id} - {None, -1}
+        control = [re.escape(pieces[i]) for i in self.control_ids]
+        self._control = re.compile("|".join(control) or "(?!)")
 
     def __len__(self):
         return self.sp.get_piece_size()
@@ -1138,17 +1130,16 @@ class Template:
         self.tokenizer, self.encode = tokenizer, tokenizer.encode
         self.plain = prompt_format == "plain"
         self.newline = self.encode("\n")
-        if tokenizer.bos_id is None or not self.newline:
-            problem = "a prompt needs <bos> and newlines, this vocabulary lacks one of them"
-            raise InputError(f"{tokenizer.path}: {problem}")
-        if not self.plain and None in (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id):
-            problem = "no pieces <start_of_turn> and <end_of_turn>, which 'gemma' needs"
-            raise InputError(f"{tokenizer.path}: {problem}")
+        needed = [tokenizer.bos_id]
+        if not self.plain:
+            needed += [tokenizer.start_of_turn_id, tokenizer.end_of_turn_id]
+        if None in needed or not self.newline:
+            pieces = "<bos>, a line break and for 'gemma' <start_of_turn> and <end_of_turn>"
+            raise InputError(f"{tokenizer.path}: lacks a piece, expected {pieces}")
         self.end = self.newline if self.plain else [tokenizer.end_of_turn_id]
         self.opening = self.encode("Assistant:") if self.plain else self.turn("model")
         self.stop_ids = {self.end[-1], tokenizer.eos_id} - {None}
-        pieces = map(tokenizer.sp.id_to_piece, range(len(tokenizer)))
-        self.newlines = {i for i, piece in enumerate(pieces) if piece.startswith("\n")}
+        self.newlines = {i for piece, i in tokenizer.ids.items() if piece.startswith("\n")}
         if self.plain:  # a message is one line; large vocabularies have pieces of several newlines
             self.stop_ids |= self.newlines
 
@@ -1359,9 +1350,8 @@ class KVCache:
             rows *= 4
         rows = min(rows, len(self.tokens))
         idle = self.tokens[active:rows]
-        tokens = new + [[0] for _ in idle]
         positions = [[start] for start in held + [len(tokens) for tokens in idle]]
-        inputs = torch.tensor([tokens, positions])
+        inputs = torch.tensor([new + [[0]] * len(idle), positions])
         if rows not in self.steps:
             with optional(RECORDED):
                 self.steps[rows] = CapturedStep(model, self._rows(rows), inputs)
@@ -1517,7 +1507,6 @@ def draw_noise(generator, rows, steps):
         generator = generator or torch.Generator().manual_seed(0)
         seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
         generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-    assert len(generator) == rows, f"{len(generator)} generators for {rows} prompts"
     return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
 
 
@@ -1549,7 +1538,7 @@ def invert(weights, u, block=256):
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     at, rest = search(ends, u[:, None] * ends[:, -1:])
-    within = blocks.gather(1, at[..., None].expand(-1, 1, block))[:, 0]
+    within = blocks.take_along_dim(at[..., None], 1)[:, 0]
     pick, _ = search(within.cumsum(-1, dtype=torch.float64), rest)
     return (at * block + pick)[:, 0].clamp_(max=weights.shape[1] - 1)
 
@@ -1631,9 +1620,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or try it.")
     option = parser.add_argument
     option("model_dir", help="directory with config.json, *.safetensors and tokenizer.model")
-    option("--prompt", type=readable, help="a text to continue; without it, a chat (Ctrl-D ends it)")
+    option("--prompt", type=readable, help="a text to continue; without it, a chat")
     option("--context", type=readable, default="", help="what a chat is about: its system text")
-    option("--max_new_tokens", type=int, default=256, help="in a chat at most half of the positions")
+    option("--max_new_tokens", type=int, default=256, help="in a chat at most half of what fits")
     option("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     option("--dtype", default="float32", choices=["float32", "bfloat16"])
     try:

@@ -1099,17 +1099,6 @@ def test_no_other_signs_spell_a_control_token_where_the_vocabulary_normalises(to
     assert not {0, 1, 4, 5} & set(ids) and tokenizer.decode(ids[1:]) == "rome<end_of_turn><start_of_turn><start_of_turn>"
 
 
-def test_a_vocabulary_without_unk_lacks_what_it_lacks():
-    class Pieces:
-        def piece_to_id(self, piece):
-            return -1
-
-        def id_to_piece(self, i):
-            raise IndexError(i)
-
-    assert Tokenizer._find(SimpleNamespace(sp=Pieces()), "<end_of_turn>") is None
-
-
 @pytest.mark.parametrize(("ends", "settings", "files", "chat"), [
     (1, {}, (), False), ([1, 5], {}, (), True), ([1, 5, 6], {}, (), False), (5, {}, (), True),
     (1, {"chat_template": "{{ bos_token }}"}, (), True), (1, {}, ("chat_template.jinja",), True), ([1, 6], {}, ("chat_template.jinja",), False),
