@@ -547,7 +547,7 @@ def make_pairs(path, rows, config, helpers, asks, action_labels="gold"):
         questions = helpers.divided("preference_model_config", "writing question", requests)
     data.reject_questions(requests, questions)
     free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
-    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else None
+    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else ()
     for line in data.check_conversations(path, pairs, skipped, len(missing), actions):
         print0(line)
     return pairs
@@ -2354,7 +2354,7 @@ class Client:
             raise InputError(f"{dialect.key_name} {problem}, {expected}")
         self.url = base.rstrip("/") + dialect.path(config.model_id)
         direct = [urllib.request.ProxyHandler({})] if THIS_MACHINE.match(base) else []
-        self.opener = urllib.request.build_opener(NoRedirects, *direct)
+        self.opener = urllib.request.build_opener(Replies, *direct)
         self.cache, self.spent = answer_cache(config.cache_path), threading.Event()
         self.refused = refused_by(self.url, config.model_id)
 
@@ -2458,7 +2458,7 @@ class Client:
         """CallFailed for an HTTP status, with the server's words and the wait that it asks for."""
         report, wait = error.reason, retry_after(error.headers.get("Retry-After", ""))
         with suppress(OSError, http.client.HTTPException, CallFailed, *UNREADABLE), error:
-            report = json.loads(read_reply(error, deadline))
+            report = json.loads(read_reply(error, deadline)) or report
             report = report.get("error") or report
         return self.failure(report, error.code, wait)
 
@@ -2506,11 +2506,21 @@ def read_reply(response, deadline):
     return body
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key on to wherever a redirect points."""
+class Replies(urllib.request.HTTPErrorProcessor):
+    """Passes over what only announces a reply; whatever is no success is an error, redirects too:
+    urllib would send the key on to wherever one points."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, reply):
+        for _ in range(10):
+            if reply.status in (102, 103):
+                reply.headers = None
+                reply.begin()
+        if reply.status // 100 != 2:
+            status, headers = reply.status, reply.headers
+            raise urllib.error.HTTPError(request.full_url, status, reply.reason, headers, reply)
+        return reply
+
+    https_response = http_response
 
 
 class Gemini:
@@ -2595,7 +2605,8 @@ class AnswerCache:
                 key, answer = json.loads(line)
                 if re.fullmatch("[0-9a-f]{64}", key):
                     self.answers[key] = answer + ""
-        if raw.strip() and not self.answers and not raw.startswith(b'["'):
+        first = raw.startswith(b'["') and b"\n" not in raw  # killed while it wrote the first one
+        if raw.strip() and not self.answers and not first:
             raise InputError(f"{path}: not a cache of helper models' answers")
 
     def get(self, key):
@@ -2603,10 +2614,10 @@ class AnswerCache:
 
     def put(self, key, answer):
         with self.lock:
-            self.answers[key] = answer
             try:
                 if self.path:
                     data.append_jsonl(self.path, [[key, answer]])
+                    self.answers[key] = answer
             except InputError as error:  # a full disk: the run saves
                 raise RunStopped(str(error)) from None
 
