@@ -66,13 +66,14 @@ def pairs_of(path, icl_examples=2, seed=0):
 
 def pairs_from(*conversations):
     """All turns of conversations in Vertex's messages form."""
-    rows = [data.parse_conversation(row, f"c:{i}") for i, row in enumerate(conversations)]
+    rows = [data.parse_conversation(row, f"c:{i}", []) for i, row in enumerate(conversations)]
     return data.ACTDataset(rows, CLARIFY, 2).prepare_datasets()
 
 
 def a_pair(action=CLARIFY, chosen="right?", rejected="wrong", target="gold", **values):
     """A pair for Algorithm 2, its sides of one message each."""
-    values = {"context": "", "history": [("user", "hello")], "gold": [("model", "gold?")], **values}
+    values = {"context": "", "gold": [("model", "gold?")], **values}
+    values["messages"] = values.pop("history", [("user", "hello")])
     return Pair(action=action, chosen=[("model", chosen)], rejected=[("model", rejected)], target=target, **values)
 
 

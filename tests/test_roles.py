@@ -10,7 +10,8 @@ from hostile import HOSTILE
 
 import act
 import data
-from data import ANSWER, CLARIFY, ROLES, Pair
+from act import ROLES
+from data import ANSWER, CLARIFY, Pair
 
 ROOT = Path(__file__).parent.parent
 GOLD = [("model", "In which league?"), ("user", "The second."), ("model", "1,234 points")]
@@ -128,14 +129,14 @@ def test_no_message_breaks_out_of_its_place_in_a_prompt(name):
 def test_the_texts_of_messages_can_be_read_back_from_what_is_shown():
     for row in HOSTILE:
         messages = [(m["role"], m["content"]) for m in row["messages"] if m["role"] != "system"]
-        shown = re.split(r"^(?:User|Assistant): ", data.indented(messages), flags=re.MULTILINE)[1:]
+        shown = re.split(r"^(?:User|Assistant): ", act.indented(messages), flags=re.MULTILINE)[1:]
         assert [text.replace("\n  ", "\n").removesuffix("\n") for text in shown] == [text for _, text in messages]
 
 
 def test_of_a_long_message_a_helper_is_shown_the_end():
-    assert data.in_prompt("x" * 20_000) == "x" * 20_000
-    assert data.in_prompt("no" + "x" * 19_999) == "o" + "x" * 19_999
-    assert len(data.indented([("user", "word " * 20_000), ("model", "Which?")])) < 20_100
+    assert act.in_prompt("x" * 20_000) == "x" * 20_000
+    assert act.in_prompt("no" + "x" * 19_999) == "o" + "x" * 19_999
+    assert len(act.indented([("user", "word " * 20_000), ("model", "Which?")])) < 20_100
 
 
 def test_no_rule_knows_the_final_answer():
@@ -155,7 +156,7 @@ def test_no_rule_knows_the_final_answer():
     ("", None), ("yes", None), ("unanswered", None), ("Klären", None), ("?", None),
 ])  # fmt: skip
 def test_action_is_read_from(answer, action):
-    assert data.parse_action(answer) == action
+    assert act.parse_action(answer) == action
 
 
 @pytest.mark.parametrize(("answer", "intent"), [
@@ -167,7 +168,7 @@ def test_action_is_read_from(answer, action):
     ("Here it is:", None), ("\n", None), ("Intent:", None),
 ])  # fmt: skip
 def test_intent_is_read_from(answer, intent):
-    assert data.parse_intent(answer) == intent
+    assert act.parse_intent(answer) == intent
 
 
 @pytest.mark.parametrize(("answer", "reply"), [
@@ -177,7 +178,7 @@ def test_intent_is_read_from(answer, intent):
     ("Assistant: Which?", None), ("", None), ("User:", None), (" \n", None),
 ])  # fmt: skip
 def test_users_reply_is_read_from(answer, reply):
-    assert data.parse_user(answer) == reply
+    assert act.parse_user(answer) == reply
 
 
 @pytest.mark.parametrize(("answer", "question"), [
@@ -187,7 +188,7 @@ def test_users_reply_is_read_from(answer, reply):
     ("It was 42.", None), ("It was 42.\n\nUser: And then?", None), ("Which year", "Which year"), ("", None),
 ])  # fmt: skip
 def test_question_is_read_from_and_no_question_mark_is_made_up(answer, question):
-    assert data.parse_question(answer) == question
+    assert act.parse_question(answer) == question
 
 
 @pytest.mark.parametrize(("answer", "verdict"), [
@@ -198,7 +199,7 @@ def test_question_is_read_from_and_no_question_mark_is_made_up(answer, question)
     ("RIGHT or WRONG", None), ("RIGHT\nWRONG", None), ("", None), ("?", None), ("yes", None), ("Incorrect", None),
 ])  # fmt: skip
 def test_verdict_is_read_from(answer, verdict):
-    assert data.parse_verdict(answer) == verdict
+    assert act.parse_verdict(answer) == verdict
 
 
 @pytest.mark.parametrize(("answer", "verdict"), [
@@ -207,7 +208,7 @@ def test_verdict_is_read_from(answer, verdict):
 ])  # fmt: skip
 def test_verdict_is_read_before_the_next_example_that_a_model_makes_up(answer, verdict):
     """A local checkpoint is not stopped at \"Conversation:\"."""
-    assert data.parse_verdict(answer) == verdict
+    assert act.parse_verdict(answer) == verdict
 
 
 @pytest.mark.parametrize("answer", [
@@ -216,7 +217,7 @@ def test_verdict_is_read_before_the_next_example_that_a_model_makes_up(answer, v
 ])  # fmt: skip
 def test_what_only_looks_like_a_verdict_is_none(answer):
     """A pair stays as it is rather than that the wrong side wins."""
-    assert data.parse_verdict(answer) is None
+    assert act.parse_verdict(answer) is None
 
 
 @pytest.mark.parametrize("role", ROLES.values())
