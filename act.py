@@ -1485,7 +1485,7 @@ class Run(Start):
 def begin(config, overwrite=False, resume=False):
     """Decide about the output directory, read and check the files. Nothing there is changed."""
     device, source = start_processes(), config.policy_model_config.model_path
-    print0(machine())
+    print0(machine(device))
     writes = config.task in WRITES
     checkpoint = on_main(open_output, config, resume, overwrite) if writes else None
     contents = {key: data.read_bytes(path) for key, path in input_files(config).items()}
@@ -1505,12 +1505,17 @@ def begin(config, overwrite=False, resume=False):
     return Start(config, device, checkpoint, state, tokenizer, template, helpers, pairs, validation)
 
 
-def machine():
-    """On what the bits of a run depend, besides its seed."""
-    kind = torch.backends.cpu.get_cpu_capability()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    processes = f"{dist.get_world_size()} processes of {torch.get_num_threads()} threads"
-    return f"{platform.machine()} with {kind}{gpu}, {processes}: on these the bits depend"
+def machine(device):
+    """On what the last bits of a run depend beside its configuration, in a line."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        cpus = Path("/proc/cpuinfo")  # of Linux; on ARM it does not name a model
+        named = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+        name = named[1] if named else platform.machine()
+        kind = f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    processes = f"processes: {dist.get_world_size()}, threads each: {torch.get_num_threads()}"
+    return f"{kind}, {processes}, torch {torch.__version__}: on these the last bits depend"
 
 
 def prompt_format(config, tokenizer):
@@ -2361,7 +2366,7 @@ class Client:
             raise InputError(f"{dialect.key_name} {problem}, {expected}")
         self.url = base.rstrip("/") + dialect.path(config.model_id)
         direct = [urllib.request.ProxyHandler({})] if THIS_MACHINE.match(base) else []
-        self.opener = urllib.request.build_opener(NoRedirects, *direct)
+        self.opener = urllib.request.build_opener(Replies, *direct)
         self.cache, self.spent = answer_cache(config.cache_path), threading.Event()
         self.refused = refused_by(self.url, config.model_id)
 
@@ -2465,7 +2470,7 @@ class Client:
         """CallFailed for an HTTP status, with the server's words and the wait that it asks for."""
         report, wait = error.reason, retry_after(error.headers.get("Retry-After", ""))
         with suppress(OSError, http.client.HTTPException, CallFailed, *UNREADABLE), error:
-            report = json.loads(read_reply(error, deadline))
+            report = json.loads(read_reply(error, deadline)) or report
             report = report.get("error") or report
         return self.failure(report, error.code, wait)
 
@@ -2513,11 +2518,21 @@ def read_reply(response, deadline):
     return body
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key on to wherever a redirect points."""
+class Replies(urllib.request.HTTPErrorProcessor):
+    """Passes over what only announces a reply; whatever is no success is an error, redirects too:
+    urllib would send the key on to wherever one points."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, reply):
+        for _ in range(10):
+            if reply.status in (102, 103):
+                reply.headers = None
+                reply.begin()
+        if reply.status // 100 != 2:
+            status, headers = reply.status, reply.headers
+            raise urllib.error.HTTPError(request.full_url, status, reply.reason, headers, reply)
+        return reply
+
+    https_response = http_response
 
 
 class Gemini:
@@ -2597,22 +2612,26 @@ class AnswerCache:
     def __init__(self, path):
         self.path, self.lock, self.answers = path, threading.Lock(), {}
         raw = data.read_bytes(path) if path and os.path.exists(path) else b""
-        for line in raw.split(b"\n")[:-1]:  # the last one may be half a line
-            try:
+        for line in raw.split(b"\n"):
+            with suppress(*UNREADABLE):  # half a line, which a killed run has left
                 key, answer = json.loads(line)
-                self.answers[key] = answer + ""
-            except (ValueError, TypeError):
-                if line.strip():
-                    raise InputError(f"{path}: not a cache of helper models' answers") from None
+                if re.fullmatch("[0-9a-f]{64}", key):
+                    self.answers[key] = answer + ""
+        first = raw.startswith(b'["') and b"\n" not in raw  # killed while it wrote the first one
+        if raw.strip() and not self.answers and not first:
+            raise InputError(f"{path}: not a cache of helper models' answers")
 
     def get(self, key):
         return self.answers.get(key)
 
     def put(self, key, answer):
         with self.lock:
-            self.answers[key] = answer
-            if self.path:
-                data.append_jsonl(self.path, [[key, answer]])
+            try:
+                if self.path:
+                    data.append_jsonl(self.path, [[key, answer]])
+                    self.answers[key] = answer
+            except InputError as error:  # a full disk: the run saves
+                raise RunStopped(str(error)) from None
 
 
 answer_cache = cache(AnswerCache)  # one for each file, whichever roles share it

@@ -515,15 +515,11 @@ def parse_record(row, where):
     said = said.lstrip("\n")
     if not mark or not SPEAKER_LINE.match(said):
         raise InputError(f"{where}: input_text has no line '[conversation]' and 'User: ' after it")
-    instruction, _, context = f"{head}\n".partition("\n[context]\n")
+    instruction, _, context = head.partition("\n[context]\n")
     pair = pair_of_sides(where, *map(split_messages, (said, chosen, rejected, gold)))
-    return replace(
-        pair,
-        context=context[:-1],
-        action=action,
-        target=split_messages(target)[-1][1],
-        instruction=instruction[1:],
-    )
+    pair.context, pair.instruction = context, instruction[1:]
+    pair.action, pair.target = action, split_messages(target)[-1][1]
+    return pair
 
 
 def vertex_preference(pair):
@@ -604,7 +600,8 @@ def pair_of_sides(where, prompt, chosen, rejected, gold=None):
         if side[0][0] != "model":
             raise InputError(f"{where}: a side does not begin with the assistant's text")
     if not prompt or prompt[-1][0] != "user":
-        raise InputError(f"{where}: what stands before the reply does not end with the user's text")
+        problem = "has no prompt that ends with the user's text before the sides"
+        raise InputError(f"{where}: {problem}; known are {PAIR_FORMS}")
     context = prompt.pop(0)[1] if prompt[0][0] == "system" else ""
     actions = rule_actions([chosen[0][1], rejected[0][1]])
     trajectory = chosen
@@ -753,17 +750,15 @@ def exact_match(predicted, gold, context=""):
     return same, same
 
 
-UNITS = {
-    word: words[0]
-    for words in map(str.split, (
-        "€ eur euro euros", "$ usd dollar dollars", "£ gbp pound pounds", "% percent prozent",
-        "h hour hours stunde stunden", "d day days tag tage tagen", "w week weeks woche wochen",
-        "k thousand tausend", "m million millions mio", "bn billion billions"))
-    for word in words
-}  # fmt: skip
-NUMBER = re.compile(  # unit, sign, digits in groups of three, decimals, unit
-    r"([€$£]|\b(?:eur|usd|gbp)\b)?\s?(?<![\w.,])([-−]?)"
-    r"(\d{1,3}(?:([.,'’\s])\d{3})(?:\4\d{3})*(?!\d)|\d+)(?:[.,](\d+))?\s?([€$£%]|[a-z]+)?"
+UNITS = """€ eur euro euros|$ us$ usd dollar dollars|£ gbp pound pounds|% percent prozent
+    |min minute minutes minuten|h hour hours stunde stunden|day days tag tage tagen|week weeks woche
+    wochen|month months monat monate monaten|year years jahr jahre jahren|g gram grams gramm|kg kilo
+    kilos|mm|cm|m meter meters metre metres|km|ml|l liter liters litre litres"""
+UNITS = {word: words.split()[0] for words in UNITS.split("|") for word in words.split()}
+NUMBER = re.compile(  # sign, unit, sign, digits (perhaps in groups of three), decimals, scale, unit
+    r"(?<![\w.,])([-−]?)(us\$|[€$£]|(?:eur|usd|gbp)\b)?\s?([-−]?)"
+    r"([1-9]\d{0,2}(?:([.,'’\s])\d{3})(?:\5\d{3})*(?!\d)|\d+)(?:[.,](\d+))?"
+    r"\s?(?:(k|thousand|million|billion)\b)?\s?([€$£%]|[a-z]+)?"
 )
 
 
@@ -778,10 +773,11 @@ def number_match(predicted, gold, context=""):
 def quantities(text):
     """How often each (number, unit) stands in a text."""
     found = Counter()
-    for before, sign, whole, _, decimals, after in NUMBER.findall(text.lower()):
+    for sign, before, minus, whole, _, decimals, scale, after in NUMBER.findall(text.lower()):
         digits = re.sub(r"\D", "", whole)
-        number = float(f"{digits}.{decimals or 0}")
-        found[-number if sign else number, UNITS.get(after) or UNITS.get(before)] += 1
+        number = float(f"{digits}.{decimals or 0}") * {"k": 1000, **SCALES}.get(scale, 1)
+        number = round(-number if sign or minus else number, 6)
+        found[number, UNITS.get(after) or UNITS.get(before)] += 1
     return found
 
 
@@ -960,8 +956,8 @@ SLOTS = {  # words that ask for the same kind of thing
     **dict.fromkeys("area country place region where".split(), "place"),
 }
 MARKER = re.compile(r"<[/|]?\w+\s*[/|]?>|&\w+;")  # "</s>", "<|im_end|>", "<br/>", "&nbsp;"
-NOT_SAID = re.compile(r"""(?s)```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w  # code, links
-    |[?？؟](?=["'”’»」』]\s*[a-z,;])""", re.VERBOSE)  # quoted in the middle of a sentence
+NOT_SAID = re.compile(r"""(?isx)```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w|<think.*?
+    (?:</think|\Z)|[?？؟](?=["'”’»」』]\s*(?-i:[a-z,;]))""")  # and what is quoted within a sentence
 QUERY = re.compile(r"(?is)\s*(?:select|with)\b.*\b(?:from|select|where)\b")  # its quotes ask nobody
 SENTENCE_END = re.compile(r"""(?<=[.?؟…])["'”’»)\]*_]*\s+|(?<=[。？])(?![」』”"])|\n""")
 QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
@@ -980,7 +976,7 @@ OPEN = re.compile(r"""(?ix).*\n\Z  # nothing follows; choices; or the user is as
 def is_question(text):
     """Does a reply ask for what it needs to know: by a question, or by a request in English?"""
     text = SQL_QUOTED.sub("''", text) if QUERY.match(text) else text
-    said = NOT_SAID.sub("code", MARKER.sub(" ", text))
+    said = MARKER.sub(" ", NOT_SAID.sub("code", text))
     sentences = [each for each in SENTENCE_END.split(said) if re.search(r"[\w?？؟]", each)]
     for i, (sentence, after) in enumerate(pairwise([*sentences, ""])):
         asked = QUESTION_END.search(sentence[-40:])
@@ -1146,6 +1142,8 @@ def convert_file(name, source, *more):
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         problem = f"is not as {name} is published ({type(error).__name__}: {error})"
         raise InputError(f"{source}: {at} {problem}") from None
+    if not conversations:
+        raise InputError(f"{source}: holds no item, expected at least one")
     write_jsonl(target, conversations)
 
 

@@ -203,6 +203,16 @@ def run_on_ranks(count, folder, *words, patch=None):
 
     patch: called on each before; what they say is collected in folder/log.
     """
+    ranks = start_on_ranks(count, folder, *words, patch=patch)
+    for process in ranks:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in ranks], (folder / "log").read_text()
+
+
+def start_on_ranks(count, folder, *words, patch=None):
+    """The same without waiting for their end: the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -213,11 +223,7 @@ def run_on_ranks(count, folder, *words, patch=None):
     ranks = [SERVER.Process(target=one_rank, args=(rank, count, port, log, words, patch)) for rank in range(count)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-    return [process.exitcode for process in ranks], log.read_text()
+    return ranks
 
 
 def one_rank(rank, count, port, log, words, patch):

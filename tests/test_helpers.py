@@ -1,11 +1,13 @@
 """Helper models: two servers' APIs played by a local one that misbehaves, a local Gemma, who plays which role."""
 
+import email.utils
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import struct
 import threading
@@ -15,30 +17,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from common import error_of, rows_of, run, run_config, run_on_ranks, start_on_ranks
 
 import act
 import data
-from act import Config, PolicyModelConfig
-from data import ANSWER, CLARIFY, ROLES, InputError, Pair
+from act import ROLES, Config, PolicyModelConfig
+from data import ANSWER, CLARIFY, InputError, Pair
 from gemma import Gemma, GemmaConfig, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 KEY, OTHER_KEY = "AIza-not-a-real-key_0123456789", "sk-not-a-real-key_9876543210"  # Google's and OpenAI's
-CLIENTS = {"gemini": act.GeminiClient, "openai": act.OpenAIClient}
+STOP = ("\nUser:",)
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    """Both keys, no proxy before the local server, waits that a test can sit out, counters at zero."""
+def surroundings(monkeypatch, one_process):
+    """Both keys, waits that a test can sit out, nothing learnt from another test, and a proxy that leads nowhere.
+
+    To this machine, where the servers of these tests are, a key never goes through a proxy.
+    """
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_KEY", OTHER_KEY)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr(act, "FIRST_WAIT", 0.01)
-    act.HELPER_COUNTS.clear()
+    act.answer_cache.cache_clear()
+    act.refused_by.cache_clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,29 +66,39 @@ def failure_with(message, **error):
     return {"error": {"message": message, **error}}
 
 
-RETRY_INFO = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34s"}]
 ECHO = "API key [KEY] is not valid.\nPass a valid one."  # some servers put the key into what they say
 THOUGHT = {"text": "hm", "thought": True}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 REPLIES = {  # name -> (status, headers, JSON)
     "429": (429, {}, failure_with("quota exceeded")),
     "429 with Retry-After": (429, {"Retry-After": "7"}, failure_with("quota exceeded")),
-    "429 with RetryInfo": (429, {}, failure_with("quota exceeded", details=RETRY_INFO)),
     "429 for an hour": (429, {"Retry-After": "3600"}, failure_with("quota exceeded")),
     "429 until a date": (429, {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}, ["not an error object"]),
+    "429 until a date gone by": (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, failure_with("slow")),
+    "429 until no date": (429, {"Retry-After": "Wed, 99 Oct 2037 99:28:00 +9999999"}, failure_with("slow")),
     "429 for 400 digits": (429, {"Retry-After": "9" * 400}, failure_with("quota exceeded", details="soon")),
-    "429 with a list": (429, {}, failure_with("quota exceeded", details=[{"retryDelay": ["a"]}])),
     "500": (500, {}, failure_with("internal")),
     "503": (503, {}, "overloaded"),
     "400": (400, {}, failure_with(ECHO)),
+    "400 for its length": (400, {}, failure_with("'max_tokens' and the prompt exceed the context size", param=["max_tokens"])),
+    "413": (413, {}, failure_with("too large")),
+    "422": (422, {}, {"detail": [{"msg": "field required"}]}),
     "401": (401, {}, failure_with("no credentials")),
+    "401 in a list": (401, {}, [failure_with("no credentials")]),
+    "402": (402, {}, failure_with("pay first")),
     "403": (403, {}, failure_with(ECHO)),
     "404": (404, {}, failure_with("models/nobody is not found")),
     "404 as Ollama says it": (404, {}, {"error": 'model "nobody" not found'}),
+    "404 as vLLM said it": (404, {}, {"object": "error", "message": "The model `nobody` does not exist.", "code": 404}),
+    "used-up quota": (429, {}, failure_with("You exceeded your current quota", code="insufficient_quota")),
     "redirect": (302, {"Location": "http://127.0.0.1:9/elsewhere"}, {}),
     "odd redirect": (302, {"Location": "http://[::1/elsewhere"}, {}),
     "list": (200, {}, []),
     "empty object": (200, {}, {}),
+    "200 with an error": (200, {}, failure_with("Rate limit exceeded", code=429)),
+    "200 with an error in words": (200, {}, {"error": "the model crashed"}),
+    "200 with a refusal": (200, {}, failure_with("bad prompt", code=400)),
+    "200 without credit": (200, {}, failure_with("Insufficient credits", code=402)),
 }
 REPLIES_OF = {  # dialect -> name -> JSON
     "gemini": {
@@ -103,7 +120,9 @@ REPLIES_OF = {  # dialect -> name -> JSON
     "openai": {
         "odd choices": {"choices": {"text": "no list"}},
         "a text in place of a message": {"choices": [{"message": "hi", "finish_reason": "stop"}]},
-        "a list of contents": openai_reply([{"type": "text", "text": "hi"}]),
+        "a list of parts": openai_reply([{"type": "thinking", "thinking": [{"text": "hm"}]},
+                                         {"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]),
+        "a list of texts": openai_reply(["hi"]),
         "a number for content": openai_reply(42),
         "no choices": {"choices": []},
         "null for choices": {"choices": None},
@@ -116,8 +135,12 @@ REPLIES_OF = {  # dialect -> name -> JSON
         "empty text": openai_reply(""),
         "blank text": openai_reply(" \n"),
         "length": openai_reply("cut off", "length"),
+        "eos_token": openai_reply("another maker's word for its end", "eos_token"),
+        "an error in the choice": {"choices": [{"error": {"code": 502, "message": "Provider returned error"},
+                                                "message": {"role": "assistant", "content": ""}}]},
         "null for finish_reason": openai_reply("as old servers say it", None),
         "reasoning": openai_reply("done", reasoning_content="hm"),
+        "null and reasoning": openai_reply(None, "length", reasoning_content="hm"),
         "no finish_reason": {"choices": [{"message": {"content": "bare"}}]},
         "half a character": openai_reply("odd \ud83d end"),
         "key in the answer": openai_reply("your key is [KEY]"),
@@ -148,13 +171,6 @@ DRIPPED = {  # name -> (what comes first, what then comes, one byte at a time)
     "dripping body": (OK + b"Content-Length: 100000\r\n\r\n", b" "),
     "dripping body of an error": (b"HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\n", b" "),
     "dripping chunks": (CHUNKED, b"1\r\nx\r\n"),
-    "dripping chunk length": (CHUNKED, b"0"),
-    "dripping headers": (OK, b"X-Drip: x\r\n"),
-    "dripping status line": (b"", b"HTTP/1.1"),
-}
-FLOODS = {  # name -> (what comes first, what then comes without end); none of it need be kept
-    "endless trailers": (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000),
-    "endless preliminaries": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
 }
 
 
@@ -166,14 +182,14 @@ class Handler(BaseHTTPRequestHandler):
         self.key = headers.get("x-goog-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         with self.server.lock:
             self.server.requests.append((self.path, headers, body))
-            behaviour = self.server.script.pop(0) if self.server.script else "good"
+            behaviour = self.server.script.pop(0) if self.server.script else self.server.always
         time.sleep(self.server.delay)
         reply_with = gemini_reply if dialect == "gemini" else openai_reply
         if behaviour == "good":
-            text = self.server.answer(prompt_in(body))  # None: blocked
-            behaviour = behaviour if text else "blocked prompt"
+            text = self.server.answer(prompt_in(body))  # None: as `instead` says
+            behaviour = behaviour if text else self.server.instead
         if behaviour == "hang":
-            self.server.over.wait(5)
+            self.server.over.wait(20)
         elif behaviour == "reset":  # closed with a reset instead of an end
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
@@ -183,6 +199,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, {"Content-Length": "1000"}, json.dumps(reply_with("half")).encode())
         elif behaviour == "invalid JSON":
             self.send(200, {}, b'{"candidates": [{"content": ')
+        elif behaviour == "stream":
+            lines = [{"choices": [{"delta": {"content": "hi"}}]}, "[DONE]"]
+            self.send(200, {}, "".join(f"data: {json.dumps(line)}\n\n" for line in lines).encode())
+        elif behaviour == "early hints":
+            self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n")
+            self.send(200, {}, json.dumps(reply_with("after all")).encode())
+        elif isinstance(behaviour, dict):  # parameters that are refused, with what is said about them
+            named = next((name for name in behaviour if name in body), None)
+            reply = failure_with(behaviour[named], param=named) if named else reply_with("at last")
+            self.send(400 if named else 200, {}, json.dumps(reply).encode())
         elif behaviour == "not UTF-8":
             self.send(200, {}, json.dumps(reply_with("half")).encode("utf-16")[:-1])
         elif behaviour == "not HTTP":
@@ -191,9 +217,6 @@ class Handler(BaseHTTPRequestHandler):
             status, headers, piece, times = POURED[behaviour]
             self.send(status, headers, b"") if status else self.wfile.write(headers)
             self.pour(piece, times)
-        elif behaviour in FLOODS:
-            self.wfile.write(FLOODS[behaviour][0])
-            self.pour(FLOODS[behaviour][1], None)
         elif behaviour in DRIPPED:
             self.wfile.write(DRIPPED[behaviour][0])
             while not self.server.over.is_set():
@@ -237,7 +260,8 @@ def prompt_in(body):
 def a_server():
     server = Server(("127.0.0.1", 0), Handler)
     server.lock, server.over = threading.Lock(), threading.Event()
-    server.requests, server.script, server.delay, server.poured = [], [], 0.0, 0
+    server.requests, server.script, server.always = [], [], "good"
+    server.delay, server.poured, server.instead = 0.0, 0, "blocked prompt"
     server.answer = lambda prompt: f"answer to {prompt}"
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.004,), daemon=True).start()
@@ -256,32 +280,37 @@ def configured(server, tmp_path):
 
     def make(**changes):
         address = server.address + "/v1" * (changes.get("backend") == "openai")
-        fields = {"model_id": "a-model", "base_url": address, "cache_path": str(tmp_path / "cache.sqlite")}
+        fields = {"model_id": "a-model", "base_url": address, "cache_path": str(tmp_path / "cache.jsonl")}
         return act.HelperConfig(**{**fields, "timeout": 5.0, **changes})
 
     return make
 
 
-@pytest.fixture(params=CLIENTS)
+@pytest.fixture(params=act.DIALECTS)
 def dialect(request):
     return request.param
+
+
+def as_it_is(answer):
+    """A role's reading of an answer that finds all of them useful."""
+    return answer
+
+
+def client(config, understood=as_it_is):
+    """What asks the server of this configuration: prompts in, answers out."""
+    return act.Client(config, act.DIALECTS[act.backend_of(config)], STOP, understood)
 
 
 @pytest.fixture
 def client_of(dialect, configured):
     """A client that speaks to the server in this dialect."""
-    return lambda **changes: CLIENTS[dialect](configured(backend=dialect, **changes), ("\nUser:",))
+    return lambda understood=as_it_is, **changes: client(configured(backend=dialect, **changes), understood)
 
 
 def in_each(names):
     """Parameters (dialect, behaviour) from {dialect: names of behaviours}."""
     cases = [(dialect, name) for dialect, of_dialect in names.items() for name in of_dialect]
     return pytest.mark.parametrize(("dialect", "behaviour"), cases, indirect=["dialect"])
-
-
-def counts(**expected):
-    """The counters that are not zero."""
-    return expected == {name: number for name, number in act.HELPER_COUNTS.items() if number}
 
 
 def line_of(raised):
@@ -294,38 +323,63 @@ def line_of(raised):
 # What each misbehaviour leads to
 
 AGAIN = (
-    "429", "429 with RetryInfo", "429 until a date", "429 for 400 digits", "429 with a list", "500", "503", "reset",
-    "hang up", "hang", "half an answer", "invalid JSON", "not UTF-8", "not HTTP", "list", "odd redirect",
+    "429", "429 until a date", "429 until no date", "429 for 400 digits", "500", "503", "reset", "hang up", "hang",
+    "half an answer", "invalid JSON", "not UTF-8", "not HTTP", "list", "200 with an error",
+    "200 with an error in words",
 )  # fmt: skip
 AGAIN = {
     "gemini": (*AGAIN, "odd candidates", "null for a text"),
-    "openai": (*AGAIN, "odd choices", "a text in place of a message", "a list of contents", "a number for content"),
+    "openai": (*AGAIN, "odd choices", "a text in place of a message", "a list of texts", "a number for content",
+               "an error in the choice"),
+}  # fmt: skip
+ALONE = {  # this prompt has no answer, others may
+    **dict.fromkeys(("400", "400 for its length", "413", "422", "stream", "200 with a refusal")),
 }
 EMPTY = {
     "gemini": (
-        "no candidates", "empty object", "blocked prompt", "SAFETY", "RECITATION", "empty text", "blank text",
+        *ALONE, "no candidates", "empty object", "blocked prompt", "SAFETY", "RECITATION", "empty text", "blank text",
         "all thought", "key in the reason",
     ),
     "openai": (
-        "no choices", "null for choices", "empty object", "no message", "blocked prompt", "refusal", "tool calls",
+        *ALONE, "no choices", "null for choices", "empty object", "no message", "blocked prompt", "refusal", "tool calls",
         "tool calls that claim to stop", "all reasoning", "empty text", "blank text", "key in the reason",
+        "null and reasoning",
     ),
 }  # fmt: skip
 ANSWERED = {
     "gemini": {"MAX_TOKENS": "cut off", "parts": "two parts"},
     "openai": {
         "length": "cut off", "null for finish_reason": "as old servers say it", "reasoning": "done",
-        "no finish_reason": "bare",
+        "no finish_reason": "bare", "eos_token": "another maker's word for its end", "a list of parts": "two parts",
     },
 }  # fmt: skip
 for of_dialect in ANSWERED.values():
     of_dialect.update({"half a character": "odd ? end", "key in the answer": "your key is [key]"})
-FATAL = {
-    "400": "a-model: HTTP 400: API key [key] is not valid. Pass a valid one.",
-    "401": "a-model: HTTP 401: no credentials",
-    "403": "a-model: HTTP 403: API key [key] is not valid. Pass a valid one.",
-    "404": "a-model: HTTP 404: models/nobody is not found",
-    "redirect": "a-model: HTTP 302: Found",
+    of_dialect.update({"early hints": "after all"})
+FATAL = {  # what no call can get around: the server's words
+    "401": "HTTP 401: no credentials",
+    "401 in a list": "HTTP 401: [{'error': {'message': 'no credentials'}}]",
+    "402": "HTTP 402: pay first",
+    "403": "HTTP 403: API key [key] is not valid. Pass a valid one.",
+    "404": "HTTP 404: models/nobody is not found",
+    "404 as Ollama says it": 'HTTP 404: model "nobody" not found',
+    "404 as vLLM said it": "HTTP 404: The model `nobody` does not exist.",
+    "used-up quota": "HTTP 429: You exceeded your current quota",
+    "200 without credit": "HTTP 200: Insufficient credits",
+    **dict.fromkeys(("redirect", "odd redirect"), "HTTP 302: Found"),
+}
+WHY = {  # behaviour -> what is said of the call that had no answer
+    "stream": "its reply is streamed, expected one JSON object",
+    "200 with an error": "HTTP 200: Rate limit exceeded",
+    "an error in the choice": "HTTP 200: Provider returned error",
+    "400": "HTTP 400: API key [key] is not valid. Pass a valid one.",
+    "422": "HTTP 422: {'detail': [{'msg': 'field required'}]}",
+    "tool calls": "no text (finish_reason tool_calls)",
+    "all thought": "no text (finishReason MAX_TOKENS) (its reasoning was cut off: a larger max_new_tokens may do)",
+    "all reasoning": "no text (finish_reason length) (its reasoning was cut off: a larger max_new_tokens may do)",
+    "null and reasoning": "no text (finish_reason length) (its reasoning was cut off: a larger max_new_tokens may do)",
+    "invalid JSON": "its reply is not the JSON of an answer",
+    "half an answer": "its reply breaks off",
 }
 
 
@@ -333,63 +387,52 @@ FATAL = {
 def test_what_may_pass_is_tried_again(monkeypatch, server, client_of, behaviour):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     server.script = [behaviour]
-    client = client_of(timeout=0.25 if behaviour == "hang" else 5.0)
-    assert client(["p"]) == ["answer to p"]
-    assert len(server.requests) == 2 and counts(asked=1, retried=1)
+    ask = client_of(timeout=0.25 if behaviour == "hang" else 5.0)
+    assert ask(["p"]) == ["answer to p"] and len(server.requests) == 2
 
 
 @in_each(AGAIN)
 def test_what_does_not_pass_is_given_up_and_not_stored(monkeypatch, server, client_of, behaviour):
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     server.script = [behaviour] * 3
-    client = client_of(timeout=0.1 if behaviour == "hang" else 5.0, max_retries=2)
-    assert client(["p"]) == [None]
-    assert len(server.requests) == 3 and counts(asked=1, retried=2, failed=1)
+    ask = client_of(timeout=0.1 if behaviour == "hang" else 5.0, max_retries=2)
+    assert ask(["p"]) == [None] and len(server.requests) == 3
+    assert ask.why == WHY.get(behaviour, ask.why)
     assert client_of()(["p"]) == ["answer to p"], "it was not taken for an answer"
 
 
-def test_a_refused_connection_is_tried_again_and_given_up(client_of):
+def test_a_server_that_is_gone_for_a_while_is_tried_again(monkeypatch, server, client_of):
+    """A server that is started anew in the night must not end the run."""
+    monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        client = client_of(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}", max_retries=2)
-        assert client(["p"]) == [None]
-    assert counts(asked=1, retried=2, failed=1)
+        ask = client_of(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}", max_retries=2)
+        waits = []
+        monkeypatch.setattr(ask.spent, "wait", waits.append)
+        assert ask(["p"]) == [None] and len(waits) == 2 and "Connection refused" in ask.why
 
 
 @in_each(EMPTY)
-def test_a_blocked_or_empty_answer_is_none_at_once_and_not_stored(server, client_of, behaviour):
+def test_a_prompt_without_an_answer_fails_alone_at_once_and_is_not_stored(server, client_of, behaviour):
     server.script = [behaviour]
-    client = client_of()
-    assert client(["p"]) == [None]
-    assert len(server.requests) == 1 and counts(asked=1, blocked=1)
-    assert client(["p"]) == ["answer to p"]
+    ask = client_of(concurrency=1)
+    assert ask(["p", "q"]) == [None, "answer to q"] and len(server.requests) == 2
+    assert ask.why == WHY.get(behaviour, ask.why)
+    assert ask(["p"]) == ["answer to p"]
 
 
 @in_each(ANSWERED)
 def test_unusual_answers_are_answers(server, client_of, dialect, behaviour):
     server.script = [behaviour]
-    assert client_of()(["p"]) == [ANSWERED[dialect][behaviour]]
-    assert counts(asked=1)
+    assert client_of()(["p"]) == [ANSWERED[dialect][behaviour]] and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("behaviour", FATAL)
-def test_a_refused_request_stops_at_once(server, client_of, behaviour):
+def test_what_refuses_all_calls_stops_the_run_at_once_with_the_servers_words(server, client_of, behaviour):
     server.script = [behaviour] * 3
-    client = client_of(concurrency=1)
-    with pytest.raises(act.HelperError) as raised:
-        client(["p", "q", "r"])
-    assert line_of(raised) == FATAL[behaviour]
-    with pytest.raises(act.HelperError) as raised:
-        client(["s"])
-    assert line_of(raised) == FATAL[behaviour], "and stays so"
-    assert len(server.requests) == 1
-
-
-def test_an_error_that_is_a_text_is_shown(server, client_of):
-    server.script = ["404 as Ollama says it"]
-    with pytest.raises(act.HelperError) as raised:
-        client_of()(["p"])
-    assert line_of(raised) == 'a-model: HTTP 404: model "nobody" not found'
+    with pytest.raises(act.RunStopped) as raised:
+        client_of(concurrency=1)(["p", "q", "r"])
+    assert line_of(raised) == f"a-model: {FATAL[behaviour]}" and len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -397,8 +440,10 @@ def test_an_error_that_is_a_text_is_shown(server, client_of):
     [
         ("500", [1, 2, 4, 8, 16, 32, 60, 60]),
         ("429 with Retry-After", [8, 9, 11, 15, 23, 39, 60, 60]),
-        ("429 with RetryInfo", [35, 36, 38, 42, 50, 60, 60, 60]),
         ("429 for an hour", [60] * 8),
+        ("429 until a date", [60] * 8),
+        ("429 until a date gone by", [1, 2, 4, 8, 16, 32, 60, 60]),
+        ("429 until no date", [1, 2, 4, 8, 16, 32, 60, 60]),
         ("429 for 400 digits", [1, 2, 4, 8, 16, 32, 60, 60]),
     ],
 )
@@ -408,50 +453,77 @@ def test_waits_double_and_begin_when_the_server_says_so(monkeypatch, server, cli
     monkeypatch.setattr(act, "FIRST_WAIT", 1.0)
     monkeypatch.setattr(random, "uniform", lambda low, high: drawn.append((low, high)) or high)
     server.script = [behaviour] * 8
-    client = client_of(max_retries=8)
-    client.spent.wait = waited.append
-    assert client(["p"]) == ["answer to p"]
+    ask = client_of(max_retries=8)
+    ask.spent.wait = waited.append
+    assert ask(["p"]) == ["answer to p"]
     assert waited == waits and drawn == [(0, 2**i) for i in range(8)]
 
 
-def test_failures_in_a_row_stop_the_run_and_a_success_between_them_does_not(server, client_of):
-    server.script = ["503", "blocked prompt", "good", "503", "empty text", "503", "good"]
-    client = client_of(concurrency=1, max_retries=0, max_failures=3)
-    with pytest.raises(act.HelperError) as raised:
-        client(["a", "b", "c", "d", "e", "f", "g"])
-    why = "HTTP 503: Service Unavailable"
-    assert line_of(raised) == f"3 requests to a-model in a row failed, the last one with: {why}"
-    assert len(server.requests) == 6 and act.HELPER_COUNTS["failed"] == 3 and act.HELPER_COUNTS["blocked"] == 2
-    assert client_of()(["c"]) == ["answer to c"]
-    assert len(server.requests) == 6, "what was answered before is kept"
+def test_a_date_says_how_long_to_wait():
+    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 25 < act.retry_after(soon) <= 30
 
 
 def test_after_the_stop_nothing_waits_for_calls_that_would_be_tried_again(monkeypatch, server, client_of):
     monkeypatch.setattr(act, "FIRST_WAIT", 30.0)
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
-    server.script = ["503"] * 7 + ["400"]
+    server.script = ["503"] * 7 + ["401"]
     began = time.monotonic()
-    with pytest.raises(act.HelperError):
+    with pytest.raises(act.RunStopped):
         client_of(concurrency=8)([f"{i}" for i in range(8)])
     assert time.monotonic() - began < 5
 
 
-def test_after_ctrl_c_no_call_is_tried_again(monkeypatch, server, client_of):
-    """Once is enough: a run that has been asked to stop does not sit through retries."""
-    server.script = ["503"] * 9
-    client = client_of(concurrency=1, max_retries=8)
-    monkeypatch.setattr(client.spent, "wait", lambda seconds: act.ASKED.append(2))
+def test_a_run_that_is_asked_to_stop_waits_for_no_call_in_flight_nor_tries_one_again(monkeypatch, server, client_of):
+    """Ctrl-C or SIGTERM while a helper hangs."""
     monkeypatch.setattr(act, "ASKED", [])
-    with pytest.raises(act.HelperError, match="interrupted"):
-        client(["p", "q"])
-    assert len(server.requests) == 1
+    server.script = ["503", "hang"]
+    ask, began = client_of(concurrency=2), time.monotonic()
+    monkeypatch.setattr(ask.spent, "wait", lambda seconds: act.ASKED.append(15))
+    with pytest.raises(act.RunStopped, match="^interrupted$"):
+        ask(["p", "q", "r"])
+    assert time.monotonic() - began < 4 and len(server.requests) <= 3
 
 
-def test_after_the_stop_nothing_waits_for_calls_in_flight(server, client_of):
-    server.script, began = ["hang", "400"], time.monotonic()
-    with pytest.raises(act.HelperError):
-        client_of(concurrency=2)(["a", "b"])
-    assert time.monotonic() - began < 2.5
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameters that a server does not take
+
+
+@pytest.mark.parametrize(("refused", "sent"), [
+    ({"max_tokens": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."},
+     {"temperature", "stop", "max_completion_tokens"}),
+    ({"temperature": "Only the default (1) value is supported."}, {"max_tokens", "stop"}),
+    ({"stop": "'stop' is not supported with this model."}, {"max_tokens", "temperature"}),
+    ({"max_tokens": "no max_tokens", "temperature": "no temperature", "stop": "no stop"}, {"max_completion_tokens"}),
+])  # fmt: skip
+def test_a_parameter_that_a_server_refuses_is_renamed_or_dropped_once_and_that_is_said(
+    server, configured, capsys, refused, sent
+):
+    server.always = refused
+    config = configured(backend="openai", max_new_tokens=9, concurrency=1)
+    assert client(config)(["p", "q"]) == ["at last"] * 2
+    assert len(server.requests) == len(refused) + 2, "one more call for each"
+    assert client(replace(config, concurrency=2))(["r", "p"]) == ["at last"] * 2
+    assert len(server.requests) == len(refused) + 3, "another role knows, and the cache asks no more"
+    assert {*server.requests[-1][2]} == {"model", "messages", *sent}
+    assert server.requests[-1][2].get("max_completion_tokens", 9) == 9
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(refused)
+    for name in refused:
+        line = f"{server.address}/v1/chat/completions: going on without {name!r}, which it refuses (HTTP 400: {refused[name]}"
+        assert any(each.startswith(line) for each in said)
+
+
+def test_a_parameter_is_dropped_for_a_400_alone_and_not_for_a_prompt_that_is_too_long(server, configured, capsys):
+    server.script = ["400 for its length", "422", "400"]
+    assert client(configured(backend="openai", concurrency=1))(["a", "b", "c", "d"]) == [None] * 3 + ["answer to d"]
+    assert capsys.readouterr().out == "" and {*server.requests[-1][2]} >= {"max_tokens", "temperature", "stop"}
+
+
+def test_a_parameter_that_is_refused_by_every_name_fails(server, configured):
+    server.always = {"max_tokens": "no max_tokens", "max_completion_tokens": "no max_completion_tokens either"}
+    ask = client(configured(backend="openai"))
+    assert ask(["p"]) == [None] and len(server.requests) == 2 and "either" in ask.why
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -477,19 +549,14 @@ def in_time(work, seconds=3.0):
     return result[0]
 
 
-@pytest.mark.parametrize("behaviour", [*POURED, *DRIPPED, *FLOODS])
+@pytest.mark.parametrize("behaviour", [*POURED, *DRIPPED])
 def test_a_reply_without_bounds_is_a_failed_call(server, client_of, behaviour):
-    """None at first, then the end of the run in one line; no thread is left for which the process would wait."""
-    server.script, before = [behaviour] * 2, set(threading.enumerate())
-    client = client_of(timeout=5.0 if behaviour in POURED else 0.1, max_retries=0, max_failures=2)
-    assert in_time(lambda: client(["p"])) == [None]
-    assert counts(asked=1, failed=1)
-    with pytest.raises(act.HelperError) as raised:
-        in_time(lambda: client(["q"]))
-    assert line_of(raised).startswith("2 requests to a-model in a row failed, the last one with: ")
-    assert len(server.requests) == 2 and client.cache.get(client.cache_key("p")) is None
-    if behaviour not in FLOODS:
-        assert server.poured < 2 * 20_000_000, "what is read is bounded, and so is what is kept of it"
+    """No thread is left for which the process would wait."""
+    server.script, before = [behaviour], set(threading.enumerate())
+    ask = client_of(timeout=5.0 if behaviour in POURED else 0.1, max_retries=0)
+    assert in_time(lambda: ask(["p"])) == [None] and ask.why
+    assert len(server.requests) == 1 and ask.cache.get(ask.cache_key("p")) is None
+    assert server.poured < 20_000_000, "what is read is bounded, and so is what is kept of it"
     deadline = time.monotonic() + 2
     while any(not thread.daemon for thread in set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -500,7 +567,7 @@ def test_answers_up_to_the_bound_are_read_whole(server, client_of):
     server.answer = lambda prompt: "é" * 600_000  # 3.6 MB of JSON
     assert client_of()(["p"]) == ["é" * 600_000]
     server.answer = lambda prompt: "é" * 700_000
-    assert client_of(max_retries=0)(["q"]) == [None] and counts(asked=2, failed=1)
+    assert client_of(max_retries=0)(["q"]) == [None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -511,24 +578,20 @@ def test_the_key_is_nowhere_but_in_its_header(monkeypatch, server, client_of, di
     monkeypatch.setattr(act, "LONGEST_WAIT", 0.01)
     key, header = {"gemini": (KEY, ("x-goog-api-key", KEY)),
                    "openai": (OTHER_KEY, ("authorization", f"Bearer {OTHER_KEY}"))}[dialect]  # fmt: skip
-    server.script = ["key in the answer", "key in the reason", "not HTTP"]
-    errors = []
-    for behaviour, prompts in [("good", ["a", "b", "c"]), ("400", ["d"]), ("403", ["e"]), ("key in the reason", ["f"])]:
-        server.script.append(behaviour)
-        client = client_of(concurrency=1, max_retries=1, max_failures=1 if prompts == ["f"] else 20)
-        try:
-            assert key not in repr(client(prompts))
-        except act.HelperError as error:
-            errors.append(error)
-    assert len(errors) == 3
-    for error in errors:
-        while error:
-            assert key not in "".join(traceback.format_exception(error)) + repr(error.args)
-            error = error.__cause__ or error.__context__
+    server.script = ["key in the answer", "key in the reason", "not HTTP", "good", "good", "400", "403"]
+    ask = client_of(concurrency=1, max_retries=1)
+    for prompt in "abcde":
+        assert key not in repr(ask([prompt])) + ask.why
+    with pytest.raises(act.RunStopped) as raised:
+        ask(["f"])
+    error = raised.value
+    while error:
+        assert key not in "".join(traceback.format_exception(error)) + repr(error.args)
+        error = error.__cause__ or error.__context__
     for path, headers, body in server.requests:
         assert headers.pop(header[0]) == header[1] and key not in path + json.dumps([headers, body])
     assert all(key.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert (tmp_path / "cache.sqlite").stat().st_size > 0
+    assert (tmp_path / "cache.jsonl").stat().st_size > 0
     said = capfd.readouterr()
     assert key not in said.out + said.err + caplog.text
 
@@ -537,8 +600,8 @@ COMMON_HEADERS = {"accept-encoding", "connection", "content-length", "content-ty
 
 
 def test_nothing_of_one_dialect_is_in_a_request_of_the_other(server, configured):
-    for dialect, client in CLIENTS.items():
-        assert client(configured(backend=dialect), ("\nUser:",))([dialect]) == [f"answer to {dialect}"]
+    for dialect in ("gemini", "openai"):
+        assert client(configured(backend=dialect))([dialect]) == [f"answer to {dialect}"]
     google, openai = server.requests
     assert set(google[1]) == {*COMMON_HEADERS, "x-goog-api-key"} and OTHER_KEY not in json.dumps(google)
     assert set(google[2]) == {"contents", "generationConfig", "safetySettings"}
@@ -548,6 +611,7 @@ def test_nothing_of_one_dialect_is_in_a_request_of_the_other(server, configured)
 
 
 ODD_KEYS = "two words", "line\nbreak", "schlüssel"
+HOMES = {"gemini": "https://generativelanguage.googleapis.com", "openai": "https://api.openai.com/v1"}
 
 
 @pytest.mark.parametrize("key", [None, "", "  ", *ODD_KEYS])
@@ -564,16 +628,16 @@ def test_a_missing_or_odd_key_is_an_error_before_any_call(monkeypatch, server, c
         [(path, headers, _)] = server.requests
         assert path == "/v1/chat/completions" and set(headers) == COMMON_HEADERS
         return
-    with pytest.raises(InputError, match=f"^{name} .*'a-model'$") as raised:
+    with pytest.raises(InputError, match=f"^{name} .*'a-model' at http") as raised:
         client_of(**changes)
+    assert local or str(raised.value).endswith(HOMES[dialect]), "it says where the conversations would go"
     assert not key or not key.strip() or key not in str(raised.value)
     assert server.requests == []
 
 
 def test_where_no_address_is_given_the_key_goes_to_whom_it_belongs(client_of, dialect):
-    urls = {"gemini": "https://generativelanguage.googleapis.com/v1beta/models/a-model:generateContent",
-            "openai": "https://api.openai.com/v1/chat/completions"}  # fmt: skip
-    assert client_of(base_url="").url == urls[dialect]
+    ends = {"gemini": "/v1beta/models/a-model:generateContent", "openai": "/chat/completions"}
+    assert client_of(base_url="").url == HOMES[dialect] + ends[dialect]
 
 
 ODD_URLS = (
@@ -590,7 +654,7 @@ def test_an_odd_address_is_an_error_that_does_not_repeat_it(client_of, url):
 
 
 def test_googles_request_has_the_documented_form(server, configured):
-    act.GeminiClient(configured(temperature=0.5, max_new_tokens=9), ("\nUser:",))(["Grüße 😀"])
+    client(configured(temperature=0.5, max_new_tokens=9))(["Grüße 😀"])
     [(path, headers, body)] = server.requests
     assert path == "/v1beta/models/a-model:generateContent" and headers["content-type"] == "application/json"
     assert body.pop("contents") == [{"role": "user", "parts": [{"text": "Grüße 😀"}]}]
@@ -601,8 +665,9 @@ def test_googles_request_has_the_documented_form(server, configured):
 
 @pytest.mark.parametrize("end", ["", "/"])
 def test_openais_request_has_the_documented_form(server, configured, end):
-    config = configured(temperature=0.5, max_new_tokens=9, model_id="org/a model:8b", base_url=f"{server.address}{end}")
-    act.OpenAIClient(config, ("\nUser:",))(["Grüße 😀"])
+    config = configured(backend="openai", temperature=0.5, max_new_tokens=9, model_id="org/a model:8b",
+                        base_url=f"{server.address}{end}")  # fmt: skip
+    client(config)(["Grüße 😀"])
     [(path, headers, body)] = server.requests
     assert path == "/chat/completions" and headers["content-type"] == "application/json"
     sampling = {"temperature": 0.5, "max_tokens": 9, "stop": ["\nUser:"]}
@@ -611,15 +676,23 @@ def test_openais_request_has_the_documented_form(server, configured, end):
 
 def test_an_answer_is_paid_once_in_this_process(server, client_of):
     assert client_of()(["a", "b", "a", "a"]) == [f"answer to {each}" for each in "abaa"]
-    assert len(server.requests) == 2 and counts(asked=2)
-    assert client_of()(["b", "a"]) == ["answer to b", "answer to a"] and counts(asked=2, cached=2)
-    assert len(server.requests) == 2
+    assert client_of()(["b", "a"]) == ["answer to b", "answer to a"] and len(server.requests) == 2
 
 
 def test_an_answer_is_paid_once_in_the_next_process_too(server, configured):
-    act.GeminiClient(configured())(["a"])
+    server.answer = lambda prompt: "Grüße\n\u2028 \u0085\x1c"
+    client(configured())(["a"])
     act.answer_cache.cache_clear()  # what a new process begins with: only the file is left
-    assert act.GeminiClient(configured())(["a"]) == ["answer to a"] and len(server.requests) == 1
+    assert client(configured())(["a"]) == ["Grüße\n\u2028 \u0085\x1c"] and len(server.requests) == 1
+
+
+def test_only_an_answer_that_can_be_used_is_kept(server, client_of):
+    """A server that is mended is asked again."""
+    server.answer = lambda prompt: "<think>hm"
+    assert client_of(act.without_reasoning)(["a"]) == ["<think>hm"]
+    server.answer = lambda prompt: "fine"
+    for _ in range(2):
+        assert client_of(act.without_reasoning)(["a"]) == ["fine"] and len(server.requests) == 2
 
 
 def test_another_model_or_another_request_is_another_answer(server, client_of):
@@ -637,36 +710,65 @@ def test_another_server_or_dialect_gives_another_answer(server, other_server, di
         assert client_of()(["a"]) == ["from here"]
         assert client_of(base_url=other_server.address + end)(["a"]) == ["from there"]
         assert client_of(base_url=server.address + end + "/")(["a"]) == ["from here"], "the same address"
-    assert (len(server.requests), len(other_server.requests)) == (1, 1) and counts(asked=2, cached=4)
+    assert (len(server.requests), len(other_server.requests)) == (1, 1)
     server.answer = lambda prompt: "in other words"
-    [other] = set(CLIENTS) - {dialect}
-    assert CLIENTS[other](configured(backend=other), ("\nUser:",))(["a"]) == ["in other words"]
+    [other] = set(act.DIALECTS) - {dialect}
+    assert client(configured(backend=other))(["a"]) == ["in other words"]
 
 
-def test_threads_share_one_cache_file(tmp_path):
-    caches = [act.AnswerCache(tmp_path / "c.sqlite") for _ in range(4)]  # as four processes would hold them
+def key_of(name):
+    """As long as what requests are filed by."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def test_threads_and_processes_add_to_one_cache_file(tmp_path):
+    caches = [act.AnswerCache(tmp_path / "c.jsonl") for _ in range(4)]  # as four processes would hold them
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: caches[i % 4].put(f"key {i // 4}", f"value {i // 4}"), range(80)))
-    assert [caches[3].get(f"key {i}") for i in range(20)] == [f"value {i}" for i in range(20)]
-    assert caches[0].get("key 20") is None
+        list(pool.map(lambda i: caches[i % 4].put(key_of(f"{i // 4}"), f"value {i // 4}"), range(80)))
+    found = act.AnswerCache(tmp_path / "c.jsonl")
+    assert [found.get(key_of(f"{i}")) for i in range(20)] == [f"value {i}" for i in range(20)]
+    assert found.get(key_of("20")) is None
 
 
-def test_a_file_that_is_no_cache_is_named(tmp_path):
-    (tmp_path / "c.sqlite").write_text("something else" * 100)
-    message = r"c\.sqlite: not usable as the cache of helper models \(file is not a database\)"
-    with pytest.raises(act.HelperError, match=message):
-        act.AnswerCache(tmp_path / "c.sqlite").get("key")
+def test_half_a_line_at_the_end_of_a_cache_costs_that_answer(tmp_path):
+    """A run that is killed leaves it; the next goes on behind it, and the one after that still reads the rest."""
+    path = tmp_path / "c.jsonl"
+    act.AnswerCache(path).put(key_of("a"), "first")
+    act.AnswerCache(path).put(key_of("b"), "sécond")
+    whole = path.read_bytes()
+    for end in range(len(whole) // 2 + 2, len(whole)):
+        path.write_bytes(whole[:end])
+        found = act.AnswerCache(path)
+        assert found.get(key_of("a")) == "first"
+        found.put(key_of("c"), "third")
+        found.put(key_of("d"), "fourth")
+        found = act.AnswerCache(path)
+        assert (found.get(key_of("a")), found.get(key_of("d"))) == ("first", "fourth")
+    path.write_bytes(whole[:40])
+    assert act.AnswerCache(path).get(key_of("a")) is None, "killed in its first answer"
 
 
-def test_calls_of_a_batch_go_out_together(server, configured):
-    server.delay, seconds = 0.3, []
-    for attempt in range(3):  # a busy machine may spoil one
-        began = time.monotonic()
-        assert len(act.GeminiClient(configured())([f"{attempt}/{i}" for i in range(16)])) == 16
-        seconds.append(time.monotonic() - began)
-        if seconds[-1] < 0.6:
-            break
-    assert min(seconds) < 0.6
+@pytest.mark.parametrize("content", [
+    b"something else" * 100, b'{"step": 1, "loss": 2}\n', b'{"a": "x", "b": "y"}\n', b"[1, 2]\n", b'["a", "b"]\n', b'"ab"\n',
+    b"SQLite format 3\0\xff\xfe", b"[" * 100_000, b'["some", "list", "of lists"]\n["more"]',
+])  # fmt: skip
+def test_a_file_that_is_no_cache_is_refused_and_left_as_it_is(server, configured, tmp_path, content):
+    (tmp_path / "cache.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=r"cache\.jsonl: not a cache of helper models' answers"):
+        client(configured())
+    assert (tmp_path / "cache.jsonl").read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_stops_the_run_which_saves(server, configured, tmp_path):
+    ask = client(configured(cache_path=str(tmp_path / "nowhere" / "cache.jsonl")))
+    with pytest.raises(act.RunStopped, match=r"cache\.jsonl: cannot be written \(No such file or directory\)"):
+        ask(["a"])
+
+
+def test_without_a_cache_path_nothing_is_kept(server, configured):
+    for _ in range(2):
+        assert client(configured(cache_path=""))(["a"]) == ["answer to a"]
+    assert len(server.requests) == 2
 
 
 def test_no_more_calls_are_in_flight_than_concurrency_allows(server, configured):
@@ -682,8 +784,93 @@ def test_no_more_calls_are_in_flight_than_concurrency_allows(server, configured)
         return "a"
 
     server.answer = answer
-    act.GeminiClient(configured(concurrency=3))([f"{i}" for i in range(12)])
+    client(configured(concurrency=3))([f"{i}" for i in range(12)])
     assert 2 <= most[0] <= 3
+
+
+def test_what_a_server_says_shows_no_key_and_obeys_nothing(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk/Ab+1c")
+    ask = client(act.HelperConfig("openai", base_url="http://localhost:1", model_id="m", cache_path=""))
+    assert ask.one_line("key sk/Ab+1c, sk/Ab+1d\x1b[31m!\x07\r\u202e.") == "key [key], sk/Ab+1d [31m! ."
+    assert len(ask.one_line("word " * 1000)) == 300
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# At the start of a run
+
+
+def helpers_of(config):
+    """The helpers of a configuration, as a run builds them."""
+    files = {key: path for key, path in act.input_files(config).items() if key.endswith("prompt_path")}
+    return act.Helpers(config, {key: data.read_bytes(path) for key, path in files.items()})
+
+
+def cast(configured, *roles, **changes):
+    """A configuration in which a model on the server plays these roles, or all."""
+    return replace(Config(), **{role: configured(**changes) for role in roles or ROLES})
+
+
+def asked(server):
+    """What the server was asked after the start."""
+    return [prompt for prompt in (prompt_in(body) for *_, body in server.requests) if prompt != "Say yes."]
+
+
+def test_three_flags_cast_all_roles():
+    flags = {"helper_config.backend": "openai", "helper_config.base_url": "http://localhost:1/v1", "helper_config.model_id": "m"}
+    config = act.load_config("tiny.json", flags)
+    for role in ROLES:
+        assert getattr(config, role) == act.HelperConfig("openai", base_url="http://localhost:1/v1", model_id="m"), role
+    own = {"user_simulator_config.model_id": "other", "judge_model_config.backend": "rule"}
+    config = act.load_config("tiny.json", flags | own)
+    assert config.user_simulator_config.model_id == "other" and config.user_simulator_config.backend == "openai"
+    assert act.backend_of(config.judge_model_config) == "rule" and config.action_model_config.model_id == "m"
+
+
+def test_a_server_is_asked_once_before_a_run_begins_whatever_roles_it_plays(server, configured, capsys):
+    helpers_of(cast(configured, backend="openai"))
+    assert [prompt_in(body) for *_, body in server.requests] == ["Say yes."]
+    assert capsys.readouterr().out == f"helper model a-model: conversations go to {server.address}/v1/chat/completions\n"
+
+
+def flags_for(server, *words):
+    """Three flags, and no cache."""
+    return ("--helper_config.backend", "openai", "--helper_config.base_url", f"{server.address}/v1", "--helper_config.model_id", "m",
+            "--helper_config.cache_path", "", *words)  # fmt: skip
+
+
+@pytest.mark.parametrize(("base_url", "said"), [
+    ("http://127.0.0.1:9/v1", "Connection refused"), ("http://no.such.host.invalid/v1", "not known|resolution|Errno"),
+    ("https://127.0.0.1:{port}/v1", "SSL|TLS"),
+])  # fmt: skip
+def test_a_wrong_address_is_one_line_within_seconds(monkeypatch, server, world, tmp_path, capsys, base_url, said):
+    monkeypatch.delenv("http_proxy")
+    url, began = base_url.format(port=server.server_port), time.monotonic()
+    words = flags_for(server, "--helper_config.base_url", url)
+    line = error_of(capsys, "--config", run_config(world, tmp_path), *words)
+    assert time.monotonic() - began < 8 and f"{url}/chat/completions: " in line and re.search(said, line)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("behaviour", ["401", "404", "used-up quota"])
+def test_a_missing_key_or_model_or_quota_is_one_line_at_the_start(server, world, tmp_path, capsys, behaviour):
+    server.always = behaviour
+    line = error_of(capsys, "--config", run_config(world, tmp_path), *flags_for(server))
+    assert line == f"act.py: error: {server.address}/v1/chat/completions: {FATAL[behaviour]}\n" and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("behaviour", ["503", "429 with Retry-After", "blocked prompt", "hang", "400"])
+def test_a_server_that_only_has_no_answer_yet_does_not_keep_a_run_from_beginning(server, configured, behaviour):
+    server.script = [behaviour]
+    helpers = helpers_of(cast(configured, "action_model_config", timeout=0.2))
+    server.answer = lambda prompt: "ANSWER"
+    assert helpers.roles["action_model_config"](["x"]) == [ANSWER]
+
+
+def test_chats_go_to_a_default_host_only_with_its_key(monkeypatch, world, tmp_path, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    words = "--helper_config.backend", "openai", "--helper_config.model_id", "m"
+    line = error_of(capsys, "--config", run_config(world, tmp_path), *words)
+    assert "OPENAI_API_KEY is not set, expected the key for helper model 'm' at https://api.openai.com/v1" in line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -698,11 +885,13 @@ def a_pair(name, action=CLARIFY):
 
 
 def alone(conversation, **helpers):
-    """What a conversation returns that nobody else takes part in; None where a helper has no answer."""
+    """What a conversation returns that nobody else takes part in."""
     try:
         wanted, request = next(conversation)
-        while (answer := helpers[wanted](request)) is not None:
-            wanted, request = conversation.send(answer)
+        while True:
+            answer = helpers[wanted](request)
+            move = conversation.throw(act.HelperFailed()) if answer is None else conversation.send(answer)
+            wanted, request = move
     except StopIteration as end:
         return end.value
 
@@ -710,7 +899,7 @@ def alone(conversation, **helpers):
 def test_a_batch_does_what_each_conversation_does_alone_also_where_helpers_fail():
     """Random worlds: what the policy, the classifier and the user say depends on the place alone."""
     seen = set()
-    for seed in range(300):
+    for seed in range(200):
         actions = [random.Random(f"{seed}/{i}").choice([CLARIFY, ANSWER]) for i in range(4)]
         pairs = [a_pair(f"{seed}.{i}", action) for i, action in enumerate(actions)]
 
@@ -745,34 +934,23 @@ def test_a_batch_does_what_each_conversation_does_alone_also_where_helpers_fail(
         answers = {"respond": of_rows(respond), "classify": lambda rows, texts: list(map(classify, texts)),
                    "simulate": of_rows(reply), "score": of_rows(score)}  # fmt: skip
         assert act.in_lockstep(conversations(), answers) == expected
-        seen.update(result and result[1] for result in expected)
-    assert seen == {None, *act.OUTCOMES} - {act.HELPER_FAILED}
+        seen.update(rollout.outcome for rollout in expected)
+    assert seen == {*act.OUTCOMES}
 
 
-def with_policy(monkeypatch, respond):
-    """respond(pair, trajectory) plays the policy, on one rank."""
+def respond_by(policy, pairs):
+    """`respond` of a driver: policy(pair, trajectory) says each row's next message."""
 
-    def sampler(model, template, pairs, training, noise=None):
-        assert noise is None or len(noise) == len(pairs)
+    def respond(rows, trajectories):
+        return [(policy(pairs[row], said), True) for row, said in zip(rows, trajectories, strict=True)]
 
-        def say(rows, asked):
-            say.trajectories.update(zip(rows, asked, strict=True))
-            return [(respond(pairs[row], said), True) for row, said in zip(rows, asked, strict=True)]
-
-        say.trajectories = {}
-        return say
-
-    monkeypatch.setattr(act, "Sampler", sampler)
-    monkeypatch.setattr(act, "all_gathered", list)
-    monkeypatch.setattr(act, "unsharded", lambda *_: None)
+    return respond
 
 
-def batch_of(monkeypatch, helpers, pairs, respond, heuristic="exact_match"):
-    """`on_policy` for a batch."""
-    with_policy(monkeypatch, respond)
-    config = replace(Config(), data_config=act.DataConfig(heuristic=heuristic))
-    run = SimpleNamespace(config=config, helpers=helpers, policy=None, template=None)
-    return act.on_policy(run, pairs, 0, range(len(pairs)))[:2]
+def rollouts_of(helpers, pairs, policy, heuristic="exact_match"):
+    """Algorithm 2 for a batch, the policy by script."""
+    answers = {"respond": respond_by(policy, pairs), **helpers.answers(pairs, heuristic)}
+    return act.in_lockstep([act.act_pair(pair, 0.5, 3) for pair in pairs], answers)
 
 
 def as_gold(pair, said):
@@ -780,79 +958,69 @@ def as_gold(pair, said):
     return pair.gold[len(said)][1]
 
 
+def helpers_by(**roles):
+    """Helpers by rule, but for these roles: functions from requests to results."""
+    helpers = act.Helpers(Config(), {})
+    helpers.roles |= {f"{name}_config": role for name, role in roles.items()}
+    return helpers
+
+
 @pytest.mark.parametrize(
     ("actions", "replies"),
     [([None], []), ([CLARIFY], [None]), ([CLARIFY, None], ["2019"]), ([CLARIFY, CLARIFY], ["2019", None])],
 )
-def test_wherever_a_helper_fails_the_original_pair_stays(monkeypatch, actions, replies):
+def test_wherever_a_helper_fails_the_original_pair_stays(actions, replies):
     pair, actions, replies = a_pair("x"), list(actions), list(replies)
     pair = replace(pair, gold=pair.gold + pair.gold[1:])
-    classify, simulate = (lambda texts: [actions.pop(0)]), (lambda requests: [replies.pop(0)])
-    helpers = act.Helpers(classify, data.rule_intents, simulate, None)
-    [kept], counts_ = batch_of(monkeypatch, helpers, [pair], as_gold)
-    assert kept is pair and not actions and not replies
-    assert {key: number for key, number in counts_.items() if number} == {"act/helper_failed": 1}
-    assert set(counts_) == {f"act/{outcome}" for outcome in act.OUTCOMES}, "rules cost nothing: no calls to count"
-
-
-def helpers_of(configured, **changes):
-    cast = {role: configured(**changes) for role in ROLES}
-    return act.build_helpers(replace(Config(), **cast))
+    helpers = helpers_by(action_model=lambda texts: [actions.pop(0)], user_simulator=lambda requests: [replies.pop(0)])
+    [rollout] = rollouts_of(helpers, [pair], as_gold)
+    assert rollout.pair is pair and not actions and not replies
+    assert (rollout.outcome, rollout.replaced, rollout.score) == (act.HELPER_FAILED, None, None)
 
 
 def as_all_helpers(prompt):
-    """A well-behaved model in all roles, for the policy of the next tests."""
+    """A well-behaved model in all roles."""
     if prompt.endswith("Action:"):
         return "CLARIFY" if prompt.splitlines()[-2].endswith("?") else "ANSWER"
-    return {"Intent:": "The user wants 2019.", "User:": "2019"}[prompt.split()[-1]]
+    ends = {"Intent:": "The user wants 2019.", "User:": "2019", "question):": "Which year?", "Verdict:": "RIGHT", "yes.": "Yes."}
+    return ends[prompt.split()[-1]]
 
 
 def test_sixteen_rollouts_take_as_long_as_their_longest_chain_of_calls(server, configured, tmp_path):
-    """classify -> intent -> simulate -> classify: four calls of 0.3 s; one by one it would be 64."""
-    server.delay, server.answer, seconds = 0.3, as_all_helpers, []
+    """classify -> intent -> simulate -> classify: four calls of 0.15 s; one by one it would be 64."""
+    server.answer, seconds = as_all_helpers, []
     pairs = [a_pair(f"x{i}") for i in range(16)]
-
-    def respond(rows, trajectories):
-        return [(as_gold(pairs[row], said), True) for row, said in zip(rows, trajectories, strict=True)]
-
     for attempt in range(3):  # a busy machine may spoil one
-        helpers = helpers_of(configured, cache_path=str(tmp_path / f"{attempt}.sqlite"))
-        began, before = time.monotonic(), len(server.requests)
-        answers = {"respond": respond, **helpers.answers(pairs, "exact_match")}
-        results = act.in_lockstep([act.act_pair(pair, 0.5, 3) for pair in pairs], answers)
+        server.delay = 0.0
+        helpers = helpers_of(cast(configured, cache_path=str(tmp_path / f"{attempt}.jsonl")))
+        server.delay, before, began = 0.15, len(server.requests), time.monotonic()
+        rollouts = rollouts_of(helpers, pairs, as_gold)
         seconds.append(time.monotonic() - began)
-        assert results == [(pair, act.GOOD_OUTCOME) for pair in pairs] and len(server.requests) - before == 64
-        if seconds[-1] <= 1.25 * 1.2:
+        assert [rollout.outcome for rollout in rollouts] == [act.GOOD_OUTCOME] * 16
+        assert len(server.requests) - before == 64
+        if seconds[-1] <= 0.15 * 8:
             break
-    assert min(seconds) <= 1.25 * 1.2
+    assert min(seconds) <= 0.15 * 8
 
 
-def test_calls_of_models_are_counted_in_the_log(monkeypatch, server, configured):
-    server.answer = as_all_helpers
-    pairs = [a_pair("a"), a_pair("b", ANSWER)]
-    found, numbers = batch_of(monkeypatch, helpers_of(configured), pairs, as_gold)
-    assert found == pairs and numbers["act/good_outcome"] == 2
-    helpers = {key: number for key, number in numbers.items() if key.startswith("helpers/")}
-    assert helpers == {f"helpers/{key}": 5 if key == "asked" else 0 for key in act.COUNTED}
-    _, numbers = batch_of(monkeypatch, helpers_of(configured), pairs, as_gold)
-    assert (numbers["helpers/asked"], numbers["helpers/cached"]) == (0, 5), "of this batch, not of the whole run"
-
-
-def test_a_classification_that_is_blocked_leaves_the_pair_of_its_turn_alone(monkeypatch, server, configured):
+def test_a_classification_that_is_blocked_leaves_the_pair_of_its_turn_alone(server, configured, capsys):
+    helpers = helpers_of(cast(configured, concurrency=1))
     server.answer, server.script = as_all_helpers, ["blocked prompt"]
     pairs = [a_pair(f"x{i}", ANSWER) for i in range(3)]
-    helpers = helpers_of(configured, concurrency=1)
-    found, numbers = batch_of(monkeypatch, helpers, pairs, lambda pair, said: f"{pair.target} or so")
-    assert (numbers["act/helper_failed"], numbers["act/bad_outcome"], numbers["helpers/blocked"]) == (1, 2, 1)
-    assert found[0] is pairs[0]
-    assert [new.rejected for new in found[1:]] == [[("model", f"{pair.target} or so")] for pair in pairs[1:]]
+    rollouts = rollouts_of(helpers, pairs, lambda pair, said: f"{pair.target} or so")
+    assert [rollout.outcome for rollout in rollouts] == ["helper_failed", "bad_outcome", "bad_outcome"]
+    assert rollouts[0].pair is pairs[0]
+    assert [each.pair.rejected for each in rollouts[1:]] == [[("model", f"{pair.target} or so")] for pair in pairs[1:]]
+    capsys.readouterr()
+    helpers.report("they stay")
+    assert capsys.readouterr().out == "action_model_config: 1 of 3 requests brought nothing of use; they stay\n"
 
 
 def test_intents_are_summarised_once_and_only_when_a_user_is_first_asked():
-    asked, simulated = [], []
+    summarised, simulated = [], []
 
     def summarize(pairs):
-        asked.append([pair.target for pair in pairs])
+        summarised.append([pair.target for pair in pairs])
         return [None if pair.target == "b is 42" else f"intent of {pair.target}" for pair in pairs]
 
     def simulate(requests):
@@ -860,31 +1028,23 @@ def test_intents_are_summarised_once_and_only_when_a_user_is_first_asked():
         return [f"{intent}, {said[-1][1]}" for _, said, intent in requests]
 
     pairs = [a_pair("a"), a_pair("b"), a_pair("c", ANSWER)]
-    user = act.Helpers(None, summarize, simulate, None).users_of(pairs)
+    user = helpers_by(intent_model=summarize, user_simulator=simulate).answers(pairs, "drop_f1")["simulate"]
     said = [[("model", f"{name}?")] for name in "abc"]
-    assert asked == []
+    assert summarised == []
     assert user([0, 1], said[:2]) == ["intent of a is 42, a?", None]
     assert user([0, 1, 2], said) == ["intent of a is 42, a?", None, "intent of c is 42, c?"]
     assert user([1], said[1:2]) == [None]
-    assert asked == [["a is 42", "b is 42"], ["c is 42"]]
+    assert summarised == [["a is 42", "b is 42"], ["c is 42"]]
     assert simulated == [1, 2], "a user whose intent is not known is not asked"
-
-
-def test_an_error_of_the_intents_reaches_the_rollout():
-    def summarize(pairs):
-        raise act.HelperError("no more")
-
-    with pytest.raises(act.HelperError, match="no more"):
-        act.Helpers(None, summarize, None, None).users_of([a_pair("a")])([0], [[("model", "q?")]])
 
 
 def test_a_user_by_rule_knows_the_gold_trajectory_and_needs_no_intent(server, configured):
     """All other roles are played by a model, but nobody's intent is summarised."""
-    cast = {role: configured() for role in ROLES} | {"user_simulator_config": act.HelperConfig(backend="rule")}
-    helpers, pairs = act.build_helpers(replace(Config(), **cast)), [a_pair("a"), a_pair("b", ANSWER)]
-    said = [[pair.gold[0]] for pair in pairs]
-    assert helpers.users_of(pairs)([0, 1], said) == ["2019", data.NOTHING_TO_ADD]
-    assert server.requests == []
+    config = replace(cast(configured), user_simulator_config=act.HelperConfig(backend="rule"))
+    pairs = [a_pair("a"), a_pair("b", ANSWER)]
+    user = helpers_of(config).answers(pairs, "drop_f1")["simulate"]
+    assert user([0, 1], [[pair.gold[0]] for pair in pairs]) == ["2019", data.NOTHING_TO_ADD]
+    assert asked(server) == []
 
 
 def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
@@ -901,13 +1061,11 @@ def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
     def simulate(requests):
         return [None if pair is pairs[1] else "2019" for pair, _, _ in requests]
 
-    def respond(rows, trajectories):
-        return [(said[row][len(each) // 2], True) for row, each in zip(rows, trajectories, strict=True)]
-
-    helpers = act.Helpers(lambda texts: [actions[text] for text in texts], data.rule_intents, simulate, None)
-    answers = {"respond": respond, **helpers.answers(pairs, "exact_match")}
-    played = act.in_lockstep([act.play_turn(pair, 3) for pair in pairs], answers)
-    samples = [act.sample_of(pair, turn, "exact_match") for pair, turn in zip(pairs, played, strict=True)]
+    helpers = helpers_by(action_model=lambda texts: [actions[text] for text in texts], user_simulator=simulate)
+    policy = respond_by(lambda pair, trajectory: said[pairs.index(pair)][len(trajectory) // 2], pairs)
+    answers = {"respond": policy, **helpers.answers(pairs, "exact_match")}
+    turns = act.in_lockstep([act.play_turn(pair, 3) for pair in pairs], answers)
+    samples = [act.sample_row("exact_match", pair, turn) for pair, turn in zip(pairs, turns, strict=True)]
     assert [sample["inferred_action"] for sample in samples] == [CLARIFY, None, ANSWER, None]
     assert len({tuple(sample) for sample in samples}) == 1, "the same keys, in the same order"
     metrics = act.summarize(samples)
@@ -918,19 +1076,132 @@ def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
 
 
 def test_gold_actions_fall_back_to_the_rule():
-    helpers, texts = act.Helpers(lambda texts: [None, None, ANSWER], None, None, None), ["Who?", "He.", "Why?"]
-    assert helpers.label_actions(texts) == [CLARIFY, ANSWER, ANSWER]
+    said = {"Who?": None, "He.": None, "Why?": ANSWER}
+    helpers = helpers_by(action_model=lambda texts: [said[text] for text in texts])
+    messages = [{"role": role, "content": text} for reply in said for role, text in (("user", "x"), ("model", reply))]
+    rows = [{"messages": messages, "path": "c.jsonl", "line": 1}]
+    act.make_pairs("c.jsonl", rows, Config(), helpers, asks=False)
+    labels = [message["requires_clarification"] for message in messages[::2]]
+    assert labels == [True, False, False]
     classify = helpers.answers([], "drop_f1")["classify"]
-    assert classify([0, 1, 2], texts) == [None, None, ANSWER], "the policy's do not"
+    assert classify([0, 1, 2], list(said)) == [None, None, ANSWER], "the policy's do not"
 
 
 def test_what_a_conversation_asks_for_is_answered_by_the_heuristic_that_is_set():
-    answers = act.Helpers(None, None, None, None).answers([a_pair("a"), a_pair("b")], "exact_match")
+    helpers = helpers_by()
+    answers = helpers.answers([a_pair("a"), a_pair("b")], "exact_match")
     assert set(answers) == {"classify", "simulate", "score"}
     said = [[("model", "Which?"), ("user", "2019"), ("model", text)] for text in ("A IS 42", "a is 42")]
     assert answers["score"]([0], said[:1]) == [(1.0, 1.0)] and answers["score"]([0, 1], said) == [(1, 1), (0, 0)]
-    drop = act.Helpers(None, None, None, None).answers([a_pair("a")], "drop_f1")["score"]
+    drop = helpers.answers([a_pair("a")], "drop_f1")["score"]
     assert drop([0], [[("model", "a is 41 and more")]]) == [data.drop_f1("a is 41 and more", "a is 42")]
+
+
+def test_a_gold_query_that_fails_is_named_by_its_line():
+    pair = replace(a_pair("a", ANSWER), target="SELECT b FROM t", path="x.jsonl", line=7, context="CREATE TABLE t (a)")
+    with pytest.raises(InputError, match=r"^x\.jsonl:7: execution_match: the gold query 'SELECT b FROM t' fails"):
+        helpers_by().answers([pair], "execution_match")["score"]([0], [[("model", "SELECT a FROM t")]])
+
+
+def test_failures_in_a_row_stop_the_run_and_a_success_between_them_does_not(server, configured):
+    helper = helpers_of(cast(configured, "action_model_config", concurrency=1, max_retries=0, max_failures=3))
+    classify = helper.roles["action_model_config"]
+    server.answer = lambda prompt: "ANSWER"
+    server.script = ["503", "blocked prompt", "good", "503", "empty text", "503", "good"]
+    assert classify(["a", "b", "c", "d", "e"]) == [None, None, ANSWER, None, None]
+    with pytest.raises(act.RunStopped) as raised:
+        classify(["f"])
+    why = "HTTP 503: overloaded"
+    assert line_of(raised) == f"action_model_config: 3 failures in a row, the last one with: {why}"
+
+
+def test_answers_that_are_of_no_use_stop_the_run_and_a_useful_one_between_them_does_not(server, configured):
+    """A model that never says what it is asked for would leave every pair as it was, and look like a run."""
+    server.answer = lambda prompt: "Sure thing." if "odd" in prompt else "ANSWER"
+    classify = helpers_of(cast(configured, "action_model_config", max_failures=3)).roles["action_model_config"]
+    assert classify(["odd 1", "odd 2", "fine", "odd 3", "odd 4"]) == [None, None, ANSWER, None, None]
+    with pytest.raises(act.RunStopped) as raised:
+        classify(["odd 5"])
+    assert line_of(raised) == "action_model_config: 3 failures in a row, the last one of use to nobody: 'Sure thing.'"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def test_closing_lines_say_how_many_requests_each_helper_failed(server, world, tmp_path, capsys):
+    """Of 95 simulated turns 77 failed, and the run ended with status 0 and no word."""
+
+    def answer(prompt):
+        return "<think>What would they say?" if prompt.endswith("\nUser:") else as_all_helpers(prompt)
+
+    server.answer = answer
+    config = run_config(world, tmp_path, max_new_tokens=6)
+    assert run("--config", config, *flags_for(server, "--helper_config.max_failures", 1000)) == 0
+    said = capsys.readouterr().out
+    line = re.search(r"^user_simulator_config: (\d+) of (\d+) requests brought nothing of use; these turns kept their pair, or are left"
+                     r" out of the means$", said, re.MULTILINE)  # fmt: skip
+    assert line and line[1] == line[2] != "0"
+    failed = sum(row["outcome"] == "helper_failed" for row in rows_of(tmp_path / "out" / "rollouts.jsonl"))
+    failed += sum(row.get("eval/Helper Failures", 0) for row in rows_of(tmp_path / "out" / "metrics.jsonl"))
+    assert failed == int(line[1]), "each asked once"
+    others = re.findall(r"^(\w+): (\d+) of (\d+) requests brought nothing of use$", said, re.MULTILINE)
+    assert {name for name, *_ in others} >= {"action_model_config", "intent_model_config"}
+    assert {count for _, count, _ in others} == {"0"}
+
+
+def test_sigterm_is_acted_on_while_a_helper_hangs(server, world, tmp_path):
+    """The run stops, in one line, though the call would hang on for minutes; torchrun would kill it after 30 seconds."""
+    server.answer = lambda prompt: None if prompt.endswith("Action:") else as_all_helpers(prompt)
+    server.instead = "hang"
+    words = "--config", run_config(world, tmp_path), *flags_for(server, "--helper_config.timeout", "300")
+    [program] = start_on_ranks(1, tmp_path, *words)
+    log, deadline = tmp_path / "log", time.monotonic() + 60
+
+    def wait_for(condition):
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert condition(), log.read_text()
+
+    try:
+        wait_for(lambda: any(prompt.endswith("Action:") for prompt in asked(server)))
+        began = time.monotonic()
+        os.kill(program.pid, signal.SIGTERM)
+        wait_for(lambda: "act.py: stopped: interrupted" in log.read_text())
+        assert time.monotonic() - began < 10
+        server.over.set()
+        program.join(20)
+        assert program.exitcode == 1
+    finally:
+        program.kill()
+
+
+def test_each_rank_asks_for_its_share_only_and_all_know_all_answers(server, other_server, world, tmp_path):
+    """The pairs of two ranks are those of one, for the same calls; then one is refused and both stop."""
+    server.answer = other_server.answer = as_all_helpers
+    calls = []
+    for count, each in ((1, server), (2, other_server)):
+        folder = tmp_path / f"{count}"
+        words = ["--config", run_config(world, folder, task="generate_preference"), *flags_for(each)]
+        statuses, said = (run(*words), "") if count == 1 else run_on_ranks(count, folder, *words)
+        assert statuses in (0, [0, 0]), said
+        calls.append(sorted(asked(each)))
+    assert calls[0] == calls[1] and len(calls[0]) == len(set(calls[0])) > 4
+    files = [(tmp_path / count / "out" / "train.jsonl").read_bytes() for count in "12"]
+    assert files[0] == files[1] and b"Which year?" in files[0]
+
+
+def test_a_helper_that_is_refused_on_one_rank_stops_all(server, world, tmp_path):
+    refused = []
+
+    def answer(prompt):
+        refused.append(prompt)
+        return None if len(refused) == 6 else as_all_helpers(prompt)  # of one rank
+
+    server.answer, server.instead = answer, "401"
+    words = ["--config", run_config(world, tmp_path, task="generate_preference"), *flags_for(server)]
+    statuses, said = run_on_ranks(2, tmp_path, *words)
+    assert statuses == [1, 1] and said.count("act.py: stopped: m: HTTP 401: no credentials") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -939,7 +1210,8 @@ def test_what_a_conversation_asks_for_is_answered_by_the_heuristic_that_is_set()
 
 def as_judge(prompt):
     """Whether the answer ends with the reference's last word; of some, nothing that can be used."""
-    gold, answer = re.search(r".*\nReference: ([^\n]*)\nAnswer: ([^\n]*)\nVerdict:\Z", prompt, re.DOTALL).groups()
+    found = re.search(r".*\nReference: ([^\n]*)\nAnswer: ([^\n]*)\nVerdict:\Z", prompt, re.DOTALL)
+    gold, answer = found.groups() if found else ("yes", "yes")
     if "blocked" in answer:
         return None
     if "unclear" in answer:
@@ -947,65 +1219,57 @@ def as_judge(prompt):
     return "**RIGHT**" if answer.split()[-1] == gold.split()[-1] else "Verdict: Wrong."
 
 
-def judge_of(configured, **changes):
-    """A model judges; all else is by rule."""
-    return act.build_helpers(replace(Config(), judge_model_config=configured(**changes)))
-
-
-@pytest.mark.parametrize("dialect", CLIENTS)
-def test_a_batch_is_judged_by_a_model(monkeypatch, server, configured, dialect):
+@pytest.mark.parametrize("dialect", act.DIALECTS)
+def test_a_batch_is_judged_by_a_model(server, configured, dialect, capsys):
     """RIGHT wins, WRONG loses, and where there is no verdict the pair stays; only answers are judged, side by side."""
     server.answer = as_judge
     pairs = [a_pair("a"), a_pair("b"), *(a_pair(name, ANSWER) for name in "cdefg")]
     finals = ["It would be 42", "It would be 41", "That was 42", "Sorry, 41", "unclear", "blocked", "Which 42?"]
-    helpers, rounds = judge_of(configured, backend=dialect), []
-    assert helpers.cost
-    counted = replace(helpers, judge_answers=lambda ends: rounds.append(len(ends)) or helpers.judge_answers(ends))
+    helpers, rounds = helpers_of(cast(configured, "judge_model_config", backend=dialect)), []
+    judge = helpers.roles["judge_model_config"]
+    helpers.roles["judge_model_config"] = lambda ends: rounds.append(len(ends)) or judge(ends)
 
     def respond(pair, said):
         return pair.gold[0][1] if pair.action == CLARIFY and not said else finals[pairs.index(pair)]
 
-    found, numbers = batch_of(monkeypatch, counted, pairs, respond, heuristic="judge")
+    rollouts = rollouts_of(helpers, pairs, respond, heuristic="judge")
     said = [[*pair.gold[:-1], ("model", final)] for pair, final in zip(pairs, finals, strict=True)]
+    found = [rollout.pair for rollout in rollouts]
     assert found[0] == replace(pairs[0], chosen=said[0]) and found[1] == replace(pairs[1], rejected=said[1])
     assert found[2] == replace(pairs[2], chosen=said[2]) and found[3] == replace(pairs[3], rejected=said[3])
     assert found[4] is pairs[4] and found[5] is pairs[5] and found[6] == replace(pairs[6], rejected=said[6])
-    outcomes = {"good_outcome": 2, "bad_outcome": 2, "helper_failed": 2, "wrong_action": 1}
-    calls = {"helpers/asked": 6, "helpers/blocked": 1, "helpers/unusable": 1}
-    expected = {f"act/{name}": number for name, number in outcomes.items()} | calls
-    assert {name: number for name, number in numbers.items() if number} == expected
+    outcomes = ["good_outcome", "bad_outcome"] * 2 + ["helper_failed"] * 2 + ["wrong_action"]
+    assert [rollout.outcome for rollout in rollouts] == outcomes
+    assert [rollout.score for rollout in rollouts] == [1, 0, 1, 0, None, None, None]
     assert rounds == [4, 2], "those that answer at once together, then those that asked first"
+    capsys.readouterr()
+    helpers.report("")
+    assert "judge_model_config: 2 of 6 requests brought nothing of use" in capsys.readouterr().out
 
 
-def test_a_judge_that_gives_up_stops_the_batch(monkeypatch, server, configured):
-    server.script = ["400"]
-    with pytest.raises(act.RunStopped) as raised:
-        batch_of(monkeypatch, judge_of(configured), [a_pair("a", ANSWER)], as_gold, heuristic="judge")
-    assert line_of(raised) == FATAL["400"]
-
-
-def test_evaluation_with_a_judge(monkeypatch, server, configured):
+def test_evaluation_with_a_judge(server, configured):
     """What it finds right is an exact match; first replies are still compared by DROP F1, turns without verdict not."""
     server.answer = as_judge
     pairs = [a_pair("a"), *(a_pair(name, ANSWER) for name in "bcd"), a_pair("e")]
-    finals = ["surely 42", "b is 42", "c is 41", "unclear", None]
-    with_policy(monkeypatch, lambda pair, said: finals[pairs.index(pair)] if said or pair.action == ANSWER else
-                pair.gold[0][1])  # fmt: skip
-    monkeypatch.setattr(act.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(act.dist, "get_world_size", lambda: 1)
-    finals[4] = "Which of them?"  # asks on
-    training = act.TrainingConfig(per_device_eval_batch_size=2, max_turns=2)
-    config = replace(Config(), data_config=act.DataConfig(heuristic="judge"), training_config=training)
-    metrics, samples = act.evaluate_pairs(None, None, pairs, judge_of(configured), config)
+    finals = ["surely 42", "b is 42", "c is 41", "unclear", "Which of them?"]  # the last asks on
+
+    def policy(pair, said):
+        return finals[pairs.index(pair)] if said or pair.action == ANSWER else pair.gold[0][1]
+
+    helpers = helpers_of(cast(configured, "judge_model_config"))
+    answers = {"respond": respond_by(policy, pairs), **helpers.answers(pairs, "judge")}
+    turns = act.in_lockstep([act.play_turn(pair, 2) for pair in pairs], answers)
+    samples = [act.sample_row("judge", pair, turn) for pair, turn in zip(pairs, turns, strict=True)]
     assert [sample["f1"] for sample in samples] == [sample["exact_match"] for sample in samples] == [1, 1, 0, 0, 0]
     assert [sample["inferred_action"] for sample in samples] == [CLARIFY, ANSWER, ANSWER, None, CLARIFY]
     firsts = [pairs[0].gold[0][1], *finals[1:3], None, pairs[4].gold[0][1]]
     for sample, pair, first in zip(samples, pairs, firsts, strict=True):
         expected = data.drop_f1(first, pair.gold[0][1]) if first else (0.0, 0.0)
         assert (sample["turn_exact_match"], sample["turn_f1"]) == expected
+    metrics = act.summarize(samples)
     assert metrics["Helper Failures"] == 1 and metrics["Trajectory-level Turns"] == 4
     assert metrics["Trajectory-level Exact Match"] == metrics["Trajectory-level DROP F1"] == 0.5
-    assert counts(asked=4, unusable=1), "who never answers is not judged"
+    assert len(asked(server)) == 4, "who never answers is not judged"
 
 
 def test_a_judge_must_be_a_model(configured):
@@ -1014,7 +1278,6 @@ def test_a_judge_must_be_a_model(configured):
     with pytest.raises(InputError, match="^c.json: heuristic is 'judge', expected a judge_model_config.backend that"):
         act.check_config(config, "c.json")
     act.check_config(replace(config, judge_model_config=configured(backend="openai")), "c.json")
-    assert act.build_helpers(Config()).judge_answers is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1030,44 +1293,45 @@ PAIR = Pair(
 def test_no_role_hears_the_final_answer_before_the_policy_gives_it(server, configured):
     """Summariser and user see the gold trajectory without its end, so nothing that they write can give it away."""
     server.answer = lambda prompt: "The user wants points in the second league."
-    helpers = helpers_of(configured)
-    assert helpers.users_of([PAIR])([0], [PAIR.gold[:1]]) == ["The user wants points in the second league."]
-    assert len(server.requests) == 2 and "1,234" not in json.dumps([body for _, _, body in server.requests])
+    user = helpers_of(cast(configured)).answers([PAIR], "drop_f1")["simulate"]
+    assert user([0], [PAIR.gold[:1]]) == ["The user wants points in the second league."]
+    assert len(asked(server)) == 2 and "1,234" not in json.dumps([body for _, _, body in server.requests])
 
 
 def test_questions_of_a_model_become_losing_sides(server, configured):
     server.answer = lambda prompt: "Assistant: Which year?\nUser: 2019"
     rows = data.read_vertex_jsonl(ROOT / "configs/tiny/train.jsonl")[:1]
     other = data.exchange("Who?", "Whom {do} you mean?", clarify=True) + data.exchange("Ada", "She.")
-    helpers = helpers_of(configured)
-    pairs = data.ACTDataset([*rows, {"messages": other}], CLARIFY, 2, helpers.write_questions).prepare_datasets()
+    write = helpers_of(cast(configured)).roles["preference_model_config"]
+    pairs = data.ACTDataset([*rows, {"messages": other}], CLARIFY, 2, write).prepare_datasets()
     assert {pair.rejected[0] for pair in pairs if pair.action == ANSWER} == {("model", "Which year?")}
-    prompts = [prompt_in(body) for _, _, body in server.requests]
-    asking = "Assistant (asks a clarifying question):"
+    prompts, asking = asked(server), "Assistant (asks a clarifying question):"
     assert prompts and all(prompt.endswith(f"\n{asking}") and prompt.count(asking) in (2, 3) for prompt in prompts)
     assert any(f"{asking} Whom {{do}} you mean?\n\n" in prompt for prompt in prompts)
-    stops = [body["generationConfig"]["stopSequences"] for _, _, body in server.requests]
+    stops = [body["generationConfig"]["stopSequences"] for _, _, body in server.requests[1:]]
     assert {tuple(each) for each in stops} == {ROLES["preference_model_config"].stop}
 
 
 def test_a_question_that_cannot_be_read_is_one_of_the_datas(server, configured):
     server.answer = lambda prompt: "I would rather not."
-    pairs = data.ACTDataset([{"messages": data.exchange("a", "b?", True) + data.exchange("c", "d")}], CLARIFY, 1,
-                            helpers_of(configured).write_questions).prepare_datasets()  # fmt: skip
-    assert pairs[1].rejected == [("model", "b?")] and counts(asked=1, unusable=1)
+    messages = data.exchange("a", "b?", True) + data.exchange("c", "d")
+    write = helpers_of(cast(configured)).roles["preference_model_config"]
+    pairs = data.ACTDataset([{"messages": messages}], CLARIFY, 1, write).prepare_datasets()
+    assert pairs[1].rejected == [("model", "b?")] and len(asked(server)) == 1
 
 
-def test_what_cannot_be_read_is_counted_and_becomes_nothing(server, configured):
+def test_what_cannot_be_read_is_counted_and_becomes_nothing(server, configured, capsys):
     server.answer = lambda prompt: "Assistant: hm" if prompt.endswith("User:") else ":"
-    helpers, request = helpers_of(configured), (PAIR, [a_pair("x")])
-    assert helpers.classify_actions(["a", "b"]) == [None, None] and helpers.summarize_intents([PAIR]) == [None]
-    assert helpers.simulate_users([(PAIR, PAIR.gold[:1], "intent")]) == [None]
-    assert helpers.write_questions([request]) == [None]
-    assert helpers.judge_answers([(PAIR, "7")]) == [None]
-    assert counts(asked=6, unusable=6)
-    server.script = ["blocked prompt"]
-    assert helpers_of(configured, temperature=1.0).write_questions([request]) == [None]
-    assert act.HELPER_COUNTS["blocked"] == 1 and act.HELPER_COUNTS["unusable"] == 6
+    helpers = helpers_of(cast(configured))
+    requests = {"action_model_config": ["a", "b"], "intent_model_config": [PAIR],
+                "user_simulator_config": [(PAIR, PAIR.gold[:1], "intent")],
+                "preference_model_config": [(PAIR, [a_pair("x")])], "judge_model_config": [(PAIR, "7")]}  # fmt: skip
+    capsys.readouterr()
+    for name, each in requests.items():
+        assert helpers.roles[name](each) == [None] * len(each)
+    helpers.report("too bad")
+    counts = [f"{name}: {len(requests[name])} of {len(requests[name])} requests brought nothing of use; too bad" for name in ROLES]
+    assert capsys.readouterr().out.splitlines() == counts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1100,20 +1364,22 @@ def gemma_and_tokenizer(gemma_directory):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_gemma_answers_each_prompt_alike_in_any_batch(gemma_and_tokenizer, temperature):
+def test_gemma_answers_each_prompt_alike_in_any_batch(monkeypatch, gemma_and_tokenizer, temperature):
     words = ["rome", "oslo", "item", "month", "place", "which"]
-    prompts = [f"get revenue {'mar ' * i}{word}" for i, word in enumerate(words)]
+    prompts, continued, generate = [f"get revenue {'mar ' * i}{word}" for i, word in enumerate(words)], [], act.generate
+    monkeypatch.setattr(act, "generate", lambda model, new, *args, **options: continued.extend(new) or generate(
+        model, new, *args, **options))  # fmt: skip
 
     def ask(prompts, batch_size):
         config = act.HelperConfig(temperature=temperature, max_new_tokens=12, batch_size=batch_size)
-        return act.gemma_asker(*gemma_and_tokenizer, config)(prompts)
+        return act.gemma_backend(*gemma_and_tokenizer, config)(prompts)
 
     answers = ask(prompts, 6)
     assert len(set(answers)) > 2, "the model tells them apart"
     assert ask(prompts, 2) == answers and ask(prompts[::-1], 4) == answers[::-1]
     assert [ask([prompt], 1)[0] for prompt in prompts] == answers
     assert ask([prompts[0], prompts[0]], 6) == [answers[0]] * 2
-    assert act.HELPER_COUNTS["asked"] == 6 * 4 + 1
+    assert len(continued) == 6 * 4 + 1, "the same prompt is continued once"
 
 
 @pytest.mark.parametrize("end_of_turn", [True, False])
@@ -1129,7 +1395,7 @@ def test_gemma_is_asked_in_its_chat_template_and_long_prompts_lose_their_head(
         return [[] for _ in prompts]
 
     monkeypatch.setattr(act, "generate", generate)
-    ask = act.gemma_asker(model, tokenizer, act.HelperConfig(max_new_tokens=12))
+    ask = act.gemma_backend(model, tokenizer, act.HelperConfig(max_new_tokens=12))
     assert ask(["which", "which " * 600]) == ["", ""]
     [([short, long], stop)] = seen
     encode = tokenizer.encode
@@ -1143,12 +1409,12 @@ def test_gemma_is_asked_in_its_chat_template_and_long_prompts_lose_their_head(
 
 def test_a_local_helper_that_says_nothing_stops_the_run_as_a_remote_one_does(monkeypatch, gemma_and_tokenizer):
     monkeypatch.setattr(act, "generate", lambda model, prompts, *_, **__: [[] for _ in prompts])
-    config = act.HelperConfig(backend="gemma", model_path="x", max_failures=3)
     monkeypatch.setattr(act, "load_helper", lambda *_: gemma_and_tokenizer)
-    helpers = act.build_helpers(replace(Config(), action_model_config=config))
-    assert helpers.classify_actions(["a", "b"]) == [None, None] and act.HELPER_COUNTS["unusable"] == 2
-    with pytest.raises(act.HelperError, match="3 answers to action.txt in a row were of no use, like ''"):
-        helpers.classify_actions(["c"])
+    config = act.HelperConfig(backend="gemma", model_path="x", max_failures=3)
+    classify = helpers_of(replace(Config(), action_model_config=config)).roles["action_model_config"]
+    assert classify(["a", "b"]) == [None, None]
+    with pytest.raises(act.RunStopped, match="^action_model_config: 3 failures in a row, the last one of use to nobody: ''$"):
+        classify(["c"])
 
 
 @pytest.mark.parametrize("path", ["itself", "reference"])
@@ -1159,10 +1425,9 @@ def test_a_helper_whose_vocabulary_is_larger_than_its_embedding_is_refused(tmp_p
     Gemma(replace(config, vocab_size=300)).save_pretrained(tmp_path / "model")
     policy = PolicyModelConfig(str(tmp_path / "model"))
     helper = act.HelperConfig(backend="gemma", model_path="reference" if path == "reference" else str(tmp_path / "model"))
-    user = {"user_simulator_config": act.HelperConfig(backend="openai", model_id="x")}  # no rule: an intent is needed
-    for role in data.ROLES:
+    for role in ROLES:
         with pytest.raises(InputError, match="tokenizer.model: 410 pieces, expected at most the model's vocab_size 300"):
-            act.build_helpers(replace(Config(), policy_model_config=policy, **{**user, role: helper}))
+            helpers_of(replace(Config(), policy_model_config=policy, **{role: helper}))
 
 
 def test_roles_that_name_one_checkpoint_share_it(monkeypatch, gemma_directory):
@@ -1170,52 +1435,63 @@ def test_roles_that_name_one_checkpoint_share_it(monkeypatch, gemma_directory):
     monkeypatch.setattr(act, "load_helper", lambda config, path: loaded.append(path) or load(config, path))
     local = act.HelperConfig(backend="gemma", model_path=str(gemma_directory), max_new_tokens=3)
     shared = replace(local, model_path="reference")
-    config = replace(Config(), action_model_config=local, intent_model_config=local)
+    config = replace(Config(), action_model_config=local, intent_model_config=local, judge_model_config=shared)
     config = replace(config, user_simulator_config=shared, preference_model_config=shared)
     config = replace(config, policy_model_config=PolicyModelConfig(str(gemma_directory)))
-    helpers = act.build_helpers(config)
-    assert loaded == [str(gemma_directory), "reference"] and helpers.cost
-    assert len(helpers.classify_actions(["a", "b"])) == 2
-    assert len(helpers.simulate_users([(PAIR, PAIR.gold[:1], "x")])) == 1
-    assert len(act.build_helpers(replace(config, judge_model_config=shared)).judge_answers([(PAIR, "7")])) == 1
+    helpers = helpers_of(config)
+    assert loaded == [str(gemma_directory), "reference"]
+    assert len(helpers.roles["action_model_config"](["a", "b"])) == 2
+    assert len(helpers.roles["user_simulator_config"]([(PAIR, PAIR.gold[:1], "x")])) == 1
+    assert len(helpers.roles["judge_model_config"]([(PAIR, "7")])) == 1
 
 
 def test_a_model_id_means_gemini_and_nothing_means_rule(configured):
     fields = {}, {"model_id": "g"}, *({"backend": name, "model_id": "g"} for name in ("rule", "gemma", "openai"))
     backends = ["rule", "gemini", "rule", "gemma", "openai"]
     assert [act.backend_of(act.HelperConfig(**each)) for each in fields] == backends
-    rules = act.build_helpers(Config())
-    found = rules.classify_actions, rules.summarize_intents, rules.simulate_users, rules.write_questions
-    assert found == (data.rule_actions, data.rule_intents, data.rule_users, data.rule_questions) and not rules.cost
-    assert rules.users_of([PAIR])([0], [PAIR.gold[:1]]) == ["The second."]
-    assert act.build_helpers(replace(Config(), action_model_config=configured())).cost, "one model is enough"
+    rules = helpers_of(Config())
+    assert rules.roles == {name: role.rule for name, role in ROLES.items()} and not rules.models
+    assert rules.answers([PAIR], "drop_f1")["simulate"]([0], [PAIR.gold[:1]]) == ["The second."]
+    assert [model.name for model in helpers_of(cast(configured, "action_model_config")).models] == ["action_model_config"]
 
 
 def test_what_models_are_told_is_among_the_files_that_must_not_change(tmp_path):
     """Also where it is the file that comes with this project; what nobody reads may change."""
-    (tmp_path / "mine.txt").write_text("{response}?")
-    asked = {"user_simulator_config": act.HelperConfig(backend="openai", model_id="m"),
+    roles = {"user_simulator_config": act.HelperConfig(backend="openai", model_id="m"),
              "action_model_config": act.HelperConfig(model_id="g", prompt_path=str(tmp_path / "mine.txt")),
              "judge_model_config": act.HelperConfig(backend="rule")}  # fmt: skip
-    found = act.fingerprints(replace(Config(), **asked))
-    files = {"user_simulator_config.prompt_path": ROOT / "configs/prompts/user.txt",
-             "action_model_config.prompt_path": tmp_path / "mine.txt"}  # fmt: skip
-    assert found.keys() == files.keys()
-    assert all(found[key].endswith(hashlib.sha256(path.read_bytes()).hexdigest()) for key, path in files.items())
+    assert {key: Path(path).resolve() for key, path in act.input_files(replace(Config(), **roles)).items()} == {
+        "user_simulator_config.prompt_path": ROOT / "configs/prompts/user.txt",
+        "action_model_config.prompt_path": tmp_path / "mine.txt",
+    }
 
 
 def test_who_makes_files_of_pairs_casts_no_user(configured):
-    config = replace(Config(), task="generate_preference", **{role: configured() for role in ROLES})
-    helpers = act.build_helpers(config)
-    assert (helpers.summarize_intents, helpers.simulate_users) == (data.rule_intents, data.rule_users)
-    assert helpers.write_questions != data.rule_questions and helpers.classify_actions != data.rule_actions
+    helpers = helpers_of(replace(cast(configured), task="generate_preference"))
+    assert {model.name for model in helpers.models} == {"action_model_config", "preference_model_config"}
 
 
 @pytest.mark.parametrize(("backend", "key"), [("gemma", "model_path"), ("gemini", "model_id"), ("openai", "model_id")])
 def test_a_back_end_without_its_model_is_an_error_that_names_the_key(backend, key):
     config = replace(Config(), user_simulator_config=act.HelperConfig(backend=backend))
     with pytest.raises(InputError, match=f"^user_simulator_config.{key} is missing, backend '{backend}' needs it$"):
-        act.build_helpers(config)
+        helpers_of(config)
+
+
+def test_the_published_cast_is_gemini_in_all_four_roles(monkeypatch):
+    """Its models, temperatures and lengths; but "CLARIFY" is three tokens, where the published "Yes" is one."""
+    monkeypatch.setattr(act.Client, "try_once", lambda client: None)  # it would call Google
+    config = act.load_config("gemma2_2b_pacific_gemini.json")
+    lengths = {"action_model_config": 8, "user_simulator_config": 64, "intent_model_config": 128,
+               "preference_model_config": 64}  # fmt: skip
+    for name, length in lengths.items():
+        expected = act.HelperConfig("gemini", model_id="gemini-2.0-flash-001", temperature=0.1, max_new_tokens=length)
+        assert getattr(config, name) == expected, name
+    assert {model.name for model in helpers_of(config).models} == {*lengths}
+    plain = act.load_config("gemma2_2b_pacific.json")  # the same run otherwise
+    others = {name: getattr(plain, name) for name in lengths}
+    training = replace(config.training_config, output_dir=plain.training_config.output_dir)
+    assert replace(config, **others, training_config=training) == plain
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1226,25 +1502,22 @@ def test_a_back_end_without_its_model_is_an_error_that_names_the_key(backend, ke
 def test_a_role_is_told_what_the_file_of_its_prompt_says(server, configured, tmp_path, name):
     """Each {name} is filled once: what stands in the texts is not looked at, and other braces stay as they are."""
     role, path = ROLES[name], tmp_path / "prompt.txt"
-    path.write_text(" {{x}} {other} {" + "}\n{".join(role.names) + "}{0}\n\n", encoding="utf-8")
-    helpers = act.build_helpers(replace(Config(), **{name: configured(prompt_path=str(path))}))
+    path.write_text(" {{x}} {other} {" + "}\n{".join(role.names) + "}{0}\n\n", encoding="utf-8", newline="\r\n")
+    users = {"user_simulator_config": configured()}  # no rule: an intent is needed
+    helpers = helpers_of(replace(Config(), **{**users, name: configured(prompt_path=str(path))}))
     odd = "{response} {conversation} {intent} {examples} {gold} {answer} {other} \\1 \\g<0>?"
     pair = Pair("", [("user", odd)], CLARIFY, *[[("model", odd), ("user", odd), ("model", "x")]] * 3, "x")
-    played, request = {
-        "action_model_config": (helpers.classify_actions, odd),
-        "user_simulator_config": (helpers.simulate_users, (pair, [("model", odd)], odd)),
-        "intent_model_config": (helpers.summarize_intents, pair),
-        "preference_model_config": (helpers.write_questions, (pair, [pair])),
-        "judge_model_config": (helpers.judge_answers, (pair, odd)),
+    request = {
+        "action_model_config": odd,
+        "user_simulator_config": (pair, [("model", odd)], odd),
+        "intent_model_config": pair,
+        "preference_model_config": (pair, [pair]),
+        "judge_model_config": (pair, odd),
     }[name]
-    if name == "intent_model_config":  # cast only where the user is no rule
-        played = act.build_helpers(replace(Config(), **{name: configured(prompt_path=str(path))},
-                                           user_simulator_config=configured())).summarize_intents  # fmt: skip
-    played([request])
-    [(_, _, body)] = server.requests
+    helpers.roles[name]([request])
     filled = role.fields(request)
     want = " {{x}} {other} " + "\n".join(filled[each] for each in role.names) + "{0}\n"
-    assert prompt_in(body) == want and odd in want
+    assert asked(server) == [want] and odd in want
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -1254,133 +1527,19 @@ def test_a_prompt_that_lacks_a_name_is_refused_with_its_file(configured, tmp_pat
     path.write_bytes(content)
     config = replace(Config(), user_simulator_config=configured())
     with pytest.raises(InputError) as error:
-        act.build_helpers(replace(config, **{name: configured(prompt_path=str(path))}))
+        helpers_of(replace(config, **{name: configured(prompt_path=str(path))}))
     assert str(error.value).startswith(f"{path}: lacks {{{ROLES[name].names[0]}}}, expected a prompt with ")
 
 
 def test_a_prompt_that_is_not_there_or_not_text_is_refused(configured, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("é {response}".encode("latin-1"))
     for name, message in (("none.txt", "cannot be read"), ("latin.txt", "not UTF-8")):
-        path = tmp_path / name
-        if name == "latin.txt":
-            path.write_bytes("é {response}".encode("latin-1"))
         with pytest.raises(InputError, match=f"{name}: {message}"):
-            act.build_helpers(replace(Config(), action_model_config=configured(prompt_path=str(path))))
+            helpers_of(cast(configured, "action_model_config", prompt_path=str(tmp_path / name)))
 
 
 def test_shipped_prompts_are_found_from_any_directory(monkeypatch, server, configured, tmp_path):
     monkeypatch.chdir(tmp_path)
-    helpers_of(configured).classify_actions(["Who?"])
-    [(_, _, body)] = server.requests
+    helpers_of(cast(configured)).roles["action_model_config"](["Who?"])
     shipped = (ROOT / "configs/prompts/action.txt").read_text(encoding="utf-8")
-    assert prompt_in(body) == shipped.removesuffix("\n").replace("{response}", "Who?")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Several ranks, played by threads
-
-
-def on_ranks(monkeypatch, world, work):
-    """work() on `world` threads that take themselves for ranks; what each returned or raised."""
-    here, barrier, lists = threading.local(), threading.Barrier(world, timeout=10), [None] * world
-
-    def all_gathered(rows):
-        lists[here.rank] = rows
-        barrier.wait()
-        gathered = [row for rows in lists for row in rows]
-        barrier.wait()
-        return gathered
-
-    def run(rank):
-        here.rank = rank
-        try:
-            return work(rank)
-        except act.RunStopped as error:
-            return error
-
-    monkeypatch.setattr(act, "all_gathered", all_gathered)
-    monkeypatch.setattr(act.dist, "get_rank", lambda: here.rank)
-    monkeypatch.setattr(act.dist, "get_world_size", lambda: world)
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(run, range(world)))
-
-
-def test_each_rank_asks_for_its_share_only_and_all_know_all_answers(monkeypatch):
-    asked = []
-
-    def answer(requests):
-        asked.extend(requests)
-        return [request.upper() for request in requests]
-
-    answers = on_ranks(monkeypatch, 3, lambda rank: act.split_over_ranks("asking", answer)(list("abcdefg")))
-    assert answers == [list("ABCDEFG")] * 3
-    assert sorted(asked) == list("abcdefg")
-
-
-def test_a_helper_that_gives_up_on_one_rank_stops_all(monkeypatch):
-    def work(rank):
-        if rank == 1:
-            raise act.HelperError("rank 1 is refused")
-        return "fine"
-
-    errors = on_ranks(monkeypatch, 3, lambda rank: act.together(lambda: work(rank)))
-    assert [str(error) for error in errors] == ["rank 1 is refused"] * 3
-    assert on_ranks(monkeypatch, 3, lambda rank: act.together(lambda: rank)) == [0, 1, 2]
-
-
-def test_answers_that_are_of_no_use_stop_the_run_and_a_useful_one_between_them_does_not(server, configured):
-    """A model that never says what it is asked for would leave every pair as it was, and look like a run."""
-    server.answer = lambda prompt: "Sure thing." if "odd" in prompt else "ANSWER"
-    helpers = act.build_helpers(replace(Config(), action_model_config=configured(max_failures=3)))
-    assert helpers.classify_actions(["odd 1", "odd 2", "fine", "odd 3", "odd 4"]) == [None, None, ANSWER, None, None]
-    with pytest.raises(act.HelperError) as raised:
-        helpers.classify_actions(["odd 5"])
-    assert line_of(raised) == "3 answers to action.txt in a row were of no use, like 'Sure thing.'"
-
-
-def test_without_a_cache_path_nothing_is_kept(server, configured):
-    for _ in range(2):
-        assert act.GeminiClient(configured(cache_path=""))(["a"]) == ["answer to a"]
-    assert len(server.requests) == 2 and counts(asked=2)
-
-
-def test_bad_input_that_shows_on_one_rank_stops_all(monkeypatch):
-    """A gold query that fails, say: the run saves, and no rank waits for another."""
-
-    def work(rank):
-        if rank == 1:
-            raise InputError("x.jsonl:7: the gold query fails")
-
-    errors = on_ranks(monkeypatch, 3, lambda rank: act.together(lambda: work(rank)))
-    assert [str(error) for error in errors] == ["x.jsonl:7: the gold query fails"] * 3
-
-
-def test_a_gold_query_that_fails_is_named_by_its_line():
-    helpers, pair = act.Helpers(data.rule_actions, None, data.rule_users, None), a_pair("a", ANSWER)
-    pair.target, pair.where, pair.context = "SELECT b FROM t", "x.jsonl:7", "CREATE TABLE t (a)"
-    with pytest.raises(InputError, match=r"^x\.jsonl:7: execution_match: the gold query 'SELECT b FROM t' fails"):
-        helpers.answers([pair], "execution_match")["score"]([0], [[("model", "SELECT a FROM t")]])
-
-
-def test_the_published_cast_is_gemini_in_all_four_roles():
-    """Its models, temperatures and lengths; but "CLARIFY" is three tokens, where the published "Yes" is one."""
-    config = act.load_config("gemma2_2b_pacific_gemini.json")
-    lengths = {"action_model_config": 8, "user_simulator_config": 64, "intent_model_config": 128,
-               "preference_model_config": 64}  # fmt: skip
-    for name, length in lengths.items():
-        cast = act.HelperConfig("gemini", model_id="gemini-2.0-flash-001", temperature=0.1, max_new_tokens=length)
-        assert getattr(config, name) == cast, name
-    helpers = act.build_helpers(config)
-    rules = data.rule_actions, data.rule_intents, data.rule_users, data.rule_questions
-    cast = helpers.classify_actions, helpers.summarize_intents, helpers.simulate_users, helpers.write_questions
-    assert not set(cast) & set(rules) and helpers.cost
-    plain = act.load_config("gemma2_2b_pacific.json")  # the same run otherwise
-    others = {name: getattr(plain, name) for name in lengths}
-    training = replace(config.training_config, output_dir=plain.training_config.output_dir)
-    assert replace(config, **others, training_config=training) == plain
-
-
-def test_what_a_server_says_shows_no_key_in_any_spelling_and_obeys_nothing(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk/Ab+1c")
-    client = act.OpenAIClient(act.HelperConfig(backend="openai", base_url="http://localhost:1", model_id="m", cache_path=""))
-    assert client.one_line("key sk/Ab+1c, sk%2FAb%2B1c, sk/\nAb +1c\x1b[31m!\x07\r\u202e.") == "key [key], [key], [key] [31m! ."
-    assert client.masked("sk/Ab+1d") == "sk/Ab+1d"
+    assert asked(server) == [shipped.removesuffix("\n").replace("{response}", "Who?")]

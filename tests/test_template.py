@@ -255,6 +255,23 @@ def test_later_turns_of_a_dialogue_begin_with_the_tokens_of_earlier_ones(templat
             assert b[: len(a)] == a and len(b) > len(a)
 
 
+@pytest.mark.parametrize("limit", [FAR, 300, 90, 40, 11, 1])
+def test_the_prompts_of_a_dialogue_are_those_of_its_turns_one_by_one(template, long_dialogue, limit):
+    """With what each lost; and every text is tokenised once for all of them."""
+    pairs, last = long_dialogue, long_dialogue[-1]
+    lengths = [len(pair.history) for pair in pairs]
+    wanted = [prompt_of(template, pair, limit) for pair in pairs]
+    lost = [len(prompt_of(template, pair, FAR)) - len(prompt) for pair, prompt in zip(pairs, wanted, strict=True)]
+    encode, encoded = template.encode, []
+    template.encode = lambda text: encoded.append(text) or encode(text)
+    found = template.prompts(last.context, last.history, lengths, limit, last.instruction)
+    assert found == list(zip(wanted, lost, strict=True))
+    texts = [text for text in encoded if len(text) > 12 and text.strip() not in ("[conversation]", "Assistant:")]
+    contexts = 2 if template.plain else 1  # and the instruction
+    assert len(texts) == len(last.history) + contexts
+    assert not any(lost) if limit == FAR else all(lost)
+
+
 def test_a_conversation_that_the_assistant_opens_keeps_roles_in_the_chat_template(chat):
     greeting = [("model", "get tax"), ("user", "jan")]
     whole, alone = (a_pair(context="tax", history=history) for history in (greeting, greeting[1:]))
