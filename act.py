@@ -626,7 +626,7 @@ class Sampler:
         if self.generators:
             sampling = {key: getattr(training, key) for key in ("temperature", "top_k", "top_p")}
             sampling["generator"] = [self.generators[row] for row in rows]
-        if self.rows:
+        if self.cache.order:
             self.cache.keep([self.rows.index(row) for row in rows])
         self.rows = rows
         most = training.max_new_tokens
@@ -1521,11 +1521,18 @@ def machine(device):
 def prompt_format(config, tokenizer):
     """As configured; "auto": Gemma's chat template where the checkpoint's files say so."""
     chosen, source = config.data_config.prompt_format, config.policy_model_config.model_path
+    model = GemmaConfig.from_json(Path(source) / "config.json")
+    chat = gemma.is_chat(tokenizer, model)
     if chosen == "auto":
-        chat = gemma.is_chat(tokenizer, GemmaConfig.from_json(Path(source) / "config.json"))
         chosen = "gemma" if chat else "plain"
         says = "" if chat else "do not "
         print0(f"prompt_format {chosen!r}: {source}'s files {says}say that it talks as Gemma does")
+    for line in gemma.foreign(tokenizer, model):
+        if chosen == "gemma":
+            raise InputError(f"{line}, expected prompt_format 'plain'")
+        print0(line)
+    if chosen == "gemma" and not chat and config.policy_model_config.lora_r:
+        print0(f"{source} does not talk in this format yet: with LoRA it will hardly learn to stop")
     return chosen
 
 
@@ -1866,21 +1873,21 @@ def make_part(output, part):
 
 def take_place(run, part, directory, state):
     """What names the files of a checkpoint is written last; then it takes its place."""
-    save_tokenizer(run.tokenizer, run.template, run.policy.config, part)
+    save_tokenizer(run.tokenizer, run.template, part)
     files = {path.name: fingerprint(path) for path in sorted(part.iterdir())}
     write_json(part / "trainer_state.json", {**state, "files": files})
     remove(directory)
     part.rename(directory)
 
 
-def save_tokenizer(tokenizer, template, config, directory):
-    """Copy tokenizer.model and what transformers and vLLM look for beside it, or write it."""
+def save_tokenizer(tokenizer, template, directory):
+    """What transformers and vLLM look for beside tokenizer.model, with the format trained in."""
     shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-    chat = "chat_template.jinja"
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", chat):
+    chat, settings = "chat_template.jinja", dict(tokenizer.config)
+    for name in ("tokenizer.json", "special_tokens_map.json", *[chat] * (not template.plain)):
         if tokenizer.path.with_name(name).is_file():
             shutil.copyfile(tokenizer.path.with_name(name), directory / name)
-    if not tokenizer.config:
+    if not settings:
         ids = {f"{name}_token": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
         turns = (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id)
         piece = tokenizer.sp.id_to_piece
@@ -1888,10 +1895,12 @@ def save_tokenizer(tokenizer, template, config, directory):
         settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
         settings |= {key: piece(i) for key, i in ids.items() if i is not None}
         settings["extra_special_tokens"] = [piece(i) for i in turns if i is not None]
-        write_json(directory / "tokenizer_config.json", settings)
-    if gemma.is_chat(tokenizer, config) and "chat_template" not in tokenizer.config:
-        if not (directory / chat).exists():
-            shutil.copyfile(HERE / "configs" / chat, directory / chat)
+    if template.plain:
+        settings.pop("chat_template", None)
+    write_json(directory / "tokenizer_config.json", settings)
+    if "chat_template" not in settings and not (directory / chat).exists():
+        ours = "chat_template_plain.jinja" if template.plain else chat
+        shutil.copyfile(HERE / "configs" / ours, directory / chat)
 
 
 def save_checkpoint(run, step):
