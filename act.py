@@ -842,6 +842,8 @@ class Log:
         best = [f"{self.evaluated[n]:.3f} after step {n}" for n in self.best_first()[:5]]
         if best:
             print0(f"{self.metric}, the best first: {', '.join(best)}")
+        if self.problem:
+            print0(f"Not all was written: {self.problem}")
 
 
 def say_unended(samples):
@@ -1483,7 +1485,7 @@ class Run(Start):
 def begin(config, overwrite=False, resume=False):
     """Decide about the output directory, read and check the files. Nothing there is changed."""
     device, source = start_processes(), config.policy_model_config.model_path
-    print0(machine())
+    print0(machine(device))
     writes = config.task in WRITES
     checkpoint = on_main(open_output, config, resume, overwrite) if writes else None
     contents = {key: data.read_bytes(path) for key, path in input_files(config).items()}
@@ -1503,12 +1505,17 @@ def begin(config, overwrite=False, resume=False):
     return Start(config, device, checkpoint, state, tokenizer, template, helpers, pairs, validation)
 
 
-def machine():
-    """On what the bits of a run depend, besides its seed."""
-    kind = torch.backends.cpu.get_cpu_capability()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    processes = f"{dist.get_world_size()} processes of {torch.get_num_threads()} threads"
-    return f"{platform.machine()} with {kind}{gpu}, {processes}: on these the bits depend"
+def machine(device):
+    """On what the last bits of a run depend beside its configuration, in a line."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        cpus = Path("/proc/cpuinfo")  # of Linux; on ARM it does not name a model
+        named = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+        name = named[1] if named else platform.machine()
+        kind = f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    processes = f"processes: {dist.get_world_size()}, threads each: {torch.get_num_threads()}"
+    return f"{kind}, {processes}, torch {torch.__version__}: on these the last bits depend"
 
 
 def prompt_format(config, tokenizer):
@@ -1718,9 +1725,9 @@ def step_of(checkpoint, state):
     """The step of a checkpoint. Raises InputError where it is damaged, or not of these files."""
     path, step = checkpoint / "trainer_state.json", int(checkpoint.name[5:])
     then = read_json(path)
-    files = {name: fingerprint(checkpoint / name) for name in then.get("files", {})
-             if (checkpoint / name).exists()}  # fmt: skip
-    for key, value in {"step": step, **state, "files": files}.items():
+    then |= then.get("files", {})
+    files = {path.name: fingerprint(path) for path in checkpoint.iterdir() if path.name in then}
+    for key, value in {"step": step, **state, **files}.items():
         if key != "steps" and then.get(key, value) != value:
             raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
     if step > state["steps"]:
@@ -1770,15 +1777,16 @@ def remove(path):
             shutil.rmtree(aside)
 
 
-LOCK = []  # the file whose lock says that output_dir is this process's, as long as it lives
+LOCK = []  # the file whose lock says that output_dir is this process's, and whether it made that
 
 
 def take_lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
+    new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     path, flags = output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666))]
+        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666)), new]
     except OSError as error:
         raise InputError(f"{path}: cannot be opened, expected a file ({error.strerror})") from None
     try:
@@ -1791,17 +1799,21 @@ def take_lock(output):
         print0(f"{output}: a second run at once would not be noticed here ({error.strerror})")
 
 
-def require_lock(output):
-    """Raises RunStopped where the locked file is no longer the one that is there."""
+def holds_lock(output):
+    """Whether the locked file is the one that is there."""
     path = output / ".lock"
-    mine = os.fstat(LOCK[0].fileno()) if LOCK else None
-    if not mine or not path.exists() or not os.path.samestat(mine, path.stat()):
+    return LOCK and path.exists() and os.path.samestat(os.fstat(LOCK[0].fileno()), path.stat())
+
+
+def require_lock(output):
+    """Raises RunStopped where another run may write to an output directory."""
+    if not holds_lock(output):
         raise RunStopped(f"{output}: its .lock is not this run's any more, another may write there")
 
 
 def release_lock(output):
-    """Let go of an output directory, which goes too if nothing was written there."""
-    if LOCK and os.listdir(output) == [".lock"]:
+    """Let go of an output directory, which goes too if this run made it and wrote nothing."""
+    if LOCK[1:] == [True] and holds_lock(output) and os.listdir(output) == [".lock"]:
         (output / ".lock").unlink()
         output.rmdir()
     LOCK.clear()
@@ -1906,7 +1918,7 @@ def checkpoints(output_dir):
     """
     folder, found = Path(output_dir) / "checkpoints", {}
     try:
-        for path in folder.iterdir() if folder.exists() else ():
+        for path in folder.iterdir() if os.path.lexists(folder) else ():
             name = STEP.fullmatch(path.name)
             if name and (path / "trainer_state.json").exists():
                 found[int(name[1])] = path
@@ -2670,9 +2682,10 @@ def generate_preference(config, overwrite=False, resume=False):
 
 
 def write_pairs(config, found):
-    """Files of the pairs {name: pairs}, each in all forms; those of a former run go last."""
+    """Files of the pairs {name: pairs}, each in all forms, over those of a former run."""
     output = output_of(config)
     require_lock(output)
+    write_json(output / "config.json", asdict(config))  # first: without it the rest is nobody's
     for name, pairs in found.items():
         paths = [output / f"{name}{ending}" for ending in PAIR_FILES.values()]
         for form, path in zip(PAIR_FILES, paths, strict=True):
@@ -2682,7 +2695,6 @@ def write_pairs(config, found):
                 remove(path)
         if pairs:
             print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
-    write_json(output / "config.json", asdict(config))
 
 
 def check(config, overwrite=False, resume=False):

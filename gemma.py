@@ -103,14 +103,19 @@ class Forest:
         In sorted order a sequence shares most with its neighbour. Sharing less than half of the
         shorter one is not worth the attention over each other's slots.
         """
-        tries, before = [], []
+        tries = []
+        before = []
         for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
             sequence = sequences[i]
             shared = common_prefix(before, sequence)
             if not tries or 2 * shared < min(len(before), len(sequence)):
-                tokens, positions, ends, paths = [], [], [], {}
+                tokens = []
+                positions = []
+                ends = []
+                paths = {}
                 tries.append((tokens, positions, ends, paths))
-                path, shared = [], 0
+                path = []
+                shared = 0
             branch = sequence[shared:]
             path = path[:shared] + list(range(len(tokens), len(tokens) + len(branch)))
             tokens += branch
@@ -128,7 +133,8 @@ class Forest:
 
         Returns (number of rows, their width, [(row, start) of each trie]).
         """
-        used, places = [], []
+        used = []
+        places = []
         for size in sizes:
             row = next((r for r, n in enumerate(used) if n + size <= width), len(used))
             if row == len(used):
@@ -200,8 +206,11 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config, index):
         super().__init__()
-        C, D = config.hidden_size, config.head_dim
-        self.index, self.kind, self.head_dim = index, config.layer_types[index], D
+        C = config.hidden_size
+        D = config.head_dim
+        self.index = index
+        self.kind = config.layer_types[index]
+        self.head_dim = D
         self.scale = config.query_pre_attn_scalar**-0.5
         self.softcap = config.attn_logit_softcapping
         self.q_proj = Linear(C, config.num_attention_heads * D)
@@ -245,7 +254,8 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
-        C, eps = config.hidden_size, config.rms_norm_eps
+        C = config.hidden_size
+        eps = config.rms_norm_eps
         self.self_attn = Attention(config, index)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(C, eps)
@@ -327,7 +337,8 @@ class Gemma(nn.Module):
     def logps(self, forest):
         """Log-probability of each sequence of a Forest, summed over its scored tokens: float32."""
         masks = tree_masks(forest.positions, forest.ends, self)
-        at, tied = (forest.rows, forest.slots), []
+        at = (forest.rows, forest.slots)
+        tied = []
         hidden = self.hidden(forest.tokens, forest.positions, masks, at=at, tied=tied)
         softcap = self.config.final_logit_softcapping
         weight = self.embed_tokens.weight
@@ -343,6 +354,7 @@ class Gemma(nn.Module):
         """The model of a directory in Hugging Face's layout. Raises InputError."""
         with torch.device("meta"):
             model = cls(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
+        load_safetensors(base_weights(model), directory, prefix="model.")  # checks sizes, no more
         model.to_empty(device=device)
         load_safetensors(base_weights(model), directory, prefix="model.")
         return model
@@ -400,7 +412,8 @@ class GemmaConfig:
     bos_token_id: Id = 2
     sliding_window_pattern: Count = None  # one layer in so many is global: 2, in Gemma 3 6
     layer_types: list = None  # LOCAL or GLOBAL, for each layer; default: by the pattern
-    source, generation = {}, {}  # not fields: config.json, generation_config.json as they were read
+    source = {}  # not a field: config.json as it was read
+    generation = {}  # generation_config.json beside it
 
     def __post_init__(self):
         gemma3 = self.model_type == "gemma3_text"
@@ -425,7 +438,8 @@ class GemmaConfig:
                 found = repr(raw[key]) if key in raw else "missing"
                 raise InputError(f"{path}: {key} is {found}, expected {expected}")
 
-        model_type, activation = raw.get("model_type"), raw.get("hidden_activation", GELU)
+        model_type = raw.get("model_type")
+        activation = raw.get("hidden_activation", GELU)
         known = " or ".join(map(repr, ARCHITECTURES))
         must("model_type", model_type in [*ARCHITECTURES], f"{known} (text, no pictures)")
         must("hidden_activation", activation == GELU, repr(GELU))
@@ -447,15 +461,18 @@ class GemmaConfig:
         for f in fields(cls):
             value = raw.get(f.name, f.default)
             if hasattr(f.type, "__metadata__") and not (value is None and f.default is None):
-                kind, (lowest, highest) = f.type.__origin__, f.type.__metadata__
+                kind = f.type.__origin__
+                lowest, highest = f.type.__metadata__
                 right = type(value) in (int, kind) and lowest <= value <= highest
                 must(f.name, right, f"a number ({kind.__name__}) from {lowest} to {highest}")
         for key in CAPS:
             must(key, key in raw or model_type != "gemma2", "a number or null")
 
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
-        config.source, config.generation = source, generation
-        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        config.source = source
+        config.generation = generation
+        heads = config.num_attention_heads
+        layers = config.num_hidden_layers
         divides = heads % config.num_key_value_heads == 0
         must("num_key_value_heads", divides, f"a divisor of num_attention_heads {heads}")
         must("head_dim", config.head_dim % 2 == 0, "an even number")
@@ -463,6 +480,11 @@ class GemmaConfig:
         right = isinstance(kinds, list) and len(kinds) == layers
         right = right and all(kind in (LOCAL, GLOBAL) for kind in kinds)
         must("layer_types", right, f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'")
+        heads = 2 * config.head_dim * (heads + config.num_key_value_heads)
+        layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+        size = 4 * (config.vocab_size * config.hidden_size + layers * layer) // 2**30
+        if size > 2**12:
+            raise InputError(f"{path}: a model of {size:,} GiB, expected one of at most 4,096")
         return config
 
     def to_json(self, dtype):
@@ -483,6 +505,7 @@ class GemmaConfig:
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
         written.pop("dtype", None)  # transformers 5's name for torch_dtype
+        written.pop("quantization_config", None)  # what is written are plain weights
         if not gemma3:  # which has one theta
             del written["rope_local_base_freq"]
         return written
@@ -528,7 +551,8 @@ def tree_rules(positions, ends, window):
 
 def tree_masks(positions, ends, model):
     """Who sees whom in a Forest, {kind of layer: mask}, in the form that `attend` takes there."""
-    config, dtype = model.config, model.compute_dtype or model.embed_tokens.weight.dtype
+    config = model.config
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     make = tree_blocks
     if positions.is_cuda and flex_compiles(*heads, config.attn_logit_softcapping, dtype):
@@ -550,7 +574,8 @@ def tree_blocks(rule, positions, size=128):
     """
     B, T = positions.shape
     rows = torch.arange(B, device=positions.device)[:, None, None]
-    slots, blocks = torch.arange(T, device=positions.device), []
+    slots = torch.arange(T, device=positions.device)
+    blocks = []
     for start in range(0, T, size):
         stop = min(start + size, T)
         seen = rule(rows, None, slots[start:stop, None], slots[:stop])  # [B, t, stop]
@@ -568,12 +593,12 @@ def attend(q, k, v, mask, scale, softcap):
     where it cannot skip what a trie hides.
     """
     if isinstance(mask, BlockMask):  # one fused kernel, which skips blocks that nothing sees
-        kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
+        kernel = compiled(flex_attention, dynamic=True)
+        options = kernel_options(q.device, q.shape[-1])
 
         def cap(score, row, head, query, key):
             return softcap * torch.tanh(score / softcap)
 
-        options = kernel_options(q.device, q.shape[-1]) if q.is_cuda else None
         cap = softcap and cap
         return kernel(q, k, v, cap, mask, scale, enable_gqa=True, kernel_options=options)
     B, N, _, D = q.shape
@@ -620,7 +645,8 @@ def flex_compiles(heads, kv_heads, head_dim, softcap, dtype, device="cuda"):
 
 
 FAILED = set()  # names of optimisations that do not work on this machine
-FLEX, RECORDED = "flex attention", "a recorded step"
+FLEX = "flex attention"
+RECORDED = "a recorded step"
 
 
 @contextlib.contextmanager
@@ -632,7 +658,7 @@ def optional(name):
         raise
     except Exception as error:  # a compiler's, of whatever kind
         FAILED.add(name)
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if rank() == 0:
             said = f"{name} does not work on this machine, going on without it ({reason})"
             print(said, flush=True)
@@ -685,7 +711,8 @@ def product(x, weight):
     up to 2.5 times as long (MKL), which makes a rollout of 8 rows 15 % longer (48 M parameters).
     """
     outputs, inputs = weight.shape
-    rows, block = x.numel() // inputs, 32
+    rows = x.numel() // inputs
+    block = 32
     weight = weight.to(x.dtype)
     slow = weight.device.type == "cpu" and weight.dtype == torch.float32
     slow = slow and weight.numel() >= 2**19 and 3 < rows < 16
@@ -718,7 +745,8 @@ class TokenLogps(torch.autograd.Function):
         scores = (hidden.float() * embedding[targets].to(hidden.dtype)).sum(-1)
         scores = soft_capped(scores.to(hidden.dtype), softcap)  # rounded as those in the norms
         ctx.save_for_backward(hidden, embedding, targets, norms, scores)
-        ctx.softcap, ctx.tied = softcap, tied
+        ctx.softcap = softcap
+        ctx.tied = tied
         return scores - norms
 
     @staticmethod
@@ -771,7 +799,8 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, matrix = ctx.saved_tensors
-        rows, grad = rows.flatten(), grad.flatten(0, -2)
+        rows = rows.flatten()
+        grad = grad.flatten(0, -2)
         if ctx.tied:  # popped, so that nobody else holds it, and autograd takes it without a copy
             add_rows(ctx.tied.pop(), rows, grad)
         elif ctx.needs_input_grad[1]:
@@ -936,7 +965,8 @@ def local_slice(parameter):
     """
     if not isinstance(parameter, DTensor):
         return parameter, slice(0, parameter.shape[0] if parameter.ndim else 1)
-    part, mesh = parameter.to_local(), parameter.device_mesh
+    part = parameter.to_local()
+    mesh = parameter.device_mesh
     each = -(-parameter.shape[0] // mesh.shape[-1])
     start = each * mesh.get_coordinate()[-1]
     return part, slice(start, start + part.shape[0])
@@ -944,7 +974,7 @@ def local_slice(parameter):
 
 def load_safetensors(tensors, directory, stem="model", prefix=""):
     """Fill `tensors`, name -> tensor (of a DTensor this rank's rows), from STEM.safetensors or its
-    shards.
+    shards; where they are on the meta device, only check that they could be.
 
     Raises InputError that lists all missing, unexpected and mis-shaped tensors together.
     """
@@ -959,7 +989,11 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
             problem = "weight_map is not an object that maps tensor names to file names"
             raise InputError(f"{index}: {problem}")
         names = sorted(set(shards.values()))
-    found, problems = {}, []
+        alone = f"{stem}.safetensors"
+        if alone not in names and (directory / alone).exists():  # which transformers would load
+            raise InputError(f"{index}: names other files than {alone} beside it, expected one")
+    found = {}
+    problems = []
     for name in names:
         if Path(name).name != name:
             raise InputError(f"{index}: weight_map names {name!r}, expected a file beside it")
@@ -972,18 +1006,23 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
             tensor = key.removeprefix(prefix)
             problems += [f"{key} stands in two places"] if tensor in found else []
             found[tensor] = file.get_slice(key)
-    head, embedding = found.get("lm_head.weight"), found.get("embed_tokens.weight")
+    head = found.get("lm_head.weight")
+    embedding = found.get("embed_tokens.weight")
     if head and embedding and torch.equal(head[...], embedding[...]):
         del found["lm_head.weight"]  # some writers store the tied head once more
+    strange = [name for name in found if name not in tensors]
+    quantised = [name for name in strange if found[name].get_dtype() not in FLOATS]
+    if quantised:
+        expected = "expected weights that are not quantised (as by bitsandbytes)"
+        raise InputError(f"{where}: holds {quantised[0]}, {expected}")
+    problems += [f"unexpected {name}" for name in strange]
     problems += [f"missing {name}" for name in tensors if name not in found]
-    for name, stored in found.items():
-        if name not in tensors:
-            problems.append(f"unexpected {name}")
-            continue
+    for name in [name for name in tensors if name in found]:
         shape = list(tensors[name].shape)
-        if stored.get_shape() != shape or stored.get_dtype() not in FLOATS:
-            has = f"{stored.get_dtype()} {stored.get_shape()}"
-            problems.append(f"{name} is {has}, expected floats {shape}")
+        stored = found[name].get_shape()
+        dtype = found[name].get_dtype()
+        if stored != shape or dtype not in FLOATS:
+            problems.append(f"{name} is {dtype} {stored}, expected floats {shape}")
     if problems[12:]:
         problems[12:] = [f"and {len(problems) - 12} more"]
     if problems:
@@ -991,6 +1030,8 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
         raise InputError(f"{where}: does not hold the expected tensors: {listed}")
     with torch.no_grad():
         for name, tensor in tensors.items():
+            if tensor.is_meta:
+                continue
             part, rows = local_slice(tensor)
             part.copy_(found[name][rows if part.ndim else ...])
             # 10 times as fast as to look at each number
@@ -1007,14 +1048,16 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
     file's worth at most.
     """
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    shards, room = [], 0
+    shards = []
+    room = 0
     for name, size in sizes.items():
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
         room -= size
-    count, files = len(shards), {}  # of each file the tensors' names
+    count = len(shards)
+    files = {}  # of each file the tensors' names
     for i, names in enumerate(shards, start=1):
         part = f"-{i:05d}-of-{count:05d}" if count > 1 else ""
         whole = {}
@@ -1056,19 +1099,26 @@ class Tokenizer:
     """A SentencePiece model. `encode` never yields a control token for text that merely spells one.
 
     ids: piece -> id; pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id: None where the
-    vocabulary lacks them; config: what tokenizer_config.json beside it says.
+    vocabulary lacks them; config: what tokenizer_config.json beside it says; chat_template: a text.
     """
 
     def __init__(self, path):
         self.path = no_pipe(Path(path))
+        if not self.path.exists():
+            expected = "expected the base model's (a tokenizer.json alone is not enough)"
+            raise InputError(f"{path}: no such file, {expected}")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            pieces = self.sp.id_to_piece(list(range(len(self))))
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: not readable as a SentencePiece model ({reason})") from None
         beside = no_pipe(self.path.with_name("tokenizer_config.json"))
         self.config = read_json(beside) if beside.exists() else {}
-        pieces = self.sp.id_to_piece(list(range(len(self))))
+        self.chat_template = str(self.config.get("chat_template", ""))
+        beside = no_pipe(self.path.with_name("chat_template.jinja"))
+        if beside.exists():
+            self.chat_template = beside.read_text(encoding="utf-8", errors="replace")
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         ends = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
         self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ends)
@@ -1103,10 +1153,29 @@ def is_chat(tokenizer, config):
     """Whether a checkpoint's files say that it talks in Gemma's chat template: replies end with a
     turn, not a line.
     """
-    ends, turn = id_list(config.eos_token_id), tokenizer.end_of_turn_id
-    template = tokenizer.path.with_name("chat_template.jinja").exists()
-    template = template or "chat_template" in tokenizer.config or turn in ends
-    return turn is not None and template and not set(ends) & set(tokenizer.encode("\n"))
+    ends = id_list(config.eos_token_id)
+    turn = tokenizer.end_of_turn_id
+    talks = "<start_of_turn>" in tokenizer.chat_template or turn in ends
+    return turn is not None and talks and not set(ends) & set(tokenizer.encode("\n"))
+
+
+def foreign(tokenizer, config):
+    """Lines about what a checkpoint's files have that is not followed here: tokens which
+    tokenizer.model lacks, a chat template that is not Gemma's.
+    """
+    lines = []
+    text = ""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = no_pipe(tokenizer.path.with_name(name))
+        text += file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    # "id": 7, "content": ... in the one, "7": {"content": ... in the other
+    ids = {int(i) for i in re.findall(r'(\d{1,9})"?[,:]\s*\{?\s*"content"', text)}
+    added = [i for i in ids if len(tokenizer) <= i < config.vocab_size]
+    if added:
+        lines.append(f"{tokenizer.path}: lacks {len(added)} added tokens, whose texts are any text")
+    if tokenizer.chat_template and "<start_of_turn>" not in tokenizer.chat_template:
+        lines.append(f"{tokenizer.path}: the chat template beside it is not Gemma's")
+    return lines
 
 
 def check_vocabulary(tokenizer, model):
@@ -1127,7 +1196,8 @@ class Template:
     """
 
     def __init__(self, tokenizer, prompt_format):
-        self.tokenizer, self.encode = tokenizer, tokenizer.encode
+        self.tokenizer = tokenizer
+        self.encode = tokenizer.encode
         self.plain = prompt_format == "plain"
         self.newline = self.encode("\n")
         needed = [tokenizer.bos_id]
@@ -1157,10 +1227,12 @@ class Template:
         """(tokens, mask) of a message with its markers; mask: 1 where the assistant wrote it."""
         written = role == "model"
         if self.plain:
-            before, after = self.opening if written else [], []
+            before = self.opening if written else []
+            after = []
             text = (" " if written else "User: ") + fold(text)
         else:
-            before, after = self.turn(role), self.newline
+            before = self.turn(role)
+            after = self.newline
             text = text.strip()
         said = self.encode(text) + self.end
         mask = [0] * len(before) + [int(written)] * len(said) + [0] * len(after)
@@ -1175,21 +1247,29 @@ class Template:
         eighth of max_length, so that most turns of a dialogue still begin with the same tokens. A
         last user turn that is longer even alone loses its own head.
         """
-        said, ends = [], [0]  # tokens of all messages; where each begins, and the last ends
+        said = []  # the tokens of all messages
+        ends = [0]  # where each of them begins, and the last ends
         for message in messages:
             said += self.message(*message)[0]
             ends.append(len(said))
         starts = [i for i, (role, _) in enumerate(messages) if role == "user"]
         if self.plain:
             before = [self.tokenizer.bos_id, *self.encode(f"{instruction}\n[context]\n")]
-            head, context, after = [], self.encode(context), self.encode("\n[conversation]\n")
-            skip, mark, closing = 0, self.encode("User:"), self.end
+            head = []
+            context = self.encode(context)
+            after = self.encode("\n[conversation]\n")
+            skip = 0
+            mark = self.encode("User:")
+            closing = self.end
             starts = sorted({0, *starts})
         else:  # no system role: the context stands in the first user turn, one text with its header
             before = [self.tokenizer.bos_id, self.tokenizer.start_of_turn_id]
-            head, after = self.encode("user\n"), []
+            head = self.encode("user\n")
+            after = []
             context = self.encode(f"user\n{context}\n\n") if context else head
-            skip, mark, closing = 1 + len(head), [], self.end + self.newline
+            skip = 1 + len(head)
+            mark = []
+            closing = self.end + self.newline
         room = max_length - len(before) - len(after) - len(self.opening) + skip
         step = max(1, max_length // 8)
 
@@ -1230,12 +1310,13 @@ class Template:
         tokens, mask = self._after_opening(messages)
         while mask and not mask[-1]:  # nothing after the last reply
             mask.pop()
-        if not ended:
+        if not ended and len(mask) > len(self.end):  # of a reply that says nothing the end counts
             del mask[-len(self.end) :]
         return tokens[: len(mask)], mask
 
     def _after_opening(self, messages):
-        tokens, mask = [], []
+        tokens = []
+        mask = []
         for message in messages:
             more, written = self.message(*message)
             tokens += more
@@ -1266,7 +1347,9 @@ class KVCache:
     multiple = 64  # of slots: a GPU's products are slow where rows do not begin at 16 bytes each
 
     def __init__(self):
-        self.stores, self.tokens, self.order = [], [], []
+        self.stores = []
+        self.tokens = []
+        self.order = []
         self.steps = {}  # on a GPU: number of rows -> CapturedStep
 
     def read(self, model, prompts, room):
@@ -1300,7 +1383,8 @@ class KVCache:
 
         masks = tree_masks(forest.positions, forest.ends, model)
         hidden = model.hidden(forest.tokens, forest.positions, masks, copy_branches, last)
-        self.tokens, self.order = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+        self.tokens = [list(prompt) for prompt in prompts]
+        self.order = list(range(len(prompts)))
         self._reserve(longest + room)
         return model.logits(hidden)
 
@@ -1345,7 +1429,8 @@ class KVCache:
         """A step of one token a row by a graph for 4, 16, 64, ... rows or all; rows that are done
         go along. None where it cannot be recorded.
         """
-        active, rows = len(new), 4
+        active = len(new)
+        rows = 4
         while rows < active:
             rows *= 4
         rows = min(rows, len(self.tokens))
@@ -1384,7 +1469,8 @@ def extend(model, stores, tokens, positions, last, spans):
 
     stores: of a KVCache; spans {kind of layer: a slice of all slots that any token sees}.
     """
-    window, masks = model.config.sliding_window, {}
+    window = model.config.sliding_window
+    masks = {}
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
     slots = torch.arange(stores[0].shape[2], device=tokens.device)
     for kind, span in spans.items():
@@ -1422,7 +1508,8 @@ class CapturedStep:
         # kept: a graph knows addresses only
         self.arguments = model, stores, tokens, positions, last, everything
         step(*self.arguments)  # compiles; what it writes will be written again by the first replay
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # not torch.cuda.graph, which empties the allocator's cache each time
         with torch.cuda.stream(stream):
@@ -1457,10 +1544,10 @@ def generate(
     A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one
     whose stop token would have come next counts as cut). temperature 0 is greedy; top_k 0 and top_p
     1 keep the whole distribution. A row's result does not depend on the other rows: each draws its
-    own noise, from `generator[i]` if that is a list, else from a stream made for row i from
-    `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued:
-    of prompt i, only the tokens that its row does not hold yet are processed. Finished rows leave
-    the batch. Raises InputError.
+    own noise, from `generator[i]` if that is a list, else all in turn from `generator` (None: seed
+    0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt i, only the
+    tokens that its row does not hold yet are processed. Finished rows leave the batch. Raises
+    InputError.
     """
     outputs = [[] for _ in prompts]
     settings = temperature, top_k, top_p, stop_ids, generator, kv_cache or KVCache()
@@ -1503,18 +1590,18 @@ def draw_noise(generator, rows, steps):
     """Uniform numbers, float64 [rows, steps], from each of which a token is found by inverting the
     distribution.
     """
-    if not isinstance(generator, list | tuple):
-        generator = generator or torch.Generator().manual_seed(0)
-        seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
-        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
+    if isinstance(generator, list):
+        return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.rand(rows, steps, generator=generator, dtype=torch.float64)
 
 
 def sample(logits, u, temperature, top_k, top_p):
     """One token a row, int64 [B], from logits [B, V] and uniform numbers u [B]."""
-    if temperature == 0:
+    if temperature < 1e-6 or top_k == 1 or top_p == 0:  # below 1e-37 logits become infinite
         return logits.argmax(-1)
-    logits, ids = logits / temperature, None
+    logits = logits / temperature
+    ids = None
     if top_k or top_p < 1:
         logits, ids = candidates(logits, top_k, top_p)
     pick = invert(logits.softmax(-1), u)
@@ -1567,7 +1654,9 @@ def candidates(logits, top_k, top_p, guess=1024):
 
 def chat(model, template, context, limit, temperature):
     """A conversation in the terminal, until Ctrl-D raises EOFError. Ctrl-C ends a reply."""
-    history, cache, noise = [], KVCache(), torch.Generator()
+    history = []
+    cache = KVCache()
+    noise = torch.Generator()
     noise.seed()
     settings = limit, temperature, 0, 1.0, template.stop_ids, [noise]
     while True:
@@ -1577,7 +1666,8 @@ def chat(model, template, context, limit, temperature):
         history.append(("user", said))
         room = max(1, model.config.max_position_embeddings - limit)
         prompt = template.prompt(context, history, room)
-        tokens, text = [], ""
+        tokens = []
+        text = ""
         try:
             for _, token in stream(model, [prompt], *settings, cache):
                 tokens.append(token)
@@ -1600,6 +1690,8 @@ def talk(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), device)
     check_vocabulary(tokenizer, model)
+    for line in foreign(tokenizer, model.config):
+        print(line, file=sys.stderr)
     if args.prompt is None:
         template = Template(tokenizer, "gemma" if is_chat(tokenizer, model.config) else "plain")
         limit = min(args.max_new_tokens, model.config.max_position_embeddings // 2)

@@ -17,7 +17,7 @@ import pytest
 from hostile import HOSTILE
 
 import data
-from data import ANSWER, CLARIFY, ACTDataset, InputError, Pair, drop_f1, read_preferences, read_vertex_jsonl
+from data import ANSWER, CLARIFY, ACTDataset, InputError, Pair, drop_f1, read_vertex_jsonl
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "configs" / "tiny"
@@ -46,8 +46,26 @@ def pairs_of(*rows, **options):
 
 
 def anywhere(pairs):
-    """Pairs without their addresses, for comparison."""
-    return [replace(pair, where="") for pair in pairs]
+    """Pairs without their addresses and what follows their history, for comparison."""
+    return [
+        replace(pair, messages=pair.history, length=None, path="", line=0, turn=0, dialogue=0)
+        for pair in pairs
+    ]
+
+
+def read_preferences(path):
+    return data.read_preferences(path)[0]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def told(*rows, folder, name="train.jsonl"):
+    """What `data.read_conversations` says of a file of these rows, without the path, and its messages."""
+    path = write(folder, *rows, name=name)
+    conversations, lines = data.read_conversations(path)
+    return [line.removeprefix(f"{path}: ") for line in lines], [row["messages"] for row in conversations]
 
 
 def through(tmp_path, form, pairs):
@@ -85,7 +103,9 @@ def test_both_vertex_forms_give_the_same_conversation(tmp_path):
     assistant = conversation(user("How many?", True), {"role": "assistant", "content": "4"}, system="ctx")
     systems = [{key: parts("c", "tx"), "contents": contents} for key in ("systemInstruction", "system_instruction")]
     path = write(tmp_path, want, "", assistant, *systems)
-    assert read_vertex_jsonl(path) == [want | {"where": f"{path}:{number}"} for number in (1, 3, 4, 5)]
+    found = [want | {"unread": [], "path": str(path), "line": number} for number in (1, 3, 4, 5)]
+    assert read_vertex_jsonl(path) == found == data.read_conversations(path)[0]
+    assert read_vertex_jsonl("not there", path.read_bytes()) == [row | {"path": "not there"} for row in found]
 
 
 def test_hostile_texts_are_read_from_both_forms_as_they_are(tmp_path):
@@ -106,51 +126,46 @@ def test_reader_takes_bom_blank_lines_crlf_and_line_separators_inside_text(tmp_p
     line = json.dumps(conversation(user("a\u2028b\x85c")), ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf\r\n\n" + line.encode() + b"\r\n  \n" + line.encode().replace(b": ", b":\r"))
     rows = read_vertex_jsonl(path)
-    assert rows == [conversation(user("a\u2028b\x85c")) | {"where": f"{path}:{number}"} for number in (3, 5)]
+    assert [(row["messages"], row["line"]) for row in rows] == [([user("a\u2028b\x85c")], number) for number in (3, 5)]
 
 
 GOOD = json.dumps(conversation(user("Hi")))
+KNOWN = "expected user, human, model, assistant, gpt, system, developer"
 BAD_LINES = [
     ('{"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "bot", "parts": []}]}',
-     "contents[1] has role 'bot', expected 'user' or 'model'"),
+     f"contents[1] has role 'bot', {KNOWN}"),
     (json.dumps(conversation(user("Hi"), {"role": "system", "content": "x"})),
-     "messages[1] has role 'system', expected 'user' or 'model' (system only comes first)"),
-    ('{"contents": [{"role": "system", "parts": [{"text": "Hi"}]}]}',
-     "contents[0] has role 'system', expected 'user' or 'model' (system only comes first)"),
+     f"messages[1] has role 'system', {KNOWN} (system only comes first)"),
     (json.dumps({"systemInstruction": parts("x"), **conversation(user("Hi"), system="y")}),
-     "messages[0] has role 'system', expected 'user' or 'model' (system only comes first)"),
-    ('{"systemInstruction": {"parts": []}, "system_instruction": {"parts": []}, "contents": []}',
-     "has systemInstruction and system_instruction, expected one of them"),
+     f"messages[0] has role 'system', {KNOWN} (system only comes first)"),
     ('{"systemInstruction": "x", "contents": []}', "systemInstruction is a string, expected an object"),
-    ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is null, expected a string"),
+    ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is null, expected a string or a list"),
     ('{"messages": [{"role": "user"}]}', "messages[0].content is missing"),
-    ('{"messages": [{"content": "Hi"}]}', "messages[0].role is missing"),
+    ('{"messages": [{"content": "Hi"}]}', f"messages[0] has role None, {KNOWN}"),
+    ('{"messages": [{"role": 3, "content": "Hi"}]}', f"messages[0] has role 3, {KNOWN}"),
     ('{"messages": ["Hi"]}', "messages[0] is a string, expected an object"),
     ('{"messages": [{"role": "user", "content": "Hi", "require_clarification": true}]}',
-     "messages[0] has 'require_clarification', expected 'requires_clarification'"),
+     "has 'require_clarification', expected 'requires_clarification'"),
     ('{"messages": "Hi"}', "messages is a string, expected a list"),
     ('{"messages": []}', "messages has no user turn, expected at least one"),
-    ('{"messages": [{"role": "user", "content": " \\n"}]}', "messages[0] is a user turn without text"),
-    ('{"contents": [{"role": "user", "parts": []}]}', "contents[0] is a user turn without text"),
-    ('{"contents": [{"role": "user", "parts": [{"text": "a"}, {"fileData": {"fileUri": "gs://x"}}]}]}',
-     "contents[0].parts[1] has 'fileData', expected 'text' alone (text only is known)"),
+    ('{"messages": [{"role": "user", "content": " \\n"}]}', "messages has no user turn, expected at least one"),
+    ('{"contents": [{"role": "user", "parts": []}]}', "contents has no user turn, expected at least one"),
     ('{"contents": [{"role": "user", "parts": [{}]}]}', "contents[0].parts[0].text is missing"),
     ('{"contents": [{"role": "user", "parts": [1]}]}', "contents[0].parts[0] is a number, expected an object"),
-    ('{"contents": [{"role": "user"}]}', "contents[0].parts is missing"),
+    ('{"contents": [{"role": "user", "parts": [{"text": 1}]}]}', "contents[0].parts[0].text is a number, expected a string"),
     ('{"messages": [{"role": "user", "content": "Hi", "requires_clarification": 1}]}',
      "messages[0].requires_clarification is a number, expected true or false"),
     (json.dumps(conversation(user("Hi"), model("a") | {"requires_clarification": True})),
-     "messages[1] has requires_clarification and role 'model', expected it on user turns"),
+     "messages[1] has requires_clarification, expected it on user turns alone"),
     ("{}", "has neither messages nor contents, expected either messages or contents"),
     ('{"messages": [], "contents": []}', "has messages and contents, expected either messages or contents"),
     *[(f'{{"{key}": "x"}}', "has neither messages nor contents, expected either messages or contents "
-       "(a file of pairs? then set training_config.is_preference)") for key in ("input_text", "chosen", "completions")],
-    ('{"messages": [], "messages": []}', "invalid JSON: the key 'messages' stands twice in one object"),
+       "(a file of pairs? then set training_config.is_preference)") for key in ("input_text", "chosen", "preferred_output")],
+    ('{"messages": [], "messages": []}', "no JSON in UTF-8 (the key 'messages' stands twice in one object)"),
     ("[1]", "the line is a list, expected an object"),
     ('{"messages": [', "invalid JSON at column 15: Expecting value"),
-    ("[" * 100000, "invalid JSON: nested too deeply"),
-    ('{"messages": [{"role": "user", "content": "\\uD83D!"}]}',
-     "an escape \\ud800 to \\udfff without its other half, expected whole characters"),
+    ("[" * 100000, "no JSON in UTF-8 (maximum recursion depth exceeded"),
+    ('{"messages": [{"role": "user", "content": "\\uD83D!"}]}', "no JSON in UTF-8 ('utf-8' codec can't encode character '\\ud83d'"),
 ]  # fmt: skip
 
 
@@ -159,7 +174,7 @@ def test_bad_line_is_refused_with_file_line_and_key(tmp_path, line, message):
     path = write(tmp_path, GOOD, "", line, GOOD)
     with pytest.raises(InputError) as error:
         read_vertex_jsonl(path)
-    assert str(error.value) == f"{path}:3: {message}"
+    assert str(error.value).startswith(f"{path}:3: {message}") and "\n" not in str(error.value)
 
 
 def test_all_bad_lines_of_a_file_are_named_together(tmp_path):
@@ -181,16 +196,16 @@ def test_all_bad_lines_of_a_file_are_named_together(tmp_path):
 def test_bytes_that_are_not_utf8_name_the_line(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD.encode() + b'\n{"messages": "\xff"}\n')
-    with pytest.raises(InputError, match=r"train\.jsonl:2: not UTF-8 \(byte 0xff\)"):
+    with pytest.raises(InputError, match=r"train\.jsonl:2: no JSON in UTF-8 \(.*can't decode byte 0xff"):
         read_vertex_jsonl(path)
 
 
 def test_empty_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"train\.jsonl: holds no conversation"):
+    with pytest.raises(InputError, match=r"train\.jsonl: holds nothing to use"):
         read_vertex_jsonl(write(tmp_path, "", " "))
     with pytest.raises(InputError, match=r"none\.jsonl: cannot be read \(No such file"):
         read_vertex_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match=r"train\.jsonl: holds no preference pair"):
+    with pytest.raises(InputError, match=r"train\.jsonl: holds nothing to use"):
         read_preferences(write(tmp_path))
 
 
@@ -199,7 +214,7 @@ def test_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(TypeError):
         data.write_jsonl(path, [{"a": 2}, {"a": object()}])
     assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
-    assert list(data.read_jsonl(path)) == [(1, {"a": 1})]
+    assert rows_of(path) == [{"a": 1}]
     data.write_jsonl(path, [{"a": "é\u2028\r"}])
     assert path.read_bytes() == '{"a": "é\u2028\\r"}\n'.encode()
 
@@ -249,14 +264,18 @@ def test_pairs_hold_the_texts_of_the_conversations(source, tmp_path):
     assert next(found, None) is None
 
 
+RECORD_KEYS = ("input_text", "output_text", "dialogue_policy", "gold_target", "gold_trajectory",
+               "chosen_policy", "rejected_policy", "chosen", "rejected")  # fmt: skip
+
+
 def test_a_file_of_records_gives_back_the_pairs(source, tmp_path):
     _, pairs = source
     assert anywhere(through(tmp_path, "records", pairs)) == anywhere(pairs)
-    rows = [row for _, row in data.read_jsonl(tmp_path / "records.jsonl")]
-    assert all(tuple(row) == data.RECORD_KEYS and {type(value) for value in row.values()} == {str} for row in rows)
+    rows = rows_of(tmp_path / "records.jsonl")
+    assert all(tuple(row) == RECORD_KEYS and {type(value) for value in row.values()} == {str} for row in rows)
 
 
-DISAGREE = {"hostile": (6, 13), "train": (0, 0), "validation": (0, 0), "test": (0, 0)}  # in TRL's, in Vertex's form
+DISAGREE = {"hostile": (5, 11), "train": (0, 0), "validation": (0, 0), "test": (0, 0)}  # in TRL's, in Vertex's form
 
 
 def returned(pairs, back, expected, agreed):
@@ -266,7 +285,7 @@ def returned(pairs, back, expected, agreed):
         if not agreed(pair):  # the form has no actions, and no target
             apart += 1
             found, want = (replace(each, action="", target="") for each in (found, want))
-        assert replace(found, where="") == replace(want, where="")
+        assert anywhere([found]) == anywhere([want])
     return apart
 
 
@@ -325,26 +344,27 @@ def test_pairs_of_any_text_survive_a_record():
     for i in range(10_000):
         instruction = "\n".join(line for line in some_text(rng).split("\n") if line != "[context]")
         history = some_messages(rng, rng.choice(("user", "model")), "user")
-        sides = [some_messages(rng, "model") for _ in range(3)]
+        sides = [[("model", some_text(rng) + "x"), *some_messages(rng, "model")[1:]] for _ in range(3)]
         action = rng.choice((CLARIFY, ANSWER))
-        pair = Pair(some_text(rng), history, action, *sides, some_text(rng), instruction, f"{i}")
+        pair = Pair(some_text(rng), history, action, *sides, some_text(rng) + "x", instruction)
         record = data.make_record(pair)
         assert json.loads(json.dumps(record)) == record
-        assert data.parse_record(record, f"{i}") == pair
+        if data.UNANSWERED not in pair.target:
+            assert data.parse_record(record, f"{i}") == pair
 
 
 def test_pairs_of_any_text_survive_the_other_forms(tmp_path):
-    """What both can hold: texts that say something, actions as the rule sees them."""
+    """What both can hold: texts that say something, in turns, actions as the rule sees them."""
     rng, pairs = random.Random(2), []
     while len(pairs) < 3000:
-        history = [*some_messages(rng, rng.choice(("user", "model"))), ("user", some_text(rng))]
+        history = [("user", some_text(rng)), ("model", some_text(rng)), ("user", some_text(rng))][rng.randrange(3) :]
         question, answer = [("model", some_text(rng) + "?")], [("model", some_text(rng) + ".")]
         clarified = [*question, ("user", some_text(rng)), *answer]
         sides = (clarified, answer, clarified) if rng.random() < 0.5 else (answer, question, answer)
         action = CLARIFY if len(sides[0]) > 1 else ANSWER
         pair = Pair(some_text(rng), history, action, *sides, answer[0][1])
         seen = data.rule_actions([question[0][1], answer[0][1]]) == [CLARIFY, ANSWER]
-        if seen and all(text.strip() for role, text in pair.history + pair.chosen if role == "user"):
+        if seen and all(text.strip() for role, text in pair.history + pair.chosen):
             pairs.append(pair)
     assert anywhere(through(tmp_path, "trl", pairs)) == pairs
     first = [replace(pair, chosen=pair.chosen[:1], gold=pair.gold[:1]) for pair in pairs]
@@ -393,9 +413,11 @@ def test_records_of_the_published_research_code_are_read(tmp_path):
     gold = [("model", "Which?"), ("user", "this"), ("model", "1")]
     history = [("user", "Q"), ("model", "one\ntwo\n"), ("user", "R")]
     context, instruction = "paragraph\n[data]\nrow : 1 | 2\n", "You are an Assistant.\nBe brief.\n"
-    want = Pair(context, history, CLARIFY, gold, [("model", "1\nor 2")], gold, "1", instruction, f"{path}:1")
-    other = replace(want, rejected=[("model", "a b "), ("user", "c"), ("model", "")], where=f"{path}:2")
-    assert read_preferences(path) == [want, other]
+    want = Pair(context, history, CLARIFY, gold, [("model", "1\nor 2")], gold, "1", instruction, length=3,
+                path=str(path), line=1, dialogue=1)  # fmt: skip
+    other = replace(want, rejected=[("model", "a b "), ("user", "c"), ("model", "")], line=2)
+    pairs, lines = data.read_preferences(path)
+    assert pairs == [want, other] and lines == [f"{path}: 1 lines have 'extra', which nothing reads: 1"]
     bare = data.parse_record(published(input_text="Do it.\n[conversation]\n\nUser: Q\n", gold_target="1\n"), "x:1")
     assert (bare.instruction, bare.context, bare.history, bare.target) == ("Do it.", "", [("user", "Q")], "1")
 
@@ -406,34 +428,45 @@ def test_messages_without_a_prefix_are_the_models():
     assert data.split_messages("\n") == [] == data.split_messages("")
 
 
-def test_published_records_without_an_answer_are_skipped_and_said(tmp_path):
-    said = []
-    rows = [published(), published(chosen=""), published(gold_target=f"Assistant: {data.UNANSWERED}\n")]
+def test_what_cannot_teach_is_left_out_counted_and_named(tmp_path):
+    """Records of turns that nobody answered, sides that say nothing, sides that are equal but for white space."""
+    rows = [published(), published(chosen=""), published(gold_target=f"Assistant: {data.UNANSWERED}\n"),
+            published(gold_target=" "), trl(rejected=[model(" ")]), trl() | {"chosen": []}, published(rejected="Assistant: \n"),
+            trl(chosen=[model("5\n6 ")], rejected=[model("5 6")]), completions((1, ""), (0, "b"))]  # fmt: skip
     path = write(tmp_path, *rows)
-    assert [pair.where for pair in read_preferences(path, said.append)] == [f"{path}:1"]
-    assert said == [f"{path}: 2 records without an answer were skipped"]
+    pairs, lines = data.read_preferences(path)
+    assert [pair.where for pair in pairs] == [f"{path}:1"]
+    assert lines == [
+        f"{path}: 3 lines with no answer are left out: 2, 3, 4",
+        f"{path}: 4 lines with a side that says nothing are left out: 5, 6, 7, 9",
+        f"{path}: 1 lines with two equal sides, which teach nothing, are left out: 8",
+    ]
+    with pytest.raises(InputError) as error:
+        data.read_preferences(write(tmp_path, *rows[1:3]))
+    assert str(error.value) == (f"{path}: 2 lines with no answer are left out: 1, 2\n"
+                                f"{path}: holds nothing to use, expected a line of JSON")  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"rejected": None}, "rejected is null, expected a string"),
     ({"chosen": ...}, "chosen is missing"),
     ({"input_text": 3}, "input_text is a number, expected a string"),
-    ({"chosen_policy": "ASK"}, "chosen_policy is 'ASK', expected 'CLARIFY' or 'ANSWER'"),
+    ({"dialogue_policy": "ASK"}, "dialogue_policy is 'ASK', expected CLARIFY or ANSWER"),
     ({"dialogue_policy": None}, "dialogue_policy is null, expected a string"),
-    ({"input_text": "User: Hi\n"}, "input_text has no line '[conversation]'"),
+    ({"input_text": "User: Hi\n"}, "input_text has no line '[conversation]' and 'User: ' after it"),
     ({"input_text": "i\n[context]\nUser: Hi [conversation]\n"}, "input_text has no line '[conversation]'"),
-    *[({"input_text": f"i\n[context]\n\n[conversation]\n{text}"},
-       "input_text does not end with a line 'User: ' after '[conversation]'")
-      for text in ("", "Hi\n", " User: x\n", "Hi\nUser: x\n", "User: Hi\nAssistant: yes\n", "User:\n", "\\User: x\n")],
-    ({"chosen": "\n"}, "chosen does not begin with the assistant's text"),
-    ({"rejected": "User: x\n"}, "rejected does not begin with the assistant's text"),
-    ({"output_text": ""}, "output_text does not begin with the assistant's text"),
+    *[({"input_text": f"i\n[context]\n\n[conversation]\n{text}"}, "input_text has no line '[conversation]' and 'User: '")
+      for text in ("", "Hi\n", " User: x\n", "Hi\nUser: x\n", "User:\n", "\\User: x\n")],
+    ({"input_text": "i\n[context]\n\n[conversation]\nUser: Hi\nAssistant: yes\n"},
+     "has no prompt that ends with the user's text before the sides"),
+    ({"rejected": "User: x\n"}, "a side does not begin with the assistant's text"),
+    ({"output_text": "User: x\n"}, "a side does not begin with the assistant's text"),
 ])  # fmt: skip
 def test_broken_record_is_refused_with_file_and_line(tmp_path, change, message):
     path = write(tmp_path, published(), published(**change))
     with pytest.raises(InputError) as error:
         read_preferences(path)
-    assert str(error.value) == f"{path}:2: {message}"
+    assert str(error.value).startswith(f"{path}:2: {message}")
 
 
 @pytest.mark.parametrize(("text", "asks"), [
@@ -452,24 +485,35 @@ def test_question_rule(text, asks):
     assert data.is_question(text) is asks
 
 
+@pytest.mark.parametrize("marker", ["<end_of_turn>", "</s>", "<br>", "<br/>\n", "&nbsp;", " <|im_end|>\n<|endoftext|>", "<eos>"])
+def test_a_marker_after_a_question_mark_does_not_hide_the_question(marker):
+    assert data.is_question(f"For which month?{marker}") and not data.is_question(f"For May.{marker}")
+
+
+@pytest.mark.parametrize("text", [
+    "SELECT name FROM items WHERE name = 'ok?'", "select 1 where 'a' = 'ok?'", 'SELECT a FROM t WHERE q LIKE "%?"',
+    "<think>\nWhich month do they mean? May.\n</think>\n\nget stock may rome"])  # fmt: skip
+def test_what_a_query_quotes_and_what_was_only_thought_is_no_question(text):
+    assert not data.is_question(text)
+
+
 def test_question_rule_on_labelled_replies():
     """200 replies as service chats have them, half of them asking; tests/proofs/questions.py shows the wrong ones.
 
     One reader wrote and labelled them ("does it ask the user for what is needed to go on?") before the rule was run on
-    any. Its errors on odd lines alone led to the present rule, which on even lines had then precision 1.00 and recall
-    0.91; two of those errors (choices after a question) led to its last lines.
+    any. What the rule is held to is less than what it has, precision 0.99 and recall 0.96, since it was tuned on them.
     """
-    rows = [row for _, row in data.read_jsonl(HERE / "golden" / "replies.jsonl")]
+    rows = rows_of(HERE / "golden" / "replies.jsonl")
     assert len(rows) == 200 and sum(row["asks"] for row in rows) == 100
     gold = [CLARIFY if row["asks"] else ANSWER for row in rows]
     found = data.action_metrics(gold, data.rule_actions([row["text"] for row in rows]))
-    assert found["Binary Precision"] >= 0.98 and found["Binary Recall"] >= 0.95, found
+    assert found["Binary Precision"] >= 0.97 and found["Binary Recall"] >= 0.90, found
 
 
 def test_user_rule_on_labelled_questions():
     """200 that a model asked on PACIFIC: 123 for what was left open, the others not; tests/proofs/users.py has more."""
     answered = {True: [], False: []}
-    for _, row in data.read_jsonl(HERE / "golden" / "asked.jsonl"):
+    for row in rows_of(HERE / "golden" / "asked.jsonl"):
         gold = [("model", row["gold"]), ("user", "that one"), ("model", "5")]
         pair = Pair("", [("user", row["user"])], CLARIFY, gold, gold, gold, "5")
         answered[row["right"]] += data.rule_users([(pair, [("model", row["asked"])], None)])
@@ -485,7 +529,8 @@ def test_question_rule_gives_all_labels_of_the_tiny_world(name):
 
 
 @pytest.mark.parametrize("text", ["?" * 10**5, "? " * 10**5, "`" * 10**5, "please " * 10**5, '?"' * 10**5, ".\"" * 10**5,
-                                  " " * 10**5, "```" * 10**5, "a_" * 10**5, ".*" * 10**5 + "x", "。" * 10**5])  # fmt: skip
+                                  " " * 10**5, "```" * 10**5, "a_" * 10**5, ".*" * 10**5 + "x", "。" * 10**5, "<think>" * 10**5, "<a" * 10**5,
+                                  "select * from t where " + "/*" * 10**5, "select * from [" + "['" * 10**5, "Yes.\n" * 10**5])  # fmt: skip
 def test_question_rule_is_quick_on_any_text(text):
     began = time.process_time()
     data.is_question(text)
@@ -497,13 +542,16 @@ def test_question_rule_is_quick_on_any_text(text):
 
 
 def test_clarify_turn_is_paired_with_answering_at_once():
-    pairs = pairs_of(SALES | {"where": "train.jsonl:17"})
+    pairs = pairs_of(SALES | {"path": "train.jsonl", "line": 17}, STAFF)
     said = [(message["role"], message["content"]) for message in SALES["messages"]]
     gold = said[2:7]
-    assert len(pairs) == 4 and pairs[0] == Pair(
-        "Sales and costs.\nTable follows.", said[1:2], CLARIFY, gold, [("model", "12")], gold, "12", data.INSTRUCTION,
-        "train.jsonl:17", False,
+    assert len(pairs) == 7 and pairs[0] == Pair(
+        "Sales and costs.\nTable follows.", said[1:], CLARIFY, gold, [("model", "12")], gold, "12", data.INSTRUCTION,
+        False, 1, "train.jsonl", 17, 1, 1,
     )  # fmt: skip
+    assert pairs[0].history == said[1:2] and pairs[0].where == "train.jsonl:17" and pairs[4].where == ""
+    assert [(pair.turn, pair.dialogue) for pair in pairs] == [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (3, 2)]
+    assert all(pair.messages is pairs[0].messages for pair in pairs[:4]), "one list for a dialogue"
 
 
 def test_a_record_is_as_documented():
@@ -546,12 +594,15 @@ def test_missing_labels_are_filled_by_one_call_and_given_ones_are_kept():
 
     row = conversation(user("a", False), model("which now?"), user("b"), model("say which"), user("c"), model("1"),
                        user("d"))  # fmt: skip
-    dataset = ACTDataset([row | {"where": "x:1"}], CLARIFY, 1, action_model=classify)
-    assert [pair.action for pair in dataset.prepare_datasets()] == [ANSWER, CLARIFY, ANSWER]
+    assert [pair.action for pair in pairs_of(row, action_model=classify)] == [ANSWER, CLARIFY, ANSWER]
     assert calls == [["say which", "1"]]
-    assert dataset.labelled == 2 and [address.partition(": ")[0] for address in dataset.skipped] == ["x:1"]
     assert "requires_clarification" not in row["messages"][2]  # the caller's conversations stay as they were
     assert [pair.action for pair in pairs_of(row)] == [ANSWER, ANSWER, ANSWER], "by rule"
+
+
+def made(*rows):
+    """(pairs, skipped) of rows that have all their labels."""
+    return data.make_pairs([row | {"path": "chats.jsonl", "line": 8 + i} for i, row in enumerate(rows)])
 
 
 @pytest.mark.parametrize("cut", [
@@ -560,19 +611,27 @@ def test_missing_labels_are_filled_by_one_call_and_given_ones_are_kept():
     conversation(user("early", False), model("ok"), user("Q", True), model(" "), user("r", False), model("x")),
 ])  # fmt: skip
 def test_turn_whose_target_is_missing_is_skipped_and_named_but_stays_in_the_history(cut):
-    dataset = ACTDataset([STAFF, cut | {"where": "chats.jsonl:8"}], CLARIFY, 1)
-    pairs = dataset.prepare_datasets()[3:]
-    assert dataset.skipped == ["chats.jsonl:8: user turn 2"]
+    pairs, skipped = made(STAFF, cut)
+    assert skipped == [(9, 2, "no answer follows")]
+    pairs = pairs[3:]
     assert all(pair.history[-1] != ("user", "Q") for pair in pairs)
     assert len(pairs) == 1 or ("user", "Q") in pairs[-1].history
-    dataset.prepare_datasets()
-    assert len(dataset.skipped) == 1, "not added up"
 
 
 def test_clarify_turn_that_ends_after_the_users_reply_is_skipped_with_it():
-    dataset = ACTDataset([conversation(user("Q", True), model("Which?"), user("r", False)), STAFF], CLARIFY, 1)
-    assert len(dataset.prepare_datasets()) == 3
-    assert dataset.skipped == ["conversation 1: user turn 1", "conversation 1: user turn 2"]
+    pairs, skipped = made(conversation(user("Q", True), model("Which?"), user("r", False)), STAFF)
+    assert len(pairs) == 3 and [(line, turn) for line, turn, _ in skipped] == [(8, 1), (8, 2)]
+
+
+def test_a_chat_of_100_000_turns_takes_memory_and_time_as_its_length():
+    """One list of messages for all its pairs; a chat of questions alone has gold trajectories of bounded length."""
+    began = time.process_time()
+    for reply, asks in (("a", False), ("what?", True)):
+        pairs, skipped = made(conversation(*[user("q", asks), model(reply)] * 50_000, user("q", False), model("a")))
+        assert all(pair.messages is pairs[0].messages for pair in pairs) and len(pairs) + len(skipped) == 50_001
+        assert max(len(pair.gold) for pair in pairs) <= data.LONGEST_GOLD
+        assert len(skipped) == 0 or len(pairs) == data.LONGEST_GOLD // 2
+    assert time.process_time() - began < 10
 
 
 def test_preference_model_sees_examples_of_other_dialogues_first():
@@ -642,14 +701,13 @@ def test_class_balance_draws_multiples_and_keeps_dialogues_together():
 
 
 @pytest.mark.parametrize("options", [
-    {"target_label": ANSWER}, {"target_label": "clarify"}, {"icl_examples": -1}, {"icl_examples": True},
-    {"icl_examples": 1.5}, {"class_balance": {"ASK": 1}}, {"class_balance": {CLARIFY: -1}},
-    {"class_balance": {CLARIFY: "2"}}, {"class_balance": {CLARIFY: math.nan}}, {"class_balance": {CLARIFY: True}},
-    {"class_balance": [1]},
+    {"target_label": ANSWER}, {"target_label": "clarify"}, {"class_balance": {"ASK": 1}},
+    {"class_balance": {CLARIFY: -1}}, {"class_balance": {CLARIFY: 1e9}}, {"class_balance": {CLARIFY: "2"}},
+    {"class_balance": {CLARIFY: math.nan}}, {"class_balance": {CLARIFY: True}}, {"class_balance": [1]},
 ])  # fmt: skip
 def test_bad_options_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
-        ACTDataset(**{"dataset": [SALES], "target_label": CLARIFY, "icl_examples": 1} | options)
+        ACTDataset(**{"dataset": [SALES], "target_label": CLARIFY, "icl_examples": 1} | options).prepare_datasets()
 
 
 def test_dialogues_groups_consecutive_turns_of_one_conversation():
@@ -657,6 +715,14 @@ def test_dialogues_groups_consecutive_turns_of_one_conversation():
     assert data.dialogues(pairs) == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10]]
     assert data.dialogues([pairs[0], pairs[0], pairs[3], pairs[4]]) == [[0, 1, 2], [3]]
     assert data.dialogues([]) == []
+
+
+def test_pairs_of_a_file_are_of_one_dialogue_where_the_history_goes_on(tmp_path):
+    pairs = pairs_of(SALES, STAFF, SALES)
+    back = through(tmp_path, "records", [pairs[0], pairs[2], pairs[1], pairs[4], pairs[5]])
+    assert [pair.dialogue for pair in back] == [1, 1, 2, 3, 3] and {pair.turn for pair in back} == {0}
+    assert back[0].messages is back[1].messages and back[0].history == pairs[0].history
+    assert back[3].messages is back[4].messages and back[4].history == pairs[5].history
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -672,7 +738,7 @@ def test_pairs_of_a_file_are_only_balanced():
 def test_vertex_preference_line_is_as_documented(tmp_path):
     pairs = pairs_of(SALES, preference_model=lambda requests: ["Which ones?"] * len(requests))
     data.write_preferences(tmp_path / "v.jsonl", pairs, "vertex")
-    (_, first), (_, second) = list(data.read_jsonl(tmp_path / "v.jsonl"))[:2]
+    first, second = rows_of(tmp_path / "v.jsonl")[:2]
     assert first == {
         "systemInstruction": parts(f"{data.INSTRUCTION}\nSales and costs.\nTable follows."),
         "contents": [{"role": "user", **parts("What were sales?")}],
@@ -700,7 +766,9 @@ def completions(*scored, contents=None):
 def test_vertex_completions_may_come_in_either_order(tmp_path):
     path = write(tmp_path, completions((0, "Which?"), (1.0, "Four")))
     sides = [("model", "Four")], [("model", "Which?")], [("model", "Four")]
-    assert read_preferences(path) == [Pair("", [("user", "Hi")], ANSWER, *sides, "Four", where=f"{path}:1")]
+    assert anywhere(read_preferences(path)) == [Pair("", [("user", "Hi")], ANSWER, *sides, "Four")]
+    path = write(tmp_path, completions((0.2, "Which?"), (0.9, "Four")))
+    assert anywhere(read_preferences(path)) == [Pair("", [("user", "Hi")], ANSWER, *sides, "Four")], "the higher wins"
 
 
 def trl(prompt=None, chosen=None, rejected=None, **changes):
@@ -712,36 +780,32 @@ def trl(prompt=None, chosen=None, rejected=None, **changes):
     return {key: value for key, value in {**row, **changes}.items() if value is not ...}
 
 
-SCORES = "expected 1 for one completion and 0 for the other"
+SCORES = "completions are no two of score and completion, with different scores"
+NO_PROMPT = "has no prompt that ends with the user's text before the sides; known are input_text and more (the published"
+UNKNOWN = "is no pair in a known form, expected input_text and more (the published code), contents and completions ("
 BAD_PAIRS = [
-    (completions((1, "a")), "completions has 1 entries, expected 2"),
-    (completions((1, "a"), (1, "b")), f"completions[1].score is 1, {SCORES}"),
-    (completions((1, "a"), (0, "b"), (0, "c")), f"completions[2].score is 0, {SCORES}"),
-    (completions((0.5, "a"), (1, "b")), f"completions[0].score is 0.5, {SCORES}"),
-    (completions((True, "a"), (0, "b")), "completions[0].score is true or false, expected a number"),
-    (completions((1, ""), (0, "b")),
-     "completions[0].completion has role 'model' and text '', expected a text by 'model'"),
-    (completions((1, "a"), (0, "b"), contents=[{"role": role, **parts("x")} for role in ("user", "model")]),
-     "the conversation ends with role 'model', expected 'user'"),
-    (completions((1, "a")) | {"completions": {}}, "completions is an object, expected a list"),
-    (completions((1, "a")) | {"completions": [{"score": 1}]}, "completions[0].completion is missing"),
+    (completions((1, "a")), SCORES),
+    (completions((1, "a"), (1, "b")), SCORES),
+    (completions((1, "a"), (0, "b"), (0, "c")), SCORES),
+    (completions(("1", "a"), (0, "b")), SCORES),
+    (completions((1, "a"), (0, "b"), contents=[{"role": role, **parts("x")} for role in ("user", "model")]), NO_PROMPT),
+    (completions((1, "a")) | {"completions": {}}, SCORES),
+    (completions((1, "a")) | {"completions": [{"score": 1}]}, SCORES),
     (completions((1, "a")) | {"contents": ...},
      "has neither messages nor contents, expected either messages or contents"),
-    (trl(prompt="Hi"), "prompt is a string, expected a list"),
-    (trl(chosen=...), "chosen is missing"),
+    (trl(prompt=3), "prompt is a number, expected a list"),
+    (trl(chosen=...), UNKNOWN),
     (trl(rejected=None) | {"rejected": None}, "rejected is null, expected a list"),
-    (trl() | {"chosen": []}, "chosen does not begin with a text by 'assistant'"),
-    (trl(chosen=[user("x")]), "chosen does not begin with a text by 'assistant'"),
-    (trl(rejected=[model(" ")]), "rejected does not begin with a text by 'assistant'"),
-    (trl() | {"prompt": []}, "prompt does not begin with a text by 'assistant'"),
-    (trl(prompt=[user("x"), model("y")]), "the conversation ends with role 'model', expected 'user'"),
-    (trl(prompt=[{"role": "system", "content": "x"}]), "the conversation ends with role 'system', expected 'user'"),
+    (trl(chosen=[user("x"), model("y")]), "a side does not begin with the assistant's text"),
+    (trl() | {"prompt": []}, NO_PROMPT),
+    (trl(prompt=[user("x"), model("y")]), NO_PROMPT),
+    (trl(prompt=[{"role": "system", "content": "x"}]), NO_PROMPT),
     (trl(prompt=[user("x"), {"role": "system", "content": "x"}]),
-     "prompt[1] has role 'system', expected 'user' or 'model' (system only comes first)"),
-    (trl(chosen=[{"role": "system", "content": "x"}]),
-     "chosen[0] has role 'system', expected 'user' or 'model' (system only comes first)"),
+     f"prompt[1] has role 'system', {KNOWN} (system only comes first)"),
     (trl(chosen=[{"role": "assistant"}]), "chosen[0].content is missing"),
-    ({"a": 1}, "input_text is missing"),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: a?", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, NO_PROMPT),
+    (SALES, UNKNOWN),
+    ({"a": 1}, UNKNOWN),
 ]  # fmt: skip
 
 
@@ -750,7 +814,171 @@ def test_broken_pair_is_refused_with_file_and_line(tmp_path, row, message):
     path = write(tmp_path, trl(), {key: value for key, value in row.items() if value is not ...})
     with pytest.raises(InputError) as error:
         read_preferences(path)
-    assert str(error.value) == f"{path}:2: {message}"
+    assert str(error.value).startswith(f"{path}:2: {message}") and "\n" not in str(error.value)
+
+
+HI, WHICH, FOUR = user("Hi"), {"role": "assistant", "content": "Which?"}, {"role": "assistant", "content": "4"}
+OTHER_FORMS = {
+    "a text as prompt": {"prompt": "Hi", "chosen": [WHICH], "rejected": [FOUR]},
+    "a text as prompt, sides that repeat it": {"prompt": "Hi", "chosen": [HI, WHICH], "rejected": [HI, FOUR]},
+    "sides that repeat the prompt": {"prompt": [HI], "chosen": [HI, WHICH], "rejected": [HI, FOUR]},
+    "sides alone": {"chosen": [HI, WHICH], "rejected": [HI, FOUR]},
+    "texts": {"prompt": "Hi", "chosen": "Which?", "rejected": "4"},
+    "OpenAI's": {"input": {"messages": [HI]}, "preferred_output": [WHICH], "non_preferred_output": [FOUR]},
+    "content as a list": {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+                          "chosen": [WHICH], "rejected": [FOUR]},
+    "a user's message at the end": {"prompt": [HI], "chosen": [WHICH, user("This.")], "rejected": [FOUR]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_pairs_in_the_other_forms_of_trl_and_in_openais_are_the_same_pair(tmp_path, name):
+    pairs, lines = data.read_preferences(write(tmp_path, OTHER_FORMS[name]))
+    chosen = [("model", "Which?")]
+    assert anywhere(pairs) == [Pair("", [("user", "Hi")], CLARIFY, chosen, [("model", "4")], chosen, "4")]
+    left_out = [line for line in lines if line.endswith(": 1 sides end with the user's message, which is left out: 1")]
+    assert len(left_out) == (name == "a user's message at the end")
+
+
+def test_neighbours_of_one_role_are_one_message_in_pairs_too(tmp_path):
+    row = trl(prompt=[user("Hello"), user("Hi")], chosen=[model("Which?"), model("Red?")])
+    [pair], lines = data.read_preferences(write(tmp_path, row))
+    assert (pair.history, pair.chosen) == ([("user", "Hello\nHi")], [("model", "Which?\nRed?")])
+    assert lines[0].endswith(": 2 messages are joined to the one before, of the same role: 1")
+
+
+def test_keys_of_pairs_that_nothing_reads_are_named(tmp_path):
+    rows = [trl() | {"score_chosen": 1, "score_rejected": 9}, trl(), completions((1, "a"), (0, "b")) | {"weight": 0},
+            published(weight=1)]  # fmt: skip
+    path = write(tmp_path, *rows)
+    lines = [line.removeprefix(f"{path}: ") for line in data.read_preferences(path)[1]]
+    assert lines[:3] == ["1 lines have 'score_chosen', which nothing reads: 1",
+                         "1 lines have 'score_rejected', which nothing reads: 1",
+                         "2 lines have 'weight', which nothing reads: 3, 4"]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chats as they are exported
+
+
+def test_neighbours_of_one_role_are_one_message(tmp_path):
+    """A question in a second bubble stays a question; of two labels of one turn the later one counts."""
+    split = conversation(user("Look it up."), model("One moment."), model("For which month?"), user("May."), model("5"))
+    labelled = conversation(user("a", False), user("b", True), model("x?"), user("c", True), user("d"), model("e"))
+    said, (first, second) = told(split, labelled, folder=tmp_path)
+    assert said == ["3 messages are joined to the one before, of the same role: 1, 2"]
+    assert first == [user("Look it up."), model("One moment.\nFor which month?"), user("May."), model("5")]
+    assert second == [user("a\nb", True), model("x?"), user("c\nd", True), model("e")]
+    assert [pair.action for pair in pairs_of({"messages": first})] == [CLARIFY, ANSWER]
+
+
+def test_a_message_without_text_never_reaches_a_prompt(tmp_path):
+    row = conversation(user("a"), model(" \n"), user("b"), model("c"), model(""), user(""))
+    said, [messages] = told(row, folder=tmp_path)
+    assert messages == [user("a\nb"), model("c")]
+    assert said == ["3 messages without text are left out: 1", "1 messages are joined to the one before, of the same role: 1"]
+
+
+def test_a_greeting_stays(tmp_path):
+    said, [messages] = told(conversation(model("Hello."), user("a"), model("b")), folder=tmp_path)
+    assert said == [] and messages[0] == model("Hello.")
+    assert pairs_of({"messages": messages})[0].history == [("model", "Hello."), ("user", "a")]
+
+
+def test_contents_without_a_role_are_the_users_then_in_turn(tmp_path):
+    rows = [{"contents": [parts("a"), {"role": "", **parts("b")}, parts("c")]},
+            {"contents": [{"role": "user", **parts("a")}, parts("b"), {"role": None, **parts("c")}]},
+            {"systemInstruction": {"role": "system", **parts("x")}, "contents": [parts("a")]}]  # fmt: skip
+    said, found = told(*rows, folder=tmp_path)
+    assert said == [] and found[0] == found[1] == [user("a"), model("b"), user("c")]
+    assert found[2] == [{"role": "system", "content": "x"}, user("a")]
+
+
+def test_texts_in_parts_and_the_names_of_others_are_read(tmp_path):
+    listed = [{"type": "text", "text": "Which"}, {"type": "text", "text": " one?"}]
+    rows = [{"messages": [{"role": "Human", "content": "Hi"}, {"role": "ASSISTANT", "content": listed}]},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Which one?"}]}]  # fmt: skip
+    assert told(*rows, folder=tmp_path) == ([], [[user("Hi"), model("Which one?")]] * 2)
+    developer = {"messages": [{"role": "developer", "content": "x"}, user("Hi")]}
+    assert told(developer, folder=tmp_path)[1] == [[{"role": "system", "content": "x"}, user("Hi")]]
+
+
+NO_TEXTS = {
+    "functionCall": {"contents": [{"role": "user", **parts("a")}, {"role": "model", "parts": [{"functionCall": {}}]}]},
+    "fileData": {"contents": [{"role": "user", "parts": [{"text": "a"}, {"fileData": {"fileUri": "gs://x"}}]}]},
+    "image_url": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    "image": {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]},
+    "tool calls": {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+                                {"role": "tool", "content": "5"}, model("b")]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_TEXTS)
+def test_a_line_with_what_is_no_text_is_left_out_and_counted(tmp_path, what):
+    rows = [conversation(user("a"), model("b")), NO_TEXTS[what], NO_TEXTS[what], conversation(user("c"), model("d"))]
+    said, found = told(*rows, folder=tmp_path)
+    assert said == [f"2 lines with {what} are left out: 2, 3"] and len(found) == 2
+    with pytest.raises(InputError, match=f": 1 lines with {what} are left out: 1\n.*: holds nothing to use"):
+        read_vertex_jsonl(write(tmp_path, NO_TEXTS[what]))
+
+
+@pytest.mark.parametrize("text", [
+    "5<end_of_turn>", "<bos>x", "<|im_end|>", "[INST] x [/INST]", "5</s>", "one<br>two", "one<br/>two", "<start_of_turn>user"])
+def test_texts_that_spell_control_tokens_are_named(tmp_path, text):
+    said, _ = told(conversation(user("a"), model("<b>b</b> 3 < 5")), conversation(user("a"), model(text)), folder=tmp_path)
+    assert said == ["1 conversations spell control tokens or HTML line breaks: formatted already?: 2"]
+
+
+def test_keys_that_nothing_reads_are_named(tmp_path):
+    row = {"contents": [{"role": "user", **parts("a"), "mood": 1}, {"role": "model", **parts("b")}]}
+    said, _ = told(row, conversation(user("a"), model("b")), row | {"id": 3}, folder=tmp_path)
+    assert said == ["2 lines have 'mood', which nothing reads: 1, 3", "1 lines have 'id', which nothing reads: 3"]
+    assert [row["unread"] for row in read_vertex_jsonl(tmp_path / "train.jsonl")] == [["mood"], [], ["id", "mood"]]
+
+
+def test_a_list_of_lines_ends_after_ten(tmp_path):
+    said, _ = told(*[conversation(user("a")) | {"id": 1}] * 12, folder=tmp_path)
+    assert said == ["12 lines have 'id', which nothing reads: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 ... and 2 more"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def checked(*rows, actions=None):
+    """What `data.check_conversations` says of labelled rows, without the path."""
+    pairs, skipped = made(*rows)
+    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if actions is None else actions
+    return [line.removeprefix("x: ") for line in data.check_conversations("x", pairs, skipped, 0, actions)]
+
+
+@pytest.mark.parametrize(("messages", "turns"), [
+    ([user("a", False)], ["8.1"]),
+    ([user("a", True), model("b?")], ["8.1"]),
+    ([user("a", True), model("b?"), user("c", False)], ["8.1", "8.2"]),
+    ([user("a", False), user("b", False), model("c")], ["8.1"]),
+    ([user("a", True), model("b?"), user("c", False), model(" ")], ["8.1", "8.2"]),
+    ([user("a", True), model("b?"), model("c"), user("d", False), model("e")], ["8.1"]),
+])  # fmt: skip
+def test_turns_that_are_skipped_are_named(messages, turns):
+    assert checked(conversation(*messages), actions=[]) == [
+        f"{len(turns)} user turns are skipped, no answer follows: {', '.join(turns)}"]
+
+
+def test_labels_that_the_classifier_contradicts_are_named():
+    """From a tenth of the turns on it is said what that means."""
+    right = [conversation(user("a", False), model("b"), user("c", False), model("d"))] * 9
+    odd = conversation(user("a", True), model("Tell me."), user("b", False), model("Which?"), system="x")
+    assert checked(*right) == [] == checked(*right, odd, actions=[]), "not asked"
+    assert checked(*right, odd) == [
+        "1 user turns are labelled CLARIFY, but the classifier says ANSWER: 17.1",
+        "1 user turns are labelled ANSWER, but the classifier says CLARIFY: 17.2",
+    ], "2 of 20 are not more than a tenth"
+    said = checked(*right[1:], odd)
+    assert len(said) == 3
+    for part in ("labels and classifier disagree in 11% of turns", "training_config.action_labels",
+                 "action_model_config", "can hardly win"):  # fmt: skip
+        assert part in said[2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -759,145 +987,51 @@ def test_broken_pair_is_refused_with_file_and_line(tmp_path, row, message):
 
 @pytest.fixture
 def configured():
-    """What get_datasets_from_config reads of a configuration; task dpo."""
+    """What get_datasets_from_config reads of a configuration."""
 
-    def make(train, validation="", task="dpo", split=0.0, **changes):
-        fields = {"icl_examples": 1, "class_balance": None, "is_preference": False, "seed": 0, "action_labels": "gold"}
+    def make(train, validation="", split=0.0, **changes):
+        fields = {"icl_examples": 1, "class_balance": None, "is_preference": False, "seed": 0}
         files = SimpleNamespace(train_path=str(train), validation_path=str(validation), validation_split=split)
-        return SimpleNamespace(task=task, data_config=files, training_config=SimpleNamespace(**{**fields, **changes}))
+        return SimpleNamespace(data_config=files, training_config=SimpleNamespace(**{**fields, **changes}))
 
     return make
 
 
 def test_config_gives_training_and_validation_pairs(tmp_path, configured):
-    path, said = write(tmp_path, SALES, conversation(user("alone", False)), STAFF), []
-    config = configured(path, path, class_balance={CLARIFY: 3})
-    train, validation = data.get_datasets_from_config(config, report=said.append)
+    path = write(tmp_path, SALES, conversation(user("alone", False)), STAFF)
+    train, validation = data.get_datasets_from_config(configured(path, path, class_balance={CLARIFY: 3}))
     assert (len(train), len(validation)) == (13, 7)  # only the training pairs are balanced
     assert [pair.where for pair in validation] == [f"{path}:1"] * 4 + [f"{path}:3"] * 3
-    assert said == [f"{path}: 1 user turns are skipped, the conversation ends before an answer: 2.1"] * 2
     data.write_preferences(tmp_path / "p.jsonl", validation, "records")
     none, again = data.get_datasets_from_config(configured("", tmp_path / "p.jsonl", is_preference=True))
     assert none == [] and anywhere(again) == anywhere(validation)
 
 
-def test_what_is_skipped_and_labelled_is_said_in_one_line_each(tmp_path, configured):
-    path, said = write(tmp_path, *[conversation(user("alone"))] * 12, conversation(user("a"), model("b"))), []
-    data.get_datasets_from_config(configured(path), report=said.append)
-    assert said == [
-        f"{path}: the action classifier labelled 1 turns",
-        f"{path}: 12 user turns are skipped, the conversation ends before an answer: "
-        "1.1, 2.1, 3.1, 4.1, 5.1, 6.1, 7.1, 8.1, 9.1, 10.1 ... and 2 more",
-    ]
-    said.clear()
-    path = write(tmp_path, SALES, conversation(user("hm", True), model("Which?"), user("x", False), model("y")))
-    data.get_datasets_from_config(configured(path, path), report=said.append)
-    assert said == [], "only what is wrong is said"
-
-
-@pytest.mark.parametrize(("messages", "turns", "why"), [
-    ([user("a", False)], ["1.1"], "the conversation ends before an answer"),
-    ([user("a", True), model("b?")], ["1.1"], "the conversation ends before an answer"),
-    ([user("a", True), model("b?"), user("c", False)], ["1.1", "1.2"], "the conversation ends before an answer"),
-    ([user("a", False), user("b", False), model("c")], ["1.1"], "another user turn follows"),
-    ([user("a", True), model("b?"), user("c", False), model(" ")], ["1.1", "1.2"], "an empty reply follows"),
-    ([user("a", True), model("b?"), model("c"), user("d", False), model("e")], ["1.1"], "two replies follow one another"),
-])  # fmt: skip
-def test_why_a_turn_is_skipped_is_said(tmp_path, configured, messages, turns, why):
-    path, said = write(tmp_path, conversation(*messages)), []
-    data.get_datasets_from_config(configured(path), report=said.append)
-    assert said == [f"{path}: {len(turns)} user turns are skipped, {why}: {', '.join(turns)}"]
-
-
-def test_labels_that_the_classifier_contradicts_are_named(tmp_path, configured):
-    """Also in files that are fully labelled; from a tenth of the turns on it is said what that means."""
-    right = [conversation(user("a", False), model("b"), user("c", False), model("d"))] * 9
-    odd = conversation(user("a", True), model("Tell me."), user("b", False), model("Which?"), system="x")
-    path, said = write(tmp_path, *right, odd), []
-    data.get_datasets_from_config(configured(path), report=said.append)
-    listed = [
-        f"{path}: 1 user turns are labelled CLARIFY, but the classifier says ANSWER: 10.1",
-        f"{path}: 1 user turns are labelled ANSWER, but the classifier says CLARIFY: 10.2",
-    ]
-    assert said == listed, "2 of 20 are not more than a tenth"
-    path = write(tmp_path, *right[1:], odd)
-    said.clear()
-    data.get_datasets_from_config(configured(path, is_preference=False), report=said.append)
-    assert [line.replace("9.", "10.") for line in said[:2]] == listed and len(said) == 3
-    for part in (f"{path}: labels and classifier disagree in 11% of turns", "training_config.action_labels",
-                 "action_model_config", "can hardly win"):  # fmt: skip
-        assert part in said[2]
-    said.clear()
-    data.get_datasets_from_config(configured(path), report=said.append, compare=False)
-    assert said == [], "a model that classifies is not asked"
-    data.get_datasets_from_config(configured(path, action_labels="classifier"), report=said.append)
-    assert said[0] == f"{path}: the action classifier labelled 18 turns" and "are labelled" not in "".join(said)
-
-
-def test_keys_that_nothing_reads_are_named(tmp_path, configured):
-    row = {"contents": [{"role": "user", "parts": [{"text": "a"}], "mood": 1}, {"role": "model", "parts": [{"text": "b"}]}]}
-    path, said = write(tmp_path, row, conversation(user("a"), model("b")), row | {"id": 3}), []
-    data.get_datasets_from_config(configured(path), report=said.append)
-    assert said[1:] == [f"{path}: 'mood' is not read: lines 1, 3", f"{path}: 'id' is not read: lines 3"]
-    said.clear()
-    data.get_datasets_from_config(configured(path, split=0.4), report=said.append)
-    told = [line for line in said if line.startswith(f"{path}: 'mood'")]
-    assert sum(line.count(",") + 1 for line in told) == 2, "each line once, whichever part it went to"
-
-
-@pytest.mark.parametrize(("task", "asked"), [
-    ("act", 1), ("dpo", 1), ("sft", 0), ("evaluate", 0), ("generate_preference", 2)])  # fmt: skip
-def test_losing_questions_are_asked_for_only_where_they_are_used(tmp_path, configured, task, asked):
-    path, calls = write(tmp_path, SALES, STAFF), []
-
-    def preference(requests):
-        calls.append(len(requests))
-        return ["So?"] * len(requests)
-
-    train, validation = data.get_datasets_from_config(configured(path, path, task), preference, report=calls.append)
-    assert calls == [4] * asked and len(validation) == 7 and len(train) == (0 if task == "evaluate" else 7)
-
-
-def test_a_share_of_the_conversations_is_held_out_where_there_is_no_validation_file(tmp_path, configured):
+def test_a_share_of_the_conversations_is_held_out(tmp_path, configured):
     odd = [conversation(user(f"q{i}", True), model("which?"), user("x", False), model(f"y{i}")) for i in range(20)]
-    path, said = write(tmp_path, *odd), []
-    train, held = data.get_datasets_from_config(configured(path, split=0.25), report=said.append)
-    assert (len(train), len(held)) == (30, 10) and any("5 of 20 are held out" in line for line in said)
+    path = write(tmp_path, *odd)
+    train, held = data.get_datasets_from_config(configured(path, split=0.25))
+    assert (len(train), len(held)) == (30, 10)
     names = [{pair.history[0][1] for pair in pairs} for pairs in (train, held)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 20, "whole conversations"
-    assert data.get_datasets_from_config(configured(path, split=0.25), report=said.append) == (train, held)
-    evaluated = data.get_datasets_from_config(configured(path, task="evaluate", split=0.25), report=said.append)
-    assert evaluated == ([], held), "the same part again, without the rest"
-    other = data.get_datasets_from_config(configured(path, split=0.25, seed=1), report=said.append)[1]
+    assert data.get_datasets_from_config(configured(path, split=0.25)) == (train, held)
+    other = data.get_datasets_from_config(configured(path, split=0.25, seed=1))[1]
     assert {pair.history[0][1] for pair in other} != names[1]
-    both = data.get_datasets_from_config(configured(path, path, split=0.25), report=said.append)
+    both = data.get_datasets_from_config(configured(path, path, split=0.25))
     assert [len(pairs) for pairs in both] == [40, 40], "a file of its own comes first"
-    data.write_preferences(tmp_path / "p.jsonl", train + held, "records")
-    again = data.get_datasets_from_config(configured(tmp_path / "p.jsonl", split=0.25, is_preference=True), report=said.append)
-    assert sorted(map(len, again)) == [10, 30] and all(len(group) == 2 for group in data.dialogues(again[1]))
+    rows, few = data.split_dialogues(train + held, 0.25, 0)
+    assert (len(rows), len(few)) == (30, 10) and all(len(group) == 2 for group in data.dialogues(few))
 
 
-def test_training_actions_come_from_the_file_the_classifier_or_a_coin(tmp_path, configured):
-    """Labels contradict the classifier, which takes every reply with a question mark at its end for a question."""
-    odd = [conversation(user(f"sales {i}", False), model("Which year?"), user("2010"), model("5")) for i in range(30)]
-    path, said = write(tmp_path, SALES, *odd), []
-
-    def load(**changes):
-        return data.get_datasets_from_config(configured(path, path, **changes), report=said.append)
-
-    gold, validation = load()
-    assert gold == validation and sum(pair.action == CLARIFY for pair in gold) == 2
-    classified, unchanged = load(action_labels="classifier")
-    assert unchanged == validation and sum(pair.action == CLARIFY for pair in classified) == 32
-    assert all([pair.action] == data.rule_actions([pair.gold[0][1]]) for pair in classified)
-    coined, unchanged = load(action_labels="random")
-    assert unchanged == validation and coined == load(action_labels="random")[0]
+def test_a_coin_takes_half_of_the_actions_and_swaps_the_sides():
+    gold = pairs_of(*[conversation(user(f"q{i}", True), model("a?"), user("b", False), model("c")) for i in range(30)])
+    coined = data.random_actions(gold, 0)
+    assert coined == data.random_actions(gold, 0) != data.random_actions(gold, 1)
     swapped = [a.action != b.action for a, b in zip(coined, gold, strict=True)]
     assert 0.25 < sum(swapped) / len(swapped) < 0.75
     for swap, a, b in zip(swapped, coined, gold, strict=True):
         other = replace(b, action=data.OTHER[b.action], chosen=b.rejected, rejected=b.chosen)
         assert a == (other if swap else b)
-    assert coined != load(action_labels="random", seed=1)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1014,7 +1148,7 @@ def pacific(**changes):
 
 
 def test_pacific_becomes_labelled_conversations():
-    assert data.convert_pacific(pacific()) == conversation(
+    assert {"messages": data.convert_pacific(pacific())} == conversation(
         user("What is the change?", False), model("1.5-5 = -3.5"), user("And which cost?", True), model("Which year?"),
         user("2019", False), model("rent, wages"), user("How many?", False), model("2"),
         system="Costs fell. Then rose.\nSee table.\n : 2019\nCost : 1.5 | 5",
@@ -1033,9 +1167,9 @@ def abg(ambiguity="ambiguous"):
 def test_abg_coqa_becomes_labelled_conversations():
     history, system = (user("Who met?", False), model("Two people")), "Ann met Bo.\nThey left."
     asked = user("Who?", True), model("First or second"), user("The first.", False), model("Ann")
-    assert data.convert_abg_coqa(abg()) == conversation(*history, *asked, system=system)
+    assert {"messages": data.convert_abg_coqa(abg())} == conversation(*history, *asked, system=system)
     plain = conversation(*history, user("Who?", False), model("Ann"), system=system)
-    assert data.convert_abg_coqa(abg("non_ambiguous")) == plain
+    assert {"messages": data.convert_abg_coqa(abg("non_ambiguous"))} == plain
 
 
 def run(*arguments):
@@ -1048,11 +1182,33 @@ def test_command_line_converts_and_counts(tmp_path):
     source.write_text(json.dumps([pacific()]))
     done = run("pacific", source, target)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{target}: 1 conversations, 4 user turns, 1 CLARIFY turns\n"
-    assert read_vertex_jsonl(target) == [data.convert_pacific(pacific()) | {"where": f"{target}:1"}]
+    assert done.stdout == f"{target}: 1 conversations, 4 user turns: 1 CLARIFY, 3 ANSWER, 0 skipped\n"
+    assert [row["messages"] for row in read_vertex_jsonl(target)] == [data.convert_pacific(pacific())]
     source.write_text(json.dumps({"data": [abg(), abg("non_ambiguous")]}))
-    assert run("abg_coqa", source, target).stdout == f"{target}: 2 conversations, 5 user turns, 1 CLARIFY turns\n"
+    said = run("abg_coqa", source, target).stdout
+    assert said.startswith(f"{target}: 2 conversations, 5 user turns: 1 CLARIFY, 4 ANSWER, 0 skipped\n")
     assert [len(row["messages"]) for row in read_vertex_jsonl(target)] == [7, 5]
+
+
+def test_a_converter_need_not_give_labels(tmp_path, capsys, monkeypatch):
+    """The classifier's then stand in what is said of the file."""
+    monkeypatch.setitem(data.CONVERTERS, "pacific", lambda item: [user(item), model("Which?"), user("x"), model("y")])
+    (tmp_path / "in.json").write_text('["a", "b"]')
+    assert data.main(["pacific", str(tmp_path / "in.json"), str(tmp_path / "out.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "2 conversations, 4 user turns: 2 CLARIFY, 2 ANSWER, 0 skipped\n" in said and "labelled 4 turns" in said
+    assert rows_of(tmp_path / "out.jsonl")[0]["messages"][0] == user("a")
+
+
+@pytest.mark.parametrize("words", [
+    ["pacific", "in", "in"], ["pacific", "in", "link"], ["vertex_preferences", "in", "./in"], ["spider", "in", "db", "in"]])
+def test_a_converter_does_not_write_over_what_it_reads(tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    Path("in").write_text(json.dumps([pacific()]))
+    Path("link").symlink_to("in")
+    before = Path("in").read_bytes()
+    assert data.main(words) == 2 and Path("in").read_bytes() == before and Path("link").is_symlink()
+    assert capsys.readouterr().err == f"data.py: error: {words[-1]}: is read, expected another file to write\n"
 
 
 def test_command_line_converts_between_files_of_pairs(tmp_path):
@@ -1076,13 +1232,15 @@ UNLIKE_PACIFIC, UNLIKE_ABG = "is not as pacific is published", "is not as abg_co
     ("pacific", [pacific() | {"table": {"table": [["a", 1]]}}], f"item 0 {UNLIKE_PACIFIC} (TypeError: "),
     ("pacific", [pacific() | {"table": {"table": [[]]}}], f"item 0 {UNLIKE_PACIFIC} (ValueError: "),
     ("pacific", [pacific() | {"paragraphs": None}], f"item 0 {UNLIKE_PACIFIC} (TypeError: "),
-    ("pacific", {"data": []}, f"item 0 {UNLIKE_PACIFIC} (TypeError: "),
+    ("pacific", {"data": []}, "holds no item, expected at least one"),
+    ("pacific", {"rows": []}, f"the file {UNLIKE_PACIFIC} (KeyError: 'data')"),
     ("pacific", [3], f"item 0 {UNLIKE_PACIFIC} (TypeError: "),
     ("pacific", 3, f"the file {UNLIKE_PACIFIC} (TypeError: "),
-    ("pacific", [pacific(req_clari="no")], "item 0: messages[1].requires_clarification is a string, expected "),
-    ("pacific", [pacific(question=" ")], "item 0: messages[1] is a user turn without text"),
-    ("pacific", [pacific() | {"questions": []}], "item 0: messages has no user turn, expected at least one"),
-    ("abg_coqa", [], f"the file {UNLIKE_ABG} (TypeError: "),
+    ("pacific", [pacific(req_clari="no")],
+     "item 0: its conversation: messages[1].requires_clarification is a string, expected "),
+    ("pacific", [pacific() | {"questions": []}],
+     "item 0: its conversation: messages has no user turn, expected at least one"),
+    ("abg_coqa", [], "holds no item, expected at least one"),
     ("abg_coqa", {}, f"the file {UNLIKE_ABG} (KeyError: 'data')"),
     ("abg_coqa", {"data": [abg(), abg("non_ambiguous") | {"ambiguity": "ambiguous"}]},
      f"item 1 {UNLIKE_ABG} (KeyError: "),
@@ -1103,7 +1261,9 @@ def test_command_line_refuses_bad_structure_in_one_line(tmp_path, capsys, conver
 def test_command_line_refuses_a_file_that_holds_no_pairs(tmp_path, capsys, form):
     path = write(tmp_path, SALES)
     assert data.main([f"{form}_preferences", str(path), str(tmp_path / "out.jsonl")]) == 2
-    assert capsys.readouterr().err == f"data.py: error: {path}:1: holds a conversation, expected a pair: is_preference is set\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"data.py: error: {path}:1: is no pair in a known form, expected ") and said.count("\n") == 1
+    assert said.endswith("; for conversations training_config.is_preference is false\n")
 
 
 def test_command_line_names_the_line_of_broken_json(tmp_path):
@@ -1113,7 +1273,7 @@ def test_command_line_names_the_line_of_broken_json(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"data.py: error: {source}:3: invalid JSON at column 1: Expecting value\n"
     source.write_bytes(b'[\n\n"\xe9"]')
-    message = f"{source}:3: not UTF-8 (byte 0xe9), expected JSON in UTF-8"
+    message = f"{source}:1: no JSON in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 4: invalid continuation byte)"
     assert run("pacific", source, tmp_path / "out.jsonl").stderr == f"data.py: error: {message}\n"
     missing = run("pacific", tmp_path / "none", "x").stderr
     assert missing == f"data.py: error: {tmp_path}/none: cannot be read (No such file or directory)\n"
@@ -1125,25 +1285,13 @@ def test_command_line_checks_a_file(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{path}: 3 conversations, 6 user turns: 2 CLARIFY, 2 ANSWER, 2 skipped",
         f"{path}: the action classifier labelled 1 turns",
-        f"{path}: 2 user turns are skipped, the conversation ends before an answer: 2.1, 3.1",
+        f"{path}: 2 user turns are skipped, no answer follows: 2.1, 3.1",
     ]
     typo = {"role": "user", "content": "a", "require_clarification": True}
     assert data.main(["check", str(write(tmp_path, SALES, conversation(typo), "{"))]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "messages[0] has 'require_clarification', expected 'requires_clarification'" in first and f"{path}:3: " in second
-
-
-def test_command_line_checks_lengths_with_a_config(tmp_path, capsys):
-    """The tiny world's own: its tokenizer, and room for 448 tokens of prompt, 512 in all."""
-    long = "sales " * 500
-    path = write(tmp_path, SALES, conversation(user(long, False), model("5"), user("And?", False), model("6")),
-                 conversation(user("a", False), model(long)), *(conversation(user("a", False), model("sales " * n)) for n in (16, 15)))  # fmt: skip
-    assert data.main(["check", str(path), "--config", "tiny.json"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and said[0].endswith("9 user turns: 2 CLARIFY, 7 ANSWER, 0 skipped")
-    assert re.fullmatch(rf"{path}: 2 prompts lose \d\d to 5\d\d tokens to max_prompt_length 448: 2\.1, 2\.2", said[1])
-    assert said[2] == f"{path}: 1 turns whose reply does not fit into max_length 512 are left out: 3.1"
-    assert said[3] == f"{path}: 1 turns have gold replies longer than max_new_tokens 16: 4.1"
+    assert f"{path}:2: has 'require_clarification', expected 'requires_clarification'" in first
+    assert second.startswith(f"{path}:3: ")
 
 
 def test_an_array_is_not_json_lines(tmp_path):
@@ -1154,54 +1302,15 @@ def test_an_array_is_not_json_lines(tmp_path):
     assert str(error.value) == f"{path}: begins with '[', expected JSON Lines, an object a line (jq -c '.[]' makes them)"
 
 
-def test_command_line_checks_labels_with_the_classifier_of_a_config(tmp_path, capsys, monkeypatch):
-    """Who plays the user is not asked for, and needs no key."""
-    import act
-
-    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
-    config = json.loads((TINY.parent / "tiny.json").read_text(encoding="utf-8"))
-    config |= {"user_simulator_config": {"model_id": "g"}}
-    (tmp_path / "run.json").write_text(json.dumps(config))
-    path = write(tmp_path, SALES)
-    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    helpers = act.Helpers(lambda replies: [CLARIFY] * len(replies), None, None, None)
-    monkeypatch.setattr(act, "build_helpers", lambda config: helpers)
-    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 0
-    said = capsys.readouterr().out
-    assert f"{path}: 2 user turns are labelled ANSWER, but the classifier says CLARIFY: 1.3, 1.4\n" in said
-
-    def gone(replies):
-        raise act.HelperError("the server is gone")
-
-    monkeypatch.setattr(act, "build_helpers", lambda config: replace(helpers, classify_actions=gone))
-    assert data.main(["check", str(path), "--config", str(tmp_path / "run.json")]) == 2
-    assert capsys.readouterr().err == "data.py: error: the server is gone\n"
-
-
-def test_a_program_that_checks_with_a_bad_config_says_so_in_one_line(tmp_path):
-    """data.py is then a program and what act.py imports: its errors must stay one class."""
-    done = run("check", write(tmp_path, SALES), "--config", tmp_path / "none.json")
-    assert done.returncode == 2 and done.stderr.startswith(f"data.py: error: {tmp_path / 'none.json'}: cannot be read")
-    assert done.stderr.count("\n") == 1
-
-
 @pytest.mark.parametrize("words", [
-    ["check", "a", "b"], ["pacific", "a"], ["spider", "a", "b"], ["pacific", "a", "b", "c"],
-    ["pacific", "a", "b", "--config", "c"]])  # fmt: skip
-def test_command_line_refuses_a_wrong_number_of_files(capsys, words):
-    with pytest.raises(SystemExit) as ended:
-        data.main(words)
-    assert ended.value.code == 2 and "expected check FILE [--config CONFIG], spider IN" in capsys.readouterr().err
-
-
-def test_a_dataset_has_a_length_and_its_pairs():
-    """Made once, when first asked for, or by prepare_datasets."""
-    made = []
-    rows = data.read_vertex_jsonl(TINY / "test.jsonl")[:5]
-    dataset = data.ACTDataset(rows, CLARIFY, 2, lambda requests: made.append(1) or data.rule_questions(requests))
-    assert len(dataset) == len(list(dataset)) > 5 and dataset[0].action in (CLARIFY, ANSWER) and made == [1]
-    assert dataset.prepare_datasets() == list(dataset) and made == [1, 1]
+    ["check"], ["check", "a", "b"], ["pacific", "a"], ["spider", "a", "b"], ["pacific", "a", "b", "c"], ["nothing", "a"],
+    [], ["--help"]])  # fmt: skip
+def test_command_line_shows_the_commands_where_it_knows_none(capsys, words):
+    assert data.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("expected\n    python data.py check FILE.jsonl\n") and "spider IN.json DATABASES OUT" in said
+    shown = {line.split()[2] for line in said.splitlines() if "data.py" in line}
+    assert shown == set(data.COMMANDS) and set(data.CONVERTERS) < shown
 
 
 @pytest.mark.parametrize(("reply", "asks"), [
@@ -1224,14 +1333,53 @@ def test_a_terminal_without_a_character_shows_its_code(monkeypatch):
     assert raw.getvalue() == b"\\u6570\n"
 
 
-def test_pairs_that_teach_nothing_or_contradict_each_other_are_counted(tmp_path):
-    pairs = data.ACTDataset(data.read_vertex_jsonl(write(tmp_path, SALES, STAFF)), CLARIFY, 1).prepare_datasets()
-    path, said = tmp_path / "pairs.jsonl", []
+def test_pairs_that_contradict_each_other_are_named(tmp_path):
+    pairs, path = pairs_of(SALES, STAFF), tmp_path / "pairs.jsonl"
     data.write_preferences(path, pairs, "records")
-    data.read_preferences(path, said.append)
-    assert said == []
-    turned = [replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen), replace(pairs[1], rejected=pairs[1].chosen)]
-    data.write_preferences(path, pairs + turned, "trl")
-    data.read_preferences(path, said.append)
-    assert said[:2] == [f"{path}: 1 pairs have two equal sides, which teach nothing",
-                        f"{path}: 2 pairs reject what another pair of the same turn prefers"]  # fmt: skip
+    assert data.read_preferences(path)[1] == []
+    turned = replace(pairs[0], chosen=pairs[0].rejected, rejected=pairs[0].chosen)
+    data.write_preferences(path, [*pairs, turned], "trl")
+    assert data.read_preferences(path)[1] == [f"{path}: 2 pairs reject what another pair of the same turn prefers: 1, 8"]
+
+
+def test_pairs_without_the_users_reply_are_named(tmp_path):
+    path = write(tmp_path, trl(), trl(chosen=[*trl()["chosen"], user("This."), *trl()["rejected"]]))
+    problem = "1 clarifying turns lack the user's reply: a rule cannot play that user: 1"
+    assert data.read_preferences(path)[1] == [f"{path}: {problem}"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers, and how far a heuristic can be trusted
+
+
+@pytest.mark.parametrize(("predicted", "gold", "same"), [
+    ("44,85 €", "The parcel costs €44.85.", True), ("73,80 €", "44,85 €", False), ("44,85 EUR", "44.85 euros", True),
+    ("44,85 $", "44,85 €", False), ("44,85", "44,85 €", False), ("1.299,00", "1 299", True), ("$1,250", "1250 dollars", True),
+    ("$1,250", "$1.25", False), ("1.299.000", "1,299,000", True), ("0.125", "0,125", True), ("0.125", "125", False),
+    ("10.0", "10", True), ("12.5.", "12.5", True), ("33.1\nSee above", "33.1", True), ("\u22125", "-5", True), ("5", "-5", False),
+    ("3-4", "3 4", True), ("12 %", "12%", True), ("12 percent", "12 %", True), ("12", "12%", False), ("1\u202f299", "1'299", True),
+    ("5 days", "5 weeks", False), ("in 5 Tagen", "5 days", True), ("5 Tage", "in 5 Tagen", True), ("5k", "5000", True),
+    ("5k", "5", False), ("1.1 million euros", "€1,100,000", True), ("5 kg", "5 km", False), ("-$5", "$-5", True),
+    ("-$5", "$5", False), ("US$ 5", "$5", True), ("room 12", "Room 12 on the left", True), ("2 of 3", "3 of 2", True),
+    ("2 and 3", "2", False), ("no number", "5", False), ("", "5", False), ("USD 5", "$5", True), ("2019 300", "300 and 2019", True),
+])  # fmt: skip
+def test_number_match_by_hand(predicted, gold, same):
+    assert data.HEURISTICS["number_match"](predicted, gold) == (float(same), float(same))
+
+
+def test_number_match_of_texts_without_numbers_is_drop_f1():
+    assert data.number_match("net sales", "sales of may") == drop_f1("net sales", "sales of may") == (0.0, 0.4)
+
+
+def test_how_far_a_heuristic_can_be_trusted():
+    """Other answers of the dialogue that would win, and right answers that would lose in a sentence."""
+    shop = conversation(user("Price?", False), model("44,85 €"), user("And the red one?", False), model("73,80 €"),
+                        user("Both?", True), model("Which?"), user("Red and blue", False), model("118,65 €"))  # fmt: skip
+    pairs = pairs_of(shop, conversation(user("a", False), model("b")))
+    assert len(pairs) == 5
+    wrong = data.heuristic_check(pairs, drop_f1, 0.3)
+    assert wrong == (8, 8, 0, 5), "the currency alone is enough"
+    assert data.heuristic_check(pairs, drop_f1, 0.9) == (0, 8, 5, 5)
+    assert data.heuristic_check(pairs, data.number_match, 0.5) == (0, 8, 1, 5), "only the answer without a number loses"
+    assert data.heuristic_check(pairs, lambda predicted, gold, context: 1, 0.5) == (8, 8, 0, 5)
+    assert data.heuristic_check([], drop_f1, 0.3) == (0, 0, 0, 0)

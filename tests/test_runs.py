@@ -1,5 +1,6 @@
 """Whole runs of act.py: what they leave, going on bit for bit, ranks, output directories, and what is refused."""
 
+import ctypes
 import fcntl
 import json
 import math
@@ -7,7 +8,11 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from common import (
     assert_nearly_same_weights,
     assert_same_rows,
     assert_same_weights,
+    environment,
     error_of,
     metrics_of,
     pairs_of,
@@ -60,11 +66,17 @@ OUTCOMES = ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "cut_off
 EVALUATION_FILES = {"eval_metrics.json", "eval_samples.jsonl", "report.html"}
 MODEL_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
+    "trainer_state.json",
 }  # fmt: skip
 
 
 def names_in(folder):
     return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+def files_of(folder):
+    """{path: bytes} of all files in a folder but its lock."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,12 +150,12 @@ def test_training_is_a_function_to_call_from_python(world, act_run, tmp_path):
 def test_overwrite_gives_the_same_run_again(world, act_run, tmp_path):
     config = run_config(world, tmp_path)
     (tmp_path / "out" / "checkpoints" / "step-1").mkdir(parents=True)
-    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(asdict(load_config(config))))
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 9}\n')
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert run("--config", config, "--overwrite") == 0
     assert metrics_of(tmp_path) == metrics_of(act_run[0])
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert names_in(tmp_path / "out" / "checkpoints") == set()
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine", "what no run writes stays"
 
 
@@ -162,14 +174,15 @@ def test_a_dpo_run_samples_nothing(world, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
-def test_without_simulation_no_user_is_played(world, tmp_path, monkeypatch):
+def test_without_simulation_no_user_is_simulated(world, tmp_path):
     """`simulate_user` reaches the sampling: a question where one is called for wins, an answer is judged."""
-    monkeypatch.setattr(act.Helpers, "users_of", lambda *_: lambda *_: pytest.fail("a user was simulated"))
     options = {"simulate_user": False, "per_device_train_batch_size": 16, "max_new_tokens": 12}
     assert run("--config", run_config(world, tmp_path, evaluated=False, **options)) == 0
     rows = training_rows(tmp_path)
     assert all(sum(row[f"act/{outcome}"] for outcome in OUTCOMES) == 16 and row["act/no_answer"] == 0 for row in rows)
     assert sum(row["act/good_outcome"] for row in rows) > 0
+    said = [row["trajectory"] for row in rows_of(tmp_path / "out" / "rollouts.jsonl")]
+    assert len(said) == 32 and all([role for role, _ in trajectory] == ["model"] for trajectory in said)
 
 
 def test_labels_of_the_training_file_can_be_ignored(world, tmp_path, capsys):
@@ -200,7 +213,8 @@ def test_line_breaks_that_the_plain_format_folds_are_counted(world, tmp_path, ca
     for prompt_format, said in (("plain", True), ("gemma", False)):
         options = ["--data_config.train_path", lines, "--data_config.prompt_format", prompt_format, "--overwrite"]
         assert run("--config", config, *options) == 0
-        assert ("each message on one line: 2 of 4 have line breaks" in capsys.readouterr().out) == said
+        line = f"{lines}: 2 turns have line breaks, which prompt_format 'plain' makes spaces: 1.1, 1.2\n"
+        assert (line in capsys.readouterr().out) == said
 
 
 def test_an_sft_run_lowers_the_loss(world, tmp_path):
@@ -232,29 +246,6 @@ def test_gradient_accumulation_and_checkpointing_change_no_result(world, act_run
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("optim", ["rmsprop", "adamw"])
-def test_what_sampling_does_without_is_set_aside_and_comes_back(world, tmp_path, monkeypatch, optim):
-    settings, held = {"optim": optim, "bf16": True}, []
-    assert run("--config", run_config(world, tmp_path, **settings)) == 0
-    respond = act.Sampler.__call__
-
-    def watched(self, *asked):
-        [(optimizer, reference)] = runs
-        state = [x for values in optimizer.state.values() for x in values.values() if x.ndim]
-        held.append(sum(x.untyped_storage().nbytes() for x in [*state, *reference.parameters()]))
-        return respond(self, *asked)
-
-    prepare, runs = act.prepare, []
-    monkeypatch.setattr(act, "prepare", lambda *words: runs.append(((made := prepare(*words)).optimizer, made.reference)) or made)
-    monkeypatch.setattr(act.Sampler, "__call__", watched)
-    aside = ["--training_config.offload_for_generation", "true", "--training_config.output_dir", tmp_path / "aside" / "out"]
-    assert run("--config", tmp_path / "run.json", *aside) == 0
-    assert held and not any(held)
-    runs.clear()
-    assert metrics_of(tmp_path / "aside") == metrics_of(tmp_path)
-    assert_same_weights(tmp_path / "aside" / "out" / "model", tmp_path / "out" / "model")
-
-
 def test_a_bfloat16_run_is_close(world, tmp_path):
     assert run("--config", run_config(world, tmp_path, "dpo", evaluated=False)) == 0
     changed = ["--training_config.bf16", "true", "--training_config.output_dir", tmp_path / "bf16" / "out"]
@@ -277,7 +268,116 @@ def test_an_evaluation_alone_equals_that_of_the_run(world, act_run, tmp_path, ca
     last = [row for row in rows_of(act_run[0] / "out" / "eval_samples.jsonl") if row.pop("step") == 2]
     assert rows_of(tmp_path / "out" / "eval_samples.jsonl") == last
     shown = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(found) :])
-    assert shown["Accuracy"] == str(round(found["Accuracy"], 4))
+    assert shown["Accuracy"] == f"{100 * found['Accuracy']:.1f}" and shown["Questions per Turn"] == f"{found['Questions per Turn']:.2f}"
+
+
+def test_evaluate_and_pairs_from_python_and_what_they_return(world, act_run, tmp_path):
+    config = load_config(run_config(world, tmp_path, "evaluate"), {"policy_model_config.model_path": str(act_run[0] / "out" / "model")})
+    try:
+        assert act.evaluate(config) == json.loads((act_run[0] / "out" / "eval_metrics.json").read_text())
+    finally:
+        dist.destroy_process_group()
+        act.release_lock(tmp_path / "out")
+
+
+def test_a_metric_bears_the_name_of_its_heuristic(world, tmp_path, capsys):
+    """As it is printed; in the files the published names stay."""
+    words = ["--heuristic", "exact_match", "--training_config.output_dir", tmp_path / "out"]
+    assert run("--config", run_config(world, tmp_path, "evaluate"), *words) == 0
+    said = capsys.readouterr().out
+    assert "Trajectory-level exact_match " in said and "DROP F1" not in said
+    assert "Trajectory-level DROP F1" in json.loads((tmp_path / "out" / "eval_metrics.json").read_text())
+
+
+def test_turns_that_end_in_a_cut_reply_are_counted(world, tmp_path, capsys):
+    assert run("--config", run_config(world, tmp_path, "evaluate", max_new_tokens=1)) == 0
+    unended = sum(not row["ended"] for row in rows_of(tmp_path / "out" / "eval_samples.jsonl"))
+    assert unended and f"\n{unended} of 5 turns end in a reply that is cut at max_new_tokens\n" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Keys of the redesign
+
+
+def test_the_check_says_what_becomes_of_the_data_and_writes_nothing(world, tmp_path, capsys):
+    rows = [{"messages": [*data.exchange("How many?", "5"), {"role": "user", "content": "And now?"}]}]
+    path = write_lines(tmp_path / "open.jsonl", rows)
+    before = {name: name.stat().st_mtime_ns for name in tmp_path.rglob("*")}
+    config = run_config(world, tmp_path, "check")
+    assert run("--config", config, "--train_path", path) == 0
+    said = capsys.readouterr().out
+    assert f"{path}: 1 user turns are skipped, no answer follows: 1.2\n" in said
+    assert f"{path}: 1 turns, 0 CLARIFY and 1 ANSWER\n" in said
+    assert f"{world / 'validation.jsonl'}: 5 turns, " in said
+    assert not (tmp_path / "out").exists() and before.keys() | {tmp_path / "run.json"} == set(tmp_path.rglob("*"))
+    assert run("--config", config, "--train_path", path, "--policy_model_config.model_path", "") == 0, "no model is needed"
+
+
+def trained_on(world, tmp_path, half, *words):
+    """Lines of the file whose turns a run of some epochs was trained on."""
+    options = {"num_train_epochs": 1.0, "max_steps": -1, "per_device_train_batch_size": 4, "evaluated": False}
+    config = run_config(world, tmp_path / (half or "both"), **options)
+    assert run("--config", config, "--half", half, *words) == 0
+    return {row["where"] for row in rows_of(tmp_path / (half or "both") / "out" / "rollouts.jsonl")}
+
+
+def test_a_run_can_be_trained_on_half_of_the_conversations(world, tmp_path, capsys):
+    """SFT on the first, ACT on the second: contrasts on what SFT knows by heart teach nothing."""
+    lines = [f"{world / 'train.jsonl'}:{i}" for i in (1, 2, 3)]
+    assert trained_on(world, tmp_path, "first") == {lines[0], lines[2]}
+    assert f"{world / 'train.jsonl'}: trains on the first half, 2 of it\n" in capsys.readouterr().out
+    assert trained_on(world, tmp_path, "second") == {lines[1]}
+
+
+def test_the_prompt_format_is_that_of_the_checkpoint(world, tmp_path, capsys):
+    """Unless it is set; a resumed run keeps what it had."""
+    for chat, name in ((True, "gemma"), (False, "plain")):
+        model = tmp_path / name
+        shutil.copytree(world / "model", model)
+        if chat:
+            (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<start_of_turn>"}))
+        config = run_config(world, tmp_path / f"run_{name}", "sft", evaluated=False, max_steps=1)
+        assert run("--config", config, "--policy_model_config.model_path", model) == 0
+        assert f"prompt_format '{name}': {model}'s files {'' if chat else 'do not '}say" in capsys.readouterr().out
+        assert run("--config", config, "--policy_model_config.model_path", model, "--overwrite", "--prompt_format", "plain") == 0
+        assert "prompt_format '" not in capsys.readouterr().out
+
+
+def test_what_is_trained_is_float32_whatever_the_type_of_the_frozen(world, tmp_path, monkeypatch):
+    """bfloat16 parameters at a small learning rate hardly move; the reference may be rounded."""
+    built, inner = {}, act.build_models
+
+    def watched(*arguments):
+        built["policy"], built["reference"] = inner(*arguments)
+        return built["policy"], built["reference"]
+
+    monkeypatch.setattr(act, "build_models", watched)
+    options = {"evaluated": False, "learning_rate": 1e-6, "optim": "adamw"}
+    assert run("--config", run_config(world, tmp_path, "dpo", **options), "--policy_model_config.dtype", "bfloat16") == 0
+    types = {name: {p.dtype for p in model.parameters()} for name, model in built.items()}
+    assert types == {"policy": {torch.float32}, "reference": {torch.bfloat16}}
+    start = weights_of(world / "model")
+    for name, weight in weights_of(tmp_path / "out" / "model").items():
+        assert weight.dtype == torch.float32 and (weight != start[name]).float().mean() > 0.5, name
+
+
+def test_ranks_share_one_number_a_phase_of_a_step(world, tmp_path, monkeypatch):
+    """With the sums goes whether anybody wants to stop; objects are shared only where all sample."""
+    shared = []
+    for name in ("all_reduce", "all_gather_object"):
+        inner = getattr(dist, name)
+        monkeypatch.setattr(dist, name, lambda *a, inner=inner, name=name, **k: shared.append(name) or inner(*a, **k))
+    for name in ("preference_step", "on_policy"):
+        inner = getattr(act, name)
+        monkeypatch.setattr(act, name, lambda *a, inner=inner, name=name: shared.append(name) or inner(*a))
+    config = run_config(world, tmp_path, evaluated=False, max_steps=3, sample_frequency=2)
+    assert run("--config", config) == 0
+    start = shared.index("preference_step")
+    assert shared[start : start + 8] == [
+        "preference_step", "all_reduce",
+        "on_policy", "all_gather_object", "preference_step", "all_reduce",
+        "preference_step", "all_reduce",
+    ]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,9 +445,9 @@ def test_old_checkpoints_go(world, tmp_path):
         assert run("--config", config, *words) == 0
         return names_in(tmp_path / "out" / "checkpoints")
 
-    assert steps() == {"step-3"}
-    assert steps("--overwrite", "--training_config.save_total_limit", 2) == {"step-2", "step-3"}
-    assert steps("--overwrite", "--training_config.save_total_limit", 0) == {"step-1", "step-2", "step-3"}
+    assert steps() == {"step-4"}, "the last step too: a finished run can be extended"
+    assert steps("--overwrite", "--save_total_limit", 2) == {"step-3", "step-4"}
+    assert steps("--overwrite", "--save_total_limit", 0, "--save_steps", 3) == {"step-3", "step-4"}
 
 
 def kill_in_the_fourth_step():
@@ -389,7 +489,8 @@ def assert_resumes_exactly(whole, folder):
     assert_same_weights(folder / "out" / "model", whole / "out" / "model")
     for name in ("eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl"):
         assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
-    assert [path.name for path in (folder / "out" / "checkpoints").iterdir()] == ["step-4"]
+    assert names_in(folder / "out" / "checkpoints") == {"step-5"}
+    assert not [name for name in names_in(folder / "out") if name.startswith(".")]
 
 
 def test_a_killed_run_resumes_bit_for_bit(killed_run, tmp_path):
@@ -402,9 +503,11 @@ def test_what_a_killed_run_left_half_written_is_passed_over(killed_run, tmp_path
     whole, killed = killed_run
     folder = copy_of(killed, tmp_path)
     checkpoints = folder / "out" / "checkpoints"
-    shutil.copytree(checkpoints / "step-2", checkpoints / ".step-4.part")
-    (checkpoints / ".step-4.part" / "optimizer.safetensors").write_bytes(b"half")
-    (checkpoints / ".step-1.old").mkdir()  # of a step that is not saved again
+    shutil.copytree(checkpoints / "step-2", checkpoints / ".act-part")
+    (checkpoints / ".act-part" / "optimizer.safetensors").write_bytes(b"half")
+    for name in ("out/checkpoints/.act-old", "out/.act-part"):
+        (folder / name).mkdir()
+        (folder / name / "half").write_bytes(b"half")
     with open(folder / "out" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 0.6')
     with open(folder / "out" / "rollouts.jsonl", "ab") as file:
@@ -422,16 +525,22 @@ def test_resume_before_the_first_checkpoint_starts_again(world, act_run, tmp_pat
     assert metrics_of(tmp_path) == metrics_of(act_run[0])
 
 
-def test_a_run_from_before_a_key_existed_had_its_default(world, tmp_path):
-    config = load_config(run_config(world, tmp_path))
+def former_run(world, tmp_path, change):
+    """The config file of a run that was killed before its first checkpoint, by a version whose config.json was other."""
+    config = run_config(world, tmp_path, "sft", evaluated=False, max_steps=1)
     (tmp_path / "out").mkdir()
-    former = asdict(config)
-    del former["training_config"]["simulate_user"]
+    former = asdict(load_config(config))
+    change(former)
     (tmp_path / "out" / "config.json").write_text(json.dumps(former))
-    assert act.resume_from(tmp_path / "out", config) is None, "no checkpoint, and nothing to refuse"
-    changed = replace(config, training_config=replace(config.training_config, simulate_user=False))
-    with pytest.raises(data.InputError, match="simulate_user is False, expected True"):
-        act.resume_from(tmp_path / "out", changed)
+    return config
+
+
+def test_a_run_from_before_a_key_existed_had_its_default(world, tmp_path, capsys):
+    config = former_run(world, tmp_path, lambda former: former["training_config"].pop("simulate_user"))
+    said = error_of(capsys, "--config", config, "--resume", "--simulate_user", "false")
+    assert "--resume: training_config.simulate_user is False, expected True as in the former run" in said
+    assert run("--config", config, "--resume") == 0
+    assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["training_config.judge", "data_config.colour", "shape"])
@@ -442,8 +551,7 @@ def test_a_run_with_a_key_that_this_version_lacks_is_not_resumed(killed_run, tmp
     (former[section] if section else former)[name] = "x"
     (folder / "out" / "config.json").write_text(json.dumps(former))
     found = error_of(capsys, "--config", folder / "run.json", "--resume")
-    written = folder / "out" / "config.json"
-    assert f"--resume: {written} has {key}, no key of this version, expected --overwrite" in found
+    assert f"--resume: the former run has {key}, no key of this version, expected --overwrite" in found
     assert names_in(folder / "out" / "checkpoints") == {"step-2"}
 
 
@@ -451,9 +559,8 @@ def test_resuming_with_what_would_learn_otherwise_is_refused(killed_run, tmp_pat
     folder = copy_of(killed_run[1], tmp_path)
     for key, value, said in (
         ("training_config.beta", 0.25, "training_config.beta is 0.25, expected 0.5 as in"),
-        ("data_config.prompt_format", "gemma", "data_config.prompt_format is 'gemma', expected 'plain' as in"),
+        ("data_config.prompt_format", "gemma", "data_config.prompt_format is 'gemma', expected 'auto' as in"),
         ("training_config.gradient_accumulation_steps", 2, "examples_per_step is 6, expected 3 as in"),
-        ("training_config.max_steps", 1, "is beyond the 1 steps of this run"),
         ("task", "dpo", "task is 'dpo', expected 'act' as in"),
     ):
         assert said in error_of(capsys, "--config", folder / "run.json", "--resume", f"--{key}", value)
@@ -474,23 +581,58 @@ def test_a_finished_run_without_a_checkpoint_is_not_started_over_by_resume(act_r
     assert_same_weights(folder / "out" / "model", act_run[0] / "out" / "model")
 
 
-def test_an_extended_run_that_was_killed_is_not_taken_for_finished(world, tmp_path, monkeypatch):
-    options = {"max_steps": 3, "save_steps": 1, "lr_scheduler_type": "constant"}
-    config = run_config(world, tmp_path, "sft", evaluated=False, **options)
+def finished_run(world, tmp_path):
+    """(config file, bytes of its model) of a run of 3 steps that ended."""
+    config = run_config(world, tmp_path, "sft", evaluated=False, max_steps=3, save_steps=2)
     assert run("--config", config) == 0
-    killed = [0]
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-3"}
+    return config, (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
 
-    def stop(run, step):
-        killed[0] = step
-        raise KeyboardInterrupt
+
+def test_a_finished_run_is_extended_from_its_last_step(world, tmp_path, capsys):
+    config, old = finished_run(world, tmp_path)
+    assert run("--config", config, "--resume", "--max_steps", 5) == 0
+    jump = "--resume: 3 steps were planned; the learning rate jumps to that of step 3 of 5\n"
+    assert jump in capsys.readouterr().out
+    rows = training_rows(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and rows[3]["learning_rate"] == pytest.approx(1e-3 * act.learning_rate(3, 5, DEFAULTS) / DEFAULTS.learning_rate)
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() != old
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-5"}
+
+
+def test_a_model_stays_until_that_of_the_extended_run_is_complete(world, tmp_path, monkeypatch):
+    """Whenever that is killed; and it is not taken for finished."""
+    config, old = finished_run(world, tmp_path)
+    model = tmp_path / "out" / "model" / "model.safetensors"
+    last = act.take_place
+
+    def killed(*arguments):
+        if arguments[2].name == "model":
+            assert model.read_bytes() == old, "even while the new one is written"
+            raise KeyboardInterrupt
+        return last(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(act, "save_checkpoint", stop)
-        assert run("--config", config, "--resume", "--training_config.max_steps", "6") == 130
-    assert killed == [3]
-    assert run("--config", config, "--resume", "--training_config.max_steps", "6") == 0
+        patch.setattr(act, "save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("--config", config, "--resume", "--max_steps", 6) == 130
+    assert model.read_bytes() == old
+    with monkeypatch.context() as patch:
+        patch.setattr(act, "take_place", killed)
+        assert run("--config", config, "--resume", "--max_steps", 6) == 130
+    assert model.read_bytes() == old
+    assert run("--config", config, "--resume", "--max_steps", 6) == 0
     assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    assert (tmp_path / "out" / "model").exists()
+    assert model.read_bytes() != old and not [name for name in names_in(tmp_path / "out") if name.endswith(("part", "old"))]
+
+
+def test_fewer_steps_than_are_done_are_refused_before_anything_is_touched(world, tmp_path, capsys):
+    config, _ = finished_run(world, tmp_path)
+    before = files_of(tmp_path / "out")
+    said = error_of(capsys, "--config", config, "--resume", "--max_steps", 2)
+    assert f"{tmp_path / 'out' / 'checkpoints' / 'step-3'} is beyond the 2 steps of this run" in said
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    assert "holds a model but no checkpoint" in error_of(capsys, "--config", config, "--resume", "--max_steps", 2)
+    assert files_of(tmp_path / "out").items() <= before.items()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -508,14 +650,14 @@ def test_evaluation_and_pairs_replace_what_they_left_before(world, tmp_path, tas
     """Without a flag; files of a split that is no longer written go, others stay."""
     config = run_config(world, tmp_path, task)
     assert run("--config", config) == 0
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    for path in (tmp_path / "out").iterdir():
+    first = files_of(tmp_path / "out")
+    for path in first:
         if path.name != "config.json":
             path.write_text("of an earlier run\n")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    notes = tmp_path / "out" / "notes.txt"
+    notes.write_text("mine")
     assert run("--config", config) == 0
-    again = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert again.pop("notes.txt") == b"mine" and again == first
+    assert files_of(tmp_path / "out") == {**first, notes: b"mine"}
     if task == "generate_preference":
         assert run("--config", config, "--data_config.validation_path", "") == 0
         assert not [name for name in names_in(tmp_path / "out") if name.startswith("validation")]
@@ -524,24 +666,44 @@ def test_evaluation_and_pairs_replace_what_they_left_before(world, tmp_path, tas
 def test_an_evaluation_that_fails_leaves_the_last_one(world, tmp_path, monkeypatch):
     config = run_config(world, tmp_path, "evaluate")
     assert run("--config", config) == 0
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    first = files_of(tmp_path / "out")
 
     def fails(*_):
         raise act.RunStopped("a helper is gone")
 
     monkeypatch.setattr(act, "evaluate_pairs", fails)
     assert run("--config", config) == 1
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+    assert files_of(tmp_path / "out") == first
 
 
-def test_a_gold_query_that_fails_is_named_before_anything_is_done(world, tmp_path, capsys):
-    system = [{"role": "system", "content": "CREATE TABLE t (a);"}]
-    rows = [{"messages": system + data.exchange("How many?", f"SELECT count(*) FROM {table}")} for table in "tu"]
-    path = write_lines(tmp_path / "sql.jsonl", rows)
-    found = error_of(capsys, "--config", run_config(world, tmp_path), "--data_config.heuristic", "execution_match",
-                     "--data_config.train_path", path, "--data_config.validation_path", "")  # fmt: skip
-    assert f"{path}:2: execution_match: the gold query" in found and "no such table: u" in found
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("task", ["evaluate", "generate_preference"])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_results_stay_where_the_disk_has_no_room_for_new_ones(world, tmp_path, monkeypatch, capsys, task, written):
+    """Whichever file of the new ones finds no room: none is missing or half; and the next call is not in its way."""
+    config, write, calls = run_config(world, tmp_path, task), data.write_text, []
+
+    def fills(path, parts):
+        calls.append(path)
+        return write(path, parts) if len(calls) <= written else full()
+
+    def with_a_full_disk(*words):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "write_text", fills)
+            assert "No space left on device" in error_of(capsys, "--config", config, *words)
+
+    with_a_full_disk()
+    assert len(names_in(tmp_path / "out") if written else []) == written
+    assert run("--config", config) == 0
+    first = files_of(tmp_path / "out")
+    changes = ["--training_config.max_new_tokens", 3, "--seed", 9]
+    with_a_full_disk(*changes)
+    left = files_of(tmp_path / "out")
+    assert run("--config", config, *changes) == 0
+    new = files_of(tmp_path / "out")
+    assert left.keys() == first.keys() == new.keys()
+    assert all(raw in (first[path], new[path]) for path, raw in left.items())
+    assert sum(left[path] != first[path] for path in left) <= written
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]], ids=["", "overwrite"])
@@ -552,18 +714,18 @@ def test_a_directory_with_another_tasks_run_is_refused(act_run, generated, tmp_p
     for i, source in enumerate(filter(None, (act_run[0], other))):
         (tmp_path / str(i)).mkdir()
         folder = copy_of(source, tmp_path / str(i))
-        before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+        before = files_of(folder / "out")
         found = error_of(capsys, "--config", folder / "run.json", "--task", task, *flag)
         held = "act" if source == act_run[0] else "generate_preference"
         assert f"{folder / 'out'}: holds a run of task {held!r}, expected another output_dir" in found
-        assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+        assert files_of(folder / "out") == before
 
 
 def test_files_of_nobodys_run_are_not_replaced(world, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "eval_metrics.json").write_text("mine")
     found = error_of(capsys, "--config", run_config(world, tmp_path, "evaluate"))
-    assert "holds eval_metrics.json, expected another output_dir for task 'evaluate'" in found
+    assert "holds eval_metrics.json of no run, expected another output_dir" in found
     assert (tmp_path / "out" / "eval_metrics.json").read_text() == "mine"
 
 
@@ -595,12 +757,128 @@ def test_a_run_does_not_write_over_what_it_reads(world, tmp_path, capsys, task, 
     assert at.exists() and not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_directory_that_holds_a_model_but_no_run_needs_overwrite(world, tmp_path, capsys):
+@pytest.mark.parametrize("config", ['{"a": 1}', "[]", "{", "of another program", None])
+@pytest.mark.parametrize("flag", [[], ["--resume"], ["--overwrite"]], ids=["", "resume", "overwrite"])
+def test_a_directory_that_is_no_run_is_nobodys_to_change(world, tmp_path, capsys, config, flag):
+    """Whatever its config.json is; not even --overwrite removes what no run wrote."""
     (tmp_path / "out" / "model").mkdir(parents=True)
-    (tmp_path / "out" / "model" / "mine").write_text("kept")
-    for flag in ([], ["--resume"]):
-        assert "already holds model" in error_of(capsys, "--config", run_config(world, tmp_path), *flag)
-    assert (tmp_path / "out" / "model" / "mine").read_text() == "kept"
+    (tmp_path / "out" / "metrics.jsonl").write_text("mine")
+    if config:
+        (tmp_path / "out" / "config.json").write_text(config)
+    before = files_of(tmp_path / "out")
+    said = error_of(capsys, "--config", run_config(world, tmp_path), *flag)
+    assert f"{tmp_path / 'out'}: holds " in said and "of no run, expected another output_dir" in said
+    assert files_of(tmp_path / "out") == before and (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["model/thesis.txt", "model/sub/x", "adapter/mine", "checkpoints/step-1/notes", "checkpoints/step-1/.git/HEAD"])
+def test_what_no_run_wrote_among_what_would_go_is_refused(world, tmp_path, capsys, name):
+    config = run_config(world, tmp_path)
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(asdict(load_config(config))))
+    for flag in ("--overwrite", "--resume"):
+        said = error_of(capsys, "--config", config, flag)
+        assert "of no run, expected another output_dir, or this elsewhere" in said and str(tmp_path / "out" / name.split("/")[0]) in said
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("task", "flag"), [("evaluate", None), ("generate_preference", None), ("sft", "--overwrite")])
+def test_other_entries_of_checkpoints_stay(world, tmp_path, task, flag):
+    """A task that does not train removed .git and .env there, without a flag."""
+    config = run_config(world, tmp_path, task, evaluated=task == "evaluate", max_steps=1, save_steps=1)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    for name in (".git/HEAD", ".env", "notes.txt", "step-\u00b2/x", "step-one/x", ".step-1.old/x", ".model.part/x"):
+        (checkpoints / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoints / name).write_text(name)
+    if flag:
+        (tmp_path / "out" / "config.json").write_text(json.dumps(asdict(load_config(config))))
+    before = files_of(checkpoints)
+    assert run("--config", config, *filter(None, [flag])) == 0
+    assert before.items() <= files_of(checkpoints).items()
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_links_are_not_followed_to_remove(killed_run, tmp_path, flag):
+    """checkpoints/ on another disk, which holds much else, hidden too; --resume goes on from there."""
+    folder, disk = copy_of(killed_run[1], tmp_path), tmp_path / "disk"
+    (folder / "out" / "checkpoints").rename(disk)
+    (folder / "out" / "checkpoints").symlink_to(disk)
+    (folder / "out" / "model").symlink_to(disk / "elsewhere")  # of nothing
+    for name in (".ssh", ".git", "photos"):
+        (disk / name).mkdir()
+        (disk / name / "mine").write_text("mine")
+    assert run("--config", folder / "run.json", flag) == 0
+    assert all((disk / name / "mine").exists() for name in (".ssh", ".git", "photos"))
+    assert ("step-2" in names_in(disk)) == (flag == "--overwrite")
+    assert metrics_of(folder) == metrics_of(killed_run[0])
+
+
+def test_a_foreign_lock_is_neither_emptied_nor_followed_nor_removed(world, tmp_path, capsys):
+    config, lock = run_config(world, tmp_path, "sft", evaluated=False, max_steps=1), tmp_path / "out" / ".lock"
+    (tmp_path / "precious.txt").write_text("precious")
+    (tmp_path / "out").mkdir()
+    lock.symlink_to(tmp_path / "precious.txt")
+    assert f"{lock}: cannot be opened, expected a file" in error_of(capsys, "--config", config)
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+    lock.unlink()
+    lock.write_text("mine")
+    error_of(capsys, "--config", config, "--train_path", tmp_path / "nothing")
+    assert lock.read_text() == "mine", "even where a run is refused"
+    assert run("--config", config) == 0 and lock.read_text() == "mine"
+
+
+def test_a_refused_run_removes_the_directory_only_if_it_made_it(world, tmp_path, capsys):
+    config = run_config(world, tmp_path)
+    error_of(capsys, "--config", config, "--train_path", tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    error_of(capsys, "--config", config, "--train_path", tmp_path / "nothing")
+    assert (tmp_path / "out").exists()
+
+
+def test_links_to_nothing_and_in_a_circle_are_one_line(world, killed_run, tmp_path, capsys):
+    config = run_config(world, tmp_path)
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    assert str(tmp_path / "out") in error_of(capsys, "--config", config)
+    folder = copy_of(killed_run[1], tmp_path)
+    shutil.rmtree(folder / "out" / "checkpoints")
+    (folder / "out" / "checkpoints").symlink_to(tmp_path / "unplugged")
+    before = files_of(folder / "out")
+    said = error_of(capsys, "--config", folder / "run.json", "--resume")
+    assert f"{folder / 'out' / 'checkpoints'}: cannot be read" in said, "not: no checkpoint yet"
+    assert files_of(folder / "out") == before
+
+
+def without_rights():
+    """Root may read what nobody may; from here on this process may not."""
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert os.geteuid() or ctypes.CDLL(None).capset(header, nothing) == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-2", "checkpoints/step-2/trainer_state.json", "metrics.jsonl"])
+def test_what_cannot_be_read_is_an_error_and_not_a_beginning(killed_run, tmp_path, name):
+    folder = copy_of(killed_run[1], tmp_path)
+    before = files_of(folder / "out")
+    (folder / "out" / name).chmod(0)
+    statuses, said = run_on_ranks(1, tmp_path, "--config", folder / "run.json", "--resume", patch=without_rights)
+    (folder / "out" / name).chmod(0o755)
+    assert statuses == [2] and str(folder / "out" / name) in said and "ermission denied" in said and "Traceback" not in said
+    assert files_of(folder / "out") == before
+
+
+def test_files_have_the_rights_that_the_umask_leaves(world, tmp_path):
+    """Not those of a temporary file, which nobody else may read."""
+    old = os.umask(0o027)
+    try:
+        assert run("--config", run_config(world, tmp_path, save_steps=1)) == 0
+    finally:
+        os.umask(old)
+    paths = list((tmp_path / "out").rglob("*"))
+    assert len(paths) > 15
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
 def test_an_output_directory_that_is_a_file_is_refused(world, tmp_path, capsys):
@@ -626,24 +904,56 @@ def test_a_run_that_could_not_start_does_not_claim_its_output_directory(world, t
     assert run("--config", config) == 0
 
 
-def test_removing_a_link_keeps_what_it_points_to(tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "file").write_text("kept")
-    (tmp_path / "link").symlink_to(tmp_path / "there")
-    gemma.remove_tree(tmp_path / "link")
-    assert not (tmp_path / "link").exists() and (tmp_path / "there" / "file").read_text() == "kept"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What the user got wrong: status 2 and one line
 
 
-def test_a_typo_is_one_line_and_status_2(world, tmp_path):
+def test_a_typo_is_one_line_and_status_2(world, tmp_path, capsys):
     config = run_config(world, tmp_path, learning_rat=1)
-    status, stdout, stderr = run_program(ROOT / "act.py", "--config", config)
-    assert (status, stdout) == (2, "")
     nearest = "unknown key, the nearest known one is training_config.learning_rate"
-    assert stderr == f"act.py: error: {config}: training_config.learning_rat: {nearest}\n"
+    assert error_of(capsys, "--config", config) == f"act.py: error: {config}: training_config.learning_rat: {nearest}\n"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("variables", "said"), [
+    ({"RANK": "0"}, "WORLD_SIZE is None, expected what torchrun sets"),
+    ({"RANK": "abc", "WORLD_SIZE": "1", "MASTER_PORT": "1"}, "RANK is 'abc', expected what torchrun sets"),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_PORT is None, expected what torchrun sets"),
+    ({"RANK": "0", "WORLD_SIZE": "-1", "MASTER_PORT": "1"}, "WORLD_SIZE is '-1', expected what torchrun sets"),
+])  # fmt: skip
+def test_half_a_description_of_the_processes_is_refused(world, tmp_path, monkeypatch, capsys, variables, said):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert error_of(capsys, "--config", run_config(world, tmp_path)) == f"act.py: error: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_would_learn_nothing_is_refused_once_the_steps_are_known(world, tmp_path, capsys):
+    config = run_config(world, tmp_path, "sft", warmup_steps=2)
+    assert "warmup_steps is 2, expected fewer than the run's 2 steps" in error_of(capsys, "--config", config)
+    answers = [{"messages": data.exchange("How many?", "5")}]
+    path = write_lines(tmp_path / "answers.jsonl", answers)
+    best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1}
+    metric = "CLARIFY Turns: Trajectory-level Exact Match"
+    config = run_config(world, tmp_path, "sft", metric_for_best_model=metric, **best)
+    said = error_of(capsys, "--config", config, "--validation_path", path)
+    assert "metric_for_best_model: no validation turn has the action CLARIFY, expected another metric or some" in said
+    assert not (tmp_path / "out").exists()
+    assert run("--config", config, "--validation_path", path, "--metric_for_best_model", metric.replace("CLARIFY", "ANSWER")) == 0
+
+
+def test_data_may_come_through_a_pipe(world, act_run, tmp_path):
+    """What is hashed is what is parsed: a file is read once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=((world / "train.jsonl").read_bytes(),), daemon=True)
+    writer.start()
+    assert run("--config", run_config(world, tmp_path), "--train_path", pipe) == 0
+    writer.join(5)
+    found, expected = metrics_of(tmp_path), metrics_of(act_run[0])
+    assert found == expected
 
 
 def test_a_missing_model_is_named(world, tmp_path, capsys):
@@ -664,7 +974,7 @@ def test_a_missing_file_of_the_model_is_named(world, tmp_path, capsys, missing):
 
 @pytest.mark.parametrize(("line", "said"), [
     ('{"messages": [', "invalid JSON"), ('{"turns": []}', "neither messages nor contents"),
-    ("[]", "expected an object"), ("\xff", "not UTF-8"),
+    ("[]", "expected an object"), ("\xff", "UTF-8"),
 ])  # fmt: skip
 def test_a_broken_line_of_data_is_named(world, tmp_path, capsys, line, said):
     good = (world / "train.jsonl").read_text(encoding="utf-8").splitlines()[0]
@@ -690,15 +1000,16 @@ def test_turns_that_do_not_fit_are_left_out_and_cut_prompts_said(world, tmp_path
     assert any(line.startswith("sft: 2 training turns, 4 for validation") for line in said)
 
 
-def test_a_classifier_that_costs_is_not_asked_about_labels(world, tmp_path, monkeypatch, one_process):
+def test_a_classifier_that_costs_is_not_asked_about_labels(world, tmp_path, capsys):
     """With the rule labels are compared at the start of every run; a model would be asked about each turn."""
-    compared = []
-    found = lambda config, questions, classify, report, compare: compared.append(compare) or ([], [])  # noqa: E731
-    monkeypatch.setattr(data, "get_datasets_from_config", found)
-    config, helpers = act.load_config(run_config(world, tmp_path)), act.build_helpers(act.Config())
-    act.load_pairs(config, helpers)
-    act.load_pairs(config, replace(helpers, classify_actions=lambda replies: []))
-    assert compared == [True, False]
+    rows = [{"messages": data.exchange("How many?", "Which year?")}]  # labelled as an answer
+    path, asked = write_lines(tmp_path / "odd.jsonl", rows), []
+    helpers = SimpleNamespace(divided=lambda name, label, requests: asked.extend(requests) or [])
+    for backend, said in (("rule", True), ("gemma", False)):
+        config = load_config(run_config(world, tmp_path), {"action_model_config.backend": backend})
+        act.make_pairs(path, data.read_vertex_jsonl(path), config, helpers, asks=False)
+        assert ("labelled ANSWER, but the classifier says CLARIFY" in capsys.readouterr().out) == said
+    assert not asked
 
 
 def test_progress_says_how_long_it_will_take(monkeypatch, capsys):
@@ -715,7 +1026,7 @@ def test_progress_says_how_long_it_will_take(monkeypatch, capsys):
         progress(done)
     assert capsys.readouterr().out.splitlines() == [
         "step 60/100  30 s  loss 1", "step 70/100  50 s, 60 s left  loss 1", "step 100/100  60 s  loss 1",
-        "step 1/1000  10 s", "step 2/1000  20 s, 166 min left",
+        "step 1/1000  10 s", "step 2/1000  20 s, 9980 s left",
     ]  # fmt: skip
 
 
@@ -724,7 +1035,7 @@ def test_missing_and_empty_data_are_named(world, tmp_path, capsys):
     assert f"{missing}: cannot be read" in error_of(capsys, "--config", config, "--data_config.train_path", missing)
     nobody = write_lines(tmp_path / "open.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
     found = error_of(capsys, "--config", config, "--data_config.train_path", nobody)
-    assert found.startswith(f"act.py: error: {nobody}: no turn is left to train on, expected complete answers")
+    assert found.startswith(f"act.py: error: {nobody}: no turn to train on, expected complete answers")
     for task, key in (("evaluate", "validation_path"), ("generate_preference", "train_path")):
         words = ("--config", config, "--task", task, f"--data_config.{key}", nobody)
         words += ("--data_config.validation_path", "") if task != "evaluate" else ()
@@ -789,9 +1100,8 @@ def test_two_ranks_match_one(world, one_rank_run, two_rank_run):
 
 @pytest.mark.parametrize("ranks", [2, 4], ids=["replicated", "two-by-two"])
 def test_ranks_with_copies_match_one(world, one_rank_run, tmp_path, ranks):
-    """The first two of the five steps; with 2 x 2 ranks, what sampling does without is set aside meanwhile."""
+    """The first two of the five steps."""
     options = {"per_device_train_batch_size": 4 // ranks, "dp_replicate_size": 2, **FIVE_STEPS, "max_steps": 2}
-    options["offload_for_generation"] = ranks == 4
     config = run_config(world, tmp_path, evaluated=False, **options)
     statuses, said = run_on_ranks(ranks, tmp_path, "--config", config)
     assert statuses == [0] * ranks, said
@@ -803,7 +1113,8 @@ def test_ranks_with_copies_match_one(world, one_rank_run, tmp_path, ranks):
 def test_the_checkpoint_of_two_ranks_goes_on_as_one(world, one_rank_run, two_rank_run, tmp_path):
     """Its optimiser's state was gathered when it was written, and is read again by whoever holds which rows."""
     folder = copy_of(two_rank_run, tmp_path)
-    gemma.remove_tree(folder / "out" / "model")  # as if killed after step 4
+    for name in ("model", "checkpoints/step-5"):  # as if killed after step 4
+        shutil.rmtree(folder / "out" / name)
     assert run("--config", folder / "run.json", "--resume", "--training_config.per_device_train_batch_size", 4) == 0
     assert_as_one_rank(folder, one_rank_run)
 
@@ -818,7 +1129,7 @@ def task(config, overwrite, resume):
         raise RuntimeError("nobody foresaw this")
     act.dist.all_reduce(torch.ones(1))
     act.time.sleep(600)
-act.TASKS["evaluate"] = task
+act.TASKS["evaluate"] = task, ""
 act.dist.destroy_process_group = lambda: act.time.sleep(600)
 act.run_as_program()
 """)
@@ -940,7 +1251,7 @@ def test_the_best_checkpoint_is_kept_and_said_and_loaded_if_asked(world, tmp_pat
     assert run("--config", config) == 0
     assert names_in(tmp_path / "then" / "checkpoints") == {"step-1", "step-3"}, "the newest and the best"
     checkpoints = tmp_path / "out" / "checkpoints"
-    assert names_in(checkpoints) == {"step-1", "step-3"}
+    assert names_in(checkpoints) == {"step-3", "step-4"}
     said = capsys.readouterr().out
     assert said.endswith(
         "\nTrajectory-level DROP F1, the best first: 0.900 after step 3, 0.900 after step 1, 0.500 after step 0, "
@@ -989,14 +1300,15 @@ def interrupt(result, *_):
 def test_a_second_signal_leaves_at_once(world, tmp_path, monkeypatch, capfd):
     both = counted("preference_step", 2, lambda *_: interrupt(interrupt(None)))
     monkeypatch.setattr(act, "preference_step", both)
-    assert run("--config", run_config(world, tmp_path, save_steps=1)) == 130
-    assert capfd.readouterr().err.endswith("act.py: interrupted; --resume goes on from step 1\n")
+    config = run_config(world, tmp_path, save_steps=1)
+    assert run("--config", config) == 130
+    assert capfd.readouterr().err.endswith("\nact.py: interrupted\n")
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-1"}
 
 
 def test_an_evaluation_that_is_interrupted_is_not_played_to_its_end(world, tmp_path, monkeypatch, capfd):
-    played = []
-    monkeypatch.setattr(act, "play_turn", lambda *_: played.append(1) or iter(()))
-    monkeypatch.setattr(act, "in_lockstep", lambda turns, answers: interrupt([None] * len(turns)))
+    inner, played = act.in_lockstep, []
+    monkeypatch.setattr(act, "in_lockstep", lambda *turns: played.append(1) or interrupt(inner(*turns)))
     assert run("--config", run_config(world, tmp_path, per_device_eval_batch_size=1)) == 1
     assert len(played) == 1 and "stopped: interrupted, --resume goes on from step 0" in capfd.readouterr().err
 
@@ -1045,33 +1357,117 @@ def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypat
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    act.lock(tmp_path)
+    act.take_lock(tmp_path)
+    act.LOCK.clear()
     assert "would not be noticed here (Function not implemented)" in capsys.readouterr().out
 
 
-def test_of_two_runs_that_start_at_once_the_second_stops_before_it_writes(world, act_run, tmp_path, monkeypatch, capsys):
-    """The first has even ended when the second, which found an empty directory, has loaded its model."""
-    config, load = run_config(world, tmp_path), act.load_pairs
+@pytest.mark.parametrize("flag", [[], ["--resume"]], ids=["", "resume"])
+def test_of_two_runs_that_start_at_once_the_second_is_refused(killed_run, world, tmp_path, monkeypatch, capsys, flag):
+    """Even before the first has read its data: what it decided about the directory still holds when it writes."""
+    folder, load, second = copy_of(killed_run[1], tmp_path), act.load_pairs, []
+    if not flag:
+        shutil.rmtree(folder / "out")
 
     def slow(*arguments):
-        shutil.copytree(act_run[0] / "out", tmp_path / "out")
+        with open(folder / "out" / ".lock") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        second.append(1)
         return load(*arguments)
 
     monkeypatch.setattr(act, "load_pairs", slow)
-    assert "already holds a run, expected --resume" in error_of(capsys, "--config", config)
-    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == (act_run[0] / "out" / "metrics.jsonl").read_bytes()
+    assert run("--config", folder / "run.json", *flag) == 0
+    assert second == [1] and metrics_of(folder) == metrics_of(killed_run[0])
 
 
-def test_a_resumed_run_whose_checkpoint_another_one_replaces_stops(killed_run, tmp_path, monkeypatch, capsys):
-    folder, load = copy_of(killed_run[1], tmp_path), act.load_pairs
+def test_a_run_whose_directory_was_removed_and_made_anew_stops(world, tmp_path, monkeypatch, capsys):
+    """Another run is there now: nothing of it is removed, and no checkpoint is written into it."""
+    out = tmp_path / "out"
 
-    def slow(*arguments):
-        shutil.copytree(killed_run[0] / "out" / "checkpoints" / "step-4", folder / "out" / "checkpoints" / "step-4")
-        return load(*arguments)
+    def replaced(result, *_):
+        out.rename(tmp_path / "gone")
+        (out / "checkpoints" / "step-1").mkdir(parents=True)
+        (out / "checkpoints" / "step-1" / "trainer_state.json").write_text('{"step": 1}')
+        (out / ".lock").touch()
+        return result
 
-    monkeypatch.setattr(act, "load_pairs", slow)
-    said = error_of(capsys, "--config", folder / "run.json", "--resume")
-    assert f"{folder / 'out'}: another run has written to it meanwhile, expected to be the only one" in said
+    monkeypatch.setattr(act, "preference_step", counted("preference_step", 2, replaced))
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=3, save_steps=1)
+    assert run("--config", config) == 1
+    said = capsys.readouterr().err
+    assert f"act.py: stopped: {out}: its .lock is not this run's any more, another may write there" in said
+    assert len(said.splitlines()) == 1
+    assert names_in(out / "checkpoints") == {"step-1"} and (out / ".lock").exists() and not (out / "model").exists()
+
+
+def test_a_run_that_ends_leaves_the_lock_of_another(world, tmp_path, monkeypatch, capsys):
+    """Which has written nothing yet."""
+    out, load = tmp_path / "out", act.load_pairs
+
+    def replaced(*arguments):
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / ".lock").touch()
+        raise data.InputError("refused")
+
+    monkeypatch.setattr(act, "load_pairs", replaced)
+    error_of(capsys, "--config", run_config(world, tmp_path))
+    assert (out / ".lock").exists() and load
+
+
+def a_reader_that_dies():
+    """As in `act.py 2>&1 | tee log`, where Ctrl-C ends tee first."""
+
+    def died(result, *_):
+        reading, writing = os.pipe()
+        for number in (1, 2):
+            os.dup2(writing, number)
+        os.close(reading)
+        os.close(writing)
+        return interrupt(result)
+
+    act.preference_step = counted("preference_step", 2, died)
+
+
+def test_ctrl_c_through_a_pipe_whose_reader_died_saves(world, tmp_path):
+    config = run_config(world, tmp_path, "dpo", max_steps=3)
+    statuses, _ = run_on_ranks(1, tmp_path, "--config", config, patch=a_reader_that_dies)
+    assert statuses == [1] and names_in(tmp_path / "out" / "checkpoints") == {"step-2"}
+
+
+def test_without_stdout_and_stderr_a_run_ends_as_with_them(world, act_run, tmp_path):
+    """`>&- 2>&-`: what is opened next takes their place, and must not be written to."""
+    interrupted = """
+import os, signal, act
+step = act.preference_step
+def interrupt(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    act.preference_step = step
+    return step(*arguments)
+act.preference_step = interrupt
+act.run_as_program()
+"""
+    config = run_config(world, tmp_path)
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"]
+    words = [sys.executable, "-c", interrupted, "--config", config]
+    assert subprocess.run([*closed, *words], env=environment(), timeout=240, check=False).returncode == 1
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-1"}
+    assert (tmp_path / "out" / ".lock").read_bytes() == b""
+    assert run("--config", config, "--resume") == 0
+    assert metrics_of(tmp_path) == metrics_of(act_run[0])
+
+
+@pytest.mark.parametrize("note", ["# a note\n", '{"step": 1}{"step": 2}\n', "[]\n"])
+def test_a_note_in_a_log_costs_the_report_alone(world, act_run, tmp_path, monkeypatch, capsys, note):
+    def noted(result, *_):
+        with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+            file.write(note)
+        return result
+
+    monkeypatch.setattr(act, "preference_step", counted("preference_step", 2, noted))
+    assert run("--config", run_config(world, tmp_path)) == 0
+    assert_same_weights(tmp_path / "out" / "model", act_run[0] / "out" / "model")
+    assert note in (tmp_path / "out" / "metrics.jsonl").read_text(), "and it stays"
 
 
 def full(*_, **__):
@@ -1094,13 +1490,25 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(world, tmp_path, monkey
     opened = open
     with monkeypatch.context() as patch:
         patch.setattr(act, "save_checkpoint", counted("save_checkpoint", 2, fill))
-        said = error_of(capsys, "--config", config)
+        assert run("--config", config) == (1 if place == "metrics" else 2)
+        said = capsys.readouterr().err
         monkeypatch.undo()
-    assert "No space left on device" in said and (place == "weights" or ": cannot be written (" in said)
-    assert names_in(tmp_path / "out" / "checkpoints") - {".step-3.part"} == {"step-2"}
+    assert "No space left on device" in said and len(said.splitlines()) == 1
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert names_in(checkpoints) - {".act-part"} == {"step-4" if place == "metrics" else "step-2"}
     assert run("--config", config, "--resume") == 0
-    assert [row["step"] for row in training_rows(tmp_path)] == [1, 2, 3, 4]
-    assert names_in(tmp_path / "out" / "checkpoints") == {"step-3"}, "nothing half written is left"
+    assert [row["step"] for row in training_rows(tmp_path)] == ([1, 2] if place == "metrics" else [1, 2, 3, 4])
+    assert names_in(checkpoints) == {"step-4"}, "nothing half written is left"
+
+
+def test_a_full_disk_at_the_last_evaluation_costs_what_it_had_to_say_alone(world, act_run, tmp_path, monkeypatch, capsys):
+    """The model comes first; what is missing is said."""
+    inner, calls = act.write_evaluation, []
+    monkeypatch.setattr(act, "write_evaluation", lambda *rows: calls.append(1) or (full() if len(calls) == 2 else inner(*rows)))
+    assert run("--config", run_config(world, tmp_path)) == 0
+    assert "Not all was written: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert_same_weights(tmp_path / "out" / "model", act_run[0] / "out" / "model")
+    assert {row["step"] for row in rows_of(tmp_path / "out" / "eval_samples.jsonl")} == {0}, "those before are whole"
 
 
 def a_full_disk_on_rank_zero():
@@ -1111,7 +1519,7 @@ def a_full_disk_on_rank_zero():
 def test_a_full_disk_ends_all_ranks_without_a_traceback(world, tmp_path):
     config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=2, per_device_train_batch_size=2)
     statuses, said = run_on_ranks(2, tmp_path, "--config", config, patch=a_full_disk_on_rank_zero)
-    assert statuses == [2, 2] and "No space left on device" in said and "Traceback" not in said, said
+    assert statuses == [1, 1] and "No space left on device; saved" in said and "Traceback" not in said, said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1127,41 +1535,107 @@ def test_a_data_file_that_has_changed_is_refused(killed_run, world, tmp_path, ca
     config["data_config"][f"{name}_path"] = str(tmp_path / f"{name}.jsonl")
     for path in (folder / "run.json", folder / "out" / "config.json"):
         path.write_text(json.dumps(config))
-    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
-    (tmp_path / f"{name}.jsonl").write_text(text.replace("a", "e", 1))
+    before = files_of(folder / "out")
+    (tmp_path / f"{name}.jsonl").write_text(text.replace("?", "!", 1))
     said = error_of(capsys, "--config", folder / "run.json", "--resume")
     size = len(text.encode())
     assert f"--resume: data_config.{name}_path is {size} bytes, sha256 " in said
     assert f", expected {size} bytes, sha256 " in said and "trainer_state.json" in said
-    after = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
-    assert {path: raw for path, raw in after.items() if path.name != ".lock"} == {
-        path: raw for path, raw in before.items() if path.name != ".lock"
-    }
+    assert files_of(folder / "out") == before
     (tmp_path / f"{name}.jsonl").write_text(text)
     assert run("--config", folder / "run.json", "--resume") == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+def test_a_model_that_was_replaced_is_refused(killed_run, world, tmp_path, capsys, name):
+    """It is DPO's reference, and LoRA's base: neither is in a checkpoint."""
+    folder = copy_of(killed_run[1], tmp_path)
+    shutil.copytree(world / "model", tmp_path / "model")
+    for path in (folder / "run.json", folder / "out" / "config.json"):
+        config = json.loads(path.read_text())
+        config["policy_model_config"]["model_path"] = str(tmp_path / "model")
+        path.write_text(json.dumps(config))
+    changed, before = tmp_path / "model" / name, files_of(folder / "out")
+    raw = changed.read_bytes()
+    changed.write_bytes(raw.replace(b'"eos_token_id": 1', b'"eos_token_id": 2') if name == "config.json" else raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    said = error_of(capsys, "--config", folder / "run.json", "--resume")
+    assert f"--resume: policy_model_config.model_path/{name} is {len(raw)} bytes, " in said and f", expected {len(raw)} bytes, " in said
+    assert files_of(folder / "out") == before
+    changed.write_bytes(raw)
+    assert_resumes_exactly(killed_run[0], folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "tokenizer.model"])
+def test_a_checkpoint_that_is_damaged_or_of_another_step_is_refused(killed_run, tmp_path, capsys, name):
+    """trainer_state.json names the files that belong to it."""
+    folder = copy_of(killed_run[1], tmp_path)
+    path = folder / "out" / "checkpoints" / "step-2" / name
+    raw, other = path.read_bytes(), killed_run[0] / "out" / "checkpoints" / "step-5" / name
+    for damaged in (raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], raw[:-4], other.read_bytes()):
+        if damaged != raw:
+            path.write_bytes(damaged)
+            said = error_of(capsys, "--config", folder / "run.json", "--resume")
+            assert f"--resume: {name} is {len(damaged)} bytes, " in said and f"expected {len(raw)} bytes, " in said
+            assert f"as in {path.with_name('trainer_state.json')}" in said and said.count("bytes, blocks") == 2
+    path.unlink()
+    if name != "tokenizer.model":  # which is read where the model came from
+        assert str(path) in error_of(capsys, "--config", folder / "run.json", "--resume")
+
+
 def test_an_optimisers_state_that_is_no_number_is_refused_by_name(killed_run, tmp_path, capsys):
+    """Of a checkpoint that does not name its files, as earlier versions wrote them."""
     folder = copy_of(killed_run[1], tmp_path)
     path = folder / "out" / "checkpoints" / "step-2" / "optimizer.safetensors"
     with gemma.safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     tensors["exp_avg_sq.norm.weight"][0] = math.inf
     gemma.save_file(tensors, path)
+    state = json.loads(path.with_name("trainer_state.json").read_text())
+    del state["files"]
+    path.with_name("trainer_state.json").write_text(json.dumps(state))
     said = error_of(capsys, "--config", folder / "run.json", "--resume")
     assert f"{path}: exp_avg_sq.norm.weight holds numbers that are not finite" in said
+
+
+def another_learning_rate_on_rank_one():
+    load = act.load_config
+    if os.environ["RANK"] == "1":
+        act.load_config = lambda path, given: load(path, {**given, "learning_rate": 0.5})
+
+
+def other_data_on_rank_one():
+    read = data.read_bytes
+    if os.environ["RANK"] == "1":
+        data.read_bytes = lambda path: read(path) + b"\n"
+
+
+def other_weights_on_rank_one():
+    taken = act.fingerprint
+    if os.environ["RANK"] == "1":
+        act.fingerprint = lambda path: taken(path) + "0"
+
+
+@pytest.mark.parametrize(("patch", "said"), [
+    (another_learning_rate_on_rank_one, "rank 1: training_config.learning_rate is 0.5, expected 0.001 as on rank 0"),
+    (other_data_on_rank_one, "rank 1: data_config.train_path is "),
+    (other_weights_on_rank_one, "rank 1: policy_model_config.model_path/config.json is "),
+])  # fmt: skip
+def test_ranks_that_would_not_train_the_same_run_are_refused(world, tmp_path, patch, said):
+    config = run_config(world, tmp_path, "sft", evaluated=False)
+    statuses, found = run_on_ranks(2, tmp_path, "--config", config, patch=patch)
+    assert statuses == [2, 2] and said in found and "as on rank 0" in found and "Traceback" not in found, found
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_class_balance_that_was_removed_is_noticed(world, tmp_path, capsys):
     options = {"evaluated": False, "max_steps": 3, "save_steps": 1}
     config = run_config(world, tmp_path, "dpo", class_balance={"CLARIFY": 2}, **options)
     assert run("--config", config) == 0
-    gemma.remove_tree(tmp_path / "out" / "model")
     config = run_config(world, tmp_path, "dpo", **options)
     said = error_of(capsys, "--config", config, "--resume")
-    assert "training_config.class_balance is None, expected {'CLARIFY': 2.0} as in" in said
+    assert "training_config.class_balance is None, expected {'CLARIFY': 2} as in" in said
     config = run_config(world, tmp_path, "dpo", class_balance={"CLARIFY": 3}, **options)
-    assert "class_balance is {'CLARIFY': 3.0}, expected" in error_of(capsys, "--config", config, "--resume")
+    assert "class_balance is {'CLARIFY': 3}, expected" in error_of(capsys, "--config", config, "--resume")
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
@@ -1173,13 +1647,12 @@ def test_a_class_balance_that_was_removed_is_noticed(world, tmp_path, capsys):
 ])  # fmt: skip
 def test_a_broken_state_or_log_is_refused_before_anything_is_rewritten(killed_run, tmp_path, capsys, name, text, said):
     folder = copy_of(killed_run[1], tmp_path)
-    (folder / "out" / "model").mkdir()  # of a run that is extended
-    (folder / "out" / "model" / "kept").write_text("kept")
+    shutil.copytree(killed_run[0] / "out" / "model", folder / "out" / "model")  # of a run that is extended
     (folder / "out" / name).write_text(text)
-    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    before = files_of(folder / "out")
     words = ["--config", folder / "run.json", "--resume", "--training_config.max_steps", 7]
     assert f"{folder / 'out' / name}" in (found := error_of(capsys, *words)) and said in found
-    assert {path: path.read_bytes() for path in before} == before
+    assert files_of(folder / "out") == before
 
 
 def test_a_checkpoint_counts_by_what_is_written_last(killed_run, tmp_path):
@@ -1189,7 +1662,7 @@ def test_a_checkpoint_counts_by_what_is_written_last(killed_run, tmp_path):
     shutil.copyfile(folder / "out" / "checkpoints" / "step-2" / "config.json", folder / "out" / "checkpoints" / "step-4" / "config.json")
     assert list(act.checkpoints(folder / "out")) == [2]
     assert run("--config", folder / "run.json", "--resume") == 0
-    assert list(act.checkpoints(folder / "out")) == [4], "and it is in nobody's way"
+    assert list(act.checkpoints(folder / "out")) == [5], "and it is in nobody's way"
 
 
 def test_what_is_removed_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -1202,57 +1675,65 @@ def test_what_is_removed_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch
         (tmp_path / "step-3" / name).write_text(name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", killed)
-        gemma.remove_tree(tmp_path / "step-3")
-    assert names_in(tmp_path) == {".step-3.old"}
-    (tmp_path / "step-3").write_text("new")
-    gemma.remove_tree(tmp_path / "step-3")
+        act.remove(tmp_path / "step-3")
+    assert names_in(tmp_path) == {".act-old"}
+    (tmp_path / "step-3").mkdir()
+    act.remove(tmp_path / "step-3")
     assert names_in(tmp_path) == set()
 
 
-@pytest.mark.parametrize("survived", [1, 2, 7])
+@pytest.mark.parametrize("survived", [0, 1, 7])
 def test_a_killed_overwrite_does_not_bring_the_old_run_back(killed_run, tmp_path, monkeypatch, capsys, survived):
     """Nor is it an end: another --overwrite starts again."""
-    folder, remove, calls = copy_of(killed_run[1], tmp_path), gemma.remove_tree, []
+    folder, remove, calls = copy_of(killed_run[1], tmp_path), act.remove, []
 
     def killed(path):
-        if path.parent == folder / "out":
-            calls.append(path.name)
-        if len(calls) > survived:
+        calls.append(path.name)
+        if path.parent == folder / "out" and not path.name.startswith(".") and survived == sum(name in act.TRAINING_FILES for name in calls) - 1:
             raise KeyboardInterrupt
         remove(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gemma, "remove_tree", killed)
+        patch.setattr(act, "remove", killed)
         assert run("--config", folder / "run.json", "--overwrite") == 130
-    assert calls[0] == "config.json"
+    assert not (folder / "out" / "config.json").exists() and (folder / "out" / ".act-config.json").exists()
     capsys.readouterr()
-    if survived < 7:
-        said = error_of(capsys, "--config", folder / "run.json", "--resume")
+    for flag in ([], ["--resume"]):
+        said = error_of(capsys, "--config", folder / "run.json", *flag)
         assert "already holds" in said and said.endswith(", expected --overwrite to restart\n")
     assert run("--config", folder / "run.json", "--overwrite") == 0
     assert metrics_of(folder) == metrics_of(killed_run[0])
+    assert not (folder / "out" / ".act-config.json").exists()
 
 
 def test_a_step_that_is_saved_already_is_not_saved_again(world, tmp_path, monkeypatch, capsys):
-    """A run that is stopped right after a save: between removing and renaming, all would be lost."""
-    removed, remove = [], gemma.remove_tree
-    monkeypatch.setattr(gemma, "remove_tree", lambda path: removed.append(path.name) or remove(path))
-    monkeypatch.setattr(act, "save_checkpoint", counted("save_checkpoint", 1, interrupt))
+    """A run that stops in the step after: between removing and renaming, all would be lost."""
+    removed, remove = [], act.remove
+    monkeypatch.setattr(act, "remove", lambda path: removed.append(path.name) or remove(path))
+    monkeypatch.setattr(act, "sft_step", counted("sft_step", 2, lambda sums, *_: sums | {"loss": math.nan}))
     assert run("--config", run_config(world, tmp_path, "sft", evaluated=False, save_steps=1, max_steps=3)) == 1
-    assert "stopped: interrupted; saved, --resume goes on from step 1" in capsys.readouterr().err
+    assert "; saved, --resume goes on from step 1" in capsys.readouterr().err
     assert removed.count("step-1") == 1
 
 
-def test_a_run_resumes_from_another_working_directory(tmp_path):
+def test_a_run_resumes_from_another_working_directory():
     """Where the shipped paths are found beside act.py instead of below the directory that one stands in."""
-    given = {"training_config.output_dir": str(tmp_path / "out"), "policy_model_config.model_path": "configs/tiny/sft"}
-    config = load_config(ROOT / "configs" / "tiny.json", given)
-    (tmp_path / "out").mkdir()
+    config = load_config(ROOT / "configs" / "tiny.json", {"policy_model_config.model_path": "configs/tiny/sft"})
     former = asdict(config)
     former["policy_model_config"]["model_path"] = "configs/tiny/sft"
-    (tmp_path / "out" / "config.json").write_text(json.dumps(former))
     moved = replace(config, policy_model_config=replace(config.policy_model_config, model_path=str(ROOT / "configs/tiny/sft")))
-    assert act.resume_from(tmp_path / "out", moved) is None
+    act.require_same_run(moved, former)
     other = replace(config, policy_model_config=replace(config.policy_model_config, model_path=str(ROOT / "configs/tiny/base")))
     with pytest.raises(data.InputError, match="model_path is"):
-        act.resume_from(tmp_path / "out", other)
+        act.require_same_run(other, former)
+
+
+def test_what_a_resumed_run_may_change():
+    """How far, how often, how much at once and where helpers are: not what is learnt."""
+    config = load_config(ROOT / "configs" / "tiny.json")
+    free = {"max_steps": 7, "eval_steps": 1, "save_total_limit": 0, "per_device_eval_batch_size": 3, "gradient_checkpointing": True}
+    act.require_same_run(replace(config, training_config=replace(config.training_config, **free)), asdict(config))
+    for key, value in {"seed": 1, "warmup_steps": 5, "tolerance": 0.1, "half": "first", "lora_r": 2}.items():
+        changed = load_config(ROOT / "configs" / "tiny.json", {key: value})
+        with pytest.raises(data.InputError, match=f"--resume: .*{key} is .*, expected .* as in the former run"):
+            act.require_same_run(changed, asdict(config))

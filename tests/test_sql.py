@@ -1,5 +1,6 @@
 """Text-to-SQL: scores of queries, predictions that attack whoever runs them, Spider's files and the made AmbigSQL."""
 
+import itertools
 import json
 import resource
 import sqlite3
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data
-from data import InputError, execution_match, score_of
+from data import InputError, execution_match, scored
 from tests.make_ambig_sql import WORLDS, make
 
 SHOP = """CREATE TABLE items (name TEXT, price REAL, stock INTEGER);
@@ -21,6 +22,8 @@ CREATE TABLE big (a INTEGER, s TEXT);
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)
 INSERT INTO big SELECT i, 'row number ' || i FROM n;
 CREATE TABLE empty (a);"""
+LONG = f"replace('{'a' * 190}', 'a', '{'a' * 100}')"  # nearly as long as a string may get
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
 RIGHT, SAME_ROWS, WRONG = (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)
 
 
@@ -78,7 +81,10 @@ def test_execution_match_by_hand(predicted, gold, want):
     ("SELECT 1", "ATTACH 'other.db' AS o", "fails: too many attached databases"),
     ("SELECT 1", "CREATE TABLE t (a); VACUUM INTO 'other.db'", "fails: "),
     ("SELECT 1", "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT max(i) FROM n", "interrupted"),
-    ("SELECT 1", "CREATE TABLE t (a); INSERT INTO t VALUES (zeroblob(900000000))", "fails: out of memory"),
+    ("SELECT 1", "CREATE TABLE t (a); INSERT INTO t VALUES (zeroblob(900000000))", "fails: not authorized to use func"),
+    ("SELECT 1", f"CREATE TABLE t AS {ENDLESS} SELECT i FROM n", "fails: "),
+    ("SELECT 1", f"CREATE TABLE t AS SELECT {LONG} || {LONG}", "fails: string or blob too big"),
+    ("SELECT 1", f"CREATE TABLE t AS SELECT '{'a' * 20_001}'", "fails: string or blob too big"),
 ])  # fmt: skip
 def test_a_broken_gold_query_or_context_is_an_input_error(gold, context, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -90,19 +96,17 @@ def test_a_broken_gold_query_or_context_is_an_input_error(gold, context, problem
 
 def test_every_heuristic_takes_a_context_and_may_return_a_number():
     for heuristic in data.HEURISTICS.values():
-        assert score_of(heuristic, "SELECT 1", "SELECT 1", "") == RIGHT
-    assert score_of(execution_match, "SELECT stock FROM items", "SELECT stock + 0 FROM items", SHOP) == SAME_ROWS
-    assert score_of(lambda predicted, gold, context: len(context), "A  b", "a b", "xyz") == (1.0, 3.0)
-    assert score_of(lambda predicted, gold, context: predicted == gold, "a", "b") == (0.0, 0.0)
+        assert scored(heuristic, "SELECT 1", "SELECT 1", "") == RIGHT
+    assert scored(execution_match, "SELECT stock FROM items", "SELECT stock + 0 FROM items", SHOP) == SAME_ROWS
+    assert scored(lambda predicted, gold, context: len(context), "A  b", "a b", "xyz") == (1.0, 3.0)
+    assert scored(lambda predicted, gold, context: predicted == gold, "a", "b") == (0.0, 0.0)
     with pytest.raises(InputError, match="no such table: items"):
         execution_match("SELECT 1", "SELECT name FROM items")
 
 
 # ------------------------------------------------------------------------------------------------- hostile predictions
 
-LONG = f"replace('{'a' * 190}', 'a', '{'a' * 100}')"  # nearly as long as a string may get
 HALF = f"replace('{'a' * 95}', 'a', '{'a' * 100}')"
-ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
 THREE = "FROM big a, big b, big c"
 FOUR = f"{THREE}, big d"
 
@@ -214,6 +218,16 @@ ATTACKS = {
         "SELECT sum(9223372036854775807) FROM big"],
 }  # fmt: skip
 CASES = [(group, number) for group, queries in ATTACKS.items() for number in range(len(queries))]
+SCRIPTS = {  # what a context may be, and what fails in it: a gold query, which may take as long again
+    **{f"{group} {n}": f"{SHOP} CREATE TABLE made AS {query}" for group in ("endless", "joins", "long strings", "slow steps")
+       for n, query in enumerate(ATTACKS[group])},
+    **{f"planning {n}": f"{SHOP} CREATE TABLE made AS {query}" for n, query in enumerate(ATTACKS["planning"])},
+    "many rows": f"{SHOP} INSERT INTO big SELECT a.a, {LONG} {THREE}",
+    "index": f"{SHOP} CREATE TABLE t AS SELECT a.a + b.a AS x FROM big a, big b; CREATE INDEX i ON t (x, x + 1, x + 2)",
+    "view": f"{SHOP} CREATE VIEW v AS {ENDLESS} SELECT i FROM n; SELECT count(*) FROM v",
+    "trigger": f"{SHOP} CREATE TRIGGER r AFTER INSERT ON empty BEGIN INSERT INTO empty SELECT a.a {FOUR}; END; "
+               "INSERT INTO empty VALUES (1)",
+}  # fmt: skip
 
 
 def attack():
@@ -222,10 +236,14 @@ def attack():
     data.SQL_SECONDS /= 5  # the bound that they run into, five times as fast as in earnest
     execution_match("SELECT 1", "SELECT 1", SHOP)
     taken = []
-    for group, number in CASES:
+    calls = [(ATTACKS[group][number], SHOP) for group, number in CASES] + [("SELECT 1", script) for script in SCRIPTS.values()]
+    for predicted, context in calls:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, start, clock = status("VmRSS"), time.thread_time(), time.monotonic()
-        score = execution_match(ATTACKS[group][number], "SELECT a FROM empty", SHOP)
+        try:
+            score = execution_match(predicted, "SELECT a FROM empty", context)
+        except InputError as error:
+            score = str(error)
         taken.append((score, time.thread_time() - start, time.monotonic() - clock, status("VmHWM") - before))
     print(json.dumps(taken))
 
@@ -237,7 +255,7 @@ def status(key):
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
-    """(group, number) -> (score, seconds of processor time, seconds, MiB)."""
+    """(group, number), or a name of SCRIPTS -> (score or error, seconds of processor time, seconds, MiB)."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc")
     folder, root = tmp_path_factory.mktemp("attacked"), Path(__file__).resolve().parent.parent
@@ -245,7 +263,7 @@ def attacked(tmp_path_factory):
     environment = {"SQLITE_TMPDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and not list(folder.iterdir())
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    return dict(zip([*CASES, *SCRIPTS], json.loads(done.stdout), strict=True))
 
 
 @pytest.mark.parametrize(("group", "number"), CASES)
@@ -253,6 +271,14 @@ def test_hostile_predictions_score_nothing_and_take_little(attacked, group, numb
     score, processor, _, memory = attacked[group, number]
     assert score == [0.0, 0.0]
     assert processor < 0.5 and memory < 100, "0.1 s, and what one step may take that nothing interrupts"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_hostile_contexts_take_as_little(attacked, name):
+    """Most fail; a few make a small table in time."""
+    score, processor, _, memory = attacked[name]
+    assert score == [0.0, 0.0] or score.startswith("execution_match: the ") and "\n" not in score
+    assert processor < 0.7 and memory < 100, "0.1 s for the context, and for the gold query, and a step each"
 
 
 def test_hostile_predictions_leave_sqlite_as_it_was(tmp_path, monkeypatch):
@@ -278,7 +304,7 @@ def convert(folder, *arguments):
 
 @pytest.fixture
 def spider(tmp_path):
-    """A folder with q.json and db/: one database as a file, one as its dump, one as Spider's schema.sql."""
+    """A folder with q.json and db/: three databases."""
     for name in ("zoo", "shop", "club"):
         (tmp_path / "db" / name).mkdir(parents=True)
     with closing(sqlite3.connect(tmp_path / "db/zoo/zoo.sqlite")) as database:
@@ -287,9 +313,9 @@ def spider(tmp_path):
             CREATE INDEX i ON food (cat); CREATE VIEW v AS SELECT 1;
             INSERT INTO "Big cats" (name, face) VALUES ('O''Hara', x'00ff'), (CAST(x'c3ff41' AS TEXT), NULL);
             INSERT INTO food VALUES (1, 0.1), (1, 2.5), (2, NULL), (2, 7), (2, 8);""")
-    (tmp_path / "db/shop/shop.sql").write_text(SHOP)
-    made = "BEGIN;\nDROP TABLE IF EXISTS m;\nCREATE TABLE m (a);\nINSERT INTO m VALUES (1);\nCOMMIT;"
-    (tmp_path / "db/club/schema.sql").write_text(f"PRAGMA foreign_keys = ON;\n{made}")
+    for name, script in (("shop", SHOP), ("club", "CREATE TABLE m (a);\nINSERT INTO m VALUES (1);")):
+        with closing(sqlite3.connect(tmp_path / f"db/{name}/{name}.sqlite")) as database:
+            database.executescript(script)
     rows = [("zoo", " How much food? ", "SELECT sum(kilos) FROM food"), ("shop", "Names?", "SELECT name FROM items"),
             ("club", "How many?", "SELECT count(*) FROM m"), ("zoo", "Names?", 'SELECT name FROM "Big cats"')]
     items = [dict(zip(("db_id", "question", "query"), row, strict=True), query_toks=[]) for row in rows]
@@ -300,7 +326,7 @@ def spider(tmp_path):
 def test_spider_converts_with_three_rows_of_each_table(spider):
     done = convert(spider, "spider", "q.json", "db", "out.jsonl")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "out.jsonl: 4 conversations, 4 user turns, 0 CLARIFY turns\n"
+    assert done.stdout == "out.jsonl: 4 conversations, 4 user turns: 0 CLARIFY, 4 ANSWER, 0 skipped\n"
     zoo, shop, club, again = [row["messages"] for row in data.read_vertex_jsonl(spider / "out.jsonl")]
     assert zoo == [
         {"role": "system", "content": """\
@@ -323,19 +349,29 @@ INSERT INTO "food" VALUES(2,NULL);"""},
     ({"db_id": "zoo", "question": "Names?", "query": "SELECT nope FROM food"}, "q.json: item 0: execution_match: the gold query 'S"),
     ({"db_id": "zoo", "question": "Names?", "query": "SELECT nope FROM food WHERE kilos = '?'"}, "no such column: nope"),
     ({"db_id": "none", "question": "Names?", "query": "SELECT 1"}, "db/none/none.sqlite: cannot be read as a database"),
-    ({"db_id": "evil", "question": "Names?", "query": "SELECT 1"}, "db/evil/evil.sql: cannot be read as a database"),
+    ({"db_id": "long", "question": "Names?", "query": "SELECT 1"}, "long.sqlite: cannot be read as a database (string or"),
     ({"db_id": "text", "question": "Names?", "query": "SELECT 1"}, "text.sqlite: cannot be read as a database (file"),
     ({"db_id": 3, "question": "Names?", "query": "SELECT 1"}, "q.json: item 0 is not as spider is published"),
     ({"db_id": "zoo", "query": "SELECT 1"}, "q.json: item 0 is not as spider is published"),
 ])  # fmt: skip
 def test_spider_refuses_in_one_line(spider, item, problem):
-    for name, text in (("evil/evil.sql", "ATTACH 'made.db' AS x;"), ("text/text.sqlite", "x" * 999)):
-        (spider / "db" / name).parent.mkdir()
-        (spider / "db" / name).write_text(text)
+    for name in ("long", "text"):
+        (spider / "db" / name).mkdir()
+    (spider / "db/text/text.sqlite").write_text("x" * 999)
+    with closing(sqlite3.connect(spider / "db/long/long.sqlite")) as database:
+        database.executescript("CREATE TABLE t (a); INSERT INTO t VALUES (zeroblob(30000));")
     (spider / "q.json").write_text(json.dumps([item]))
     done = convert(spider, "spider", "q.json", "db", "out.jsonl")
     assert done.returncode == 2 and done.stderr.startswith("data.py: error: ") and done.stderr.count("\n") == 1
     assert problem in done.stderr and sorted(path.name for path in spider.iterdir()) == ["db", "q.json"]
+
+
+def test_spider_gives_up_a_database_that_takes_for_ever(spider, monkeypatch):
+    """Each look at the clock takes 100 seconds."""
+    looks = itertools.count(0, 100)
+    monkeypatch.setattr(data.time, "thread_time", lambda: next(looks))
+    with pytest.raises(InputError, match="zoo.sqlite: cannot be read as a database"):
+        data.script_of(spider / "db/zoo/zoo.sqlite")
 
 
 # ------------------------------------------------------------------------------------------------------------ AmbigSQL

@@ -212,6 +212,35 @@ def test_chat_mask_is_on_what_the_assistant_wrote(tokenizer, chat):
     assert mask == [written for text, written in pieces for _ in ids(tokenizer, text)]
 
 
+PLAIN_TALKS = [
+    (TALK["context"], TALK["history"]), ("", [("user", "rome.")]),
+    (" a\n\n b\n", [("model", "get tax"), ("user", "\r\n jan\n\n  feb \r"), ("model", "  two  spaces\n"), ("user", "<s> {{ x }}")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("context", "history"), PLAIN_TALKS)
+def test_the_chat_template_of_the_plain_format_writes_what_is_trained_on(tokenizer, plain, context, history):
+    """Text for text, as transformers and vLLM render it, and here token for token."""
+    jinja2 = pytest.importorskip("jinja2.sandbox")
+    environment = jinja2.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((ROOT / "configs" / "chat_template_plain.jinja").read_text(encoding="utf-8"))
+    system = [{"role": "system", "content": context}] * bool(context)
+    messages = system + [{"role": role.replace("model", "assistant"), "content": text} for role, text in history]
+    written = template.render(messages=messages, bos_token="<s>", add_generation_prompt=True)
+    prompt = plain.prompt(context, history, FAR)
+    assert written == "<s>" + tokenizer.decode(prompt[1:])
+    assert tokenizer.encode(written.removeprefix("<s>"), bos=True) == prompt
+    whole = template.render(messages=[*messages, {"role": "assistant", "content": "get\ntax"}], bos_token="<s>")
+    assert whole == "<s>" + tokenizer.decode(prompt[1:] + plain.reply([("model", "get\ntax")])[0])
+
+
+@pytest.mark.parametrize("text", ["", " \n\n "])
+def test_a_cut_reply_that_says_nothing_is_scored_by_its_end(template, text):
+    """Else it would be a losing side of no tokens, of which nothing is learnt."""
+    tokens, mask = template.reply([("model", text)], ended=False)
+    assert sum(mask) == len(tokens) > 0
+
+
 @pytest.mark.parametrize("messages", [TRAJECTORY, TRAJECTORY[:1], [("model", "rome\n\nand oslo ")]])
 def test_of_a_cut_reply_the_end_that_was_not_written_is_not_scored(template, messages):
     tokens, mask = template.reply(messages)
@@ -253,6 +282,23 @@ def test_later_turns_of_a_dialogue_begin_with_the_tokens_of_earlier_ones(templat
         assert len(prompts) > 3
         for a, b in zip(prompts, prompts[1:], strict=False):
             assert b[: len(a)] == a and len(b) > len(a)
+
+
+@pytest.mark.parametrize("limit", [FAR, 300, 90, 40, 11, 1])
+def test_the_prompts_of_a_dialogue_are_those_of_its_turns_one_by_one(template, long_dialogue, limit):
+    """With what each lost; and every text is tokenised once for all of them."""
+    pairs, last = long_dialogue, long_dialogue[-1]
+    lengths = [len(pair.history) for pair in pairs]
+    wanted = [prompt_of(template, pair, limit) for pair in pairs]
+    lost = [len(prompt_of(template, pair, FAR)) - len(prompt) for pair, prompt in zip(pairs, wanted, strict=True)]
+    encode, encoded = template.encode, []
+    template.encode = lambda text: encoded.append(text) or encode(text)
+    found = template.prompts(last.context, last.history, lengths, limit, last.instruction)
+    assert found == list(zip(wanted, lost, strict=True))
+    texts = [text for text in encoded if len(text) > 12 and text.strip() not in ("[conversation]", "Assistant:")]
+    contexts = 2 if template.plain else 1  # and the instruction
+    assert len(texts) == len(last.history) + contexts
+    assert not any(lost) if limit == FAR else all(lost)
 
 
 def test_a_conversation_that_the_assistant_opens_keeps_roles_in_the_chat_template(chat):

@@ -77,7 +77,7 @@ def trained_model(args):
     assert not torch.equal(before, ours.norm.weight), "nothing was trained"
     turns = data.ACTDataset(data.read_vertex_jsonl(TINY / "validation.jsonl"), data.CLARIFY, 1).prepare_datasets()
     template = act.Template(tokenizer, "plain")
-    prompts = [template.prompt(turn, 448) for turn in turns[:4]]
+    prompts = [template.prompt(turn.context, turn.history, 448) for turn in turns[:4]]
     with torch.no_grad():
         pairs = [(ours(tokens), theirs(tokens).logits) for tokens in (torch.tensor([prompt]) for prompt in prompts)]
     difference = max((a - b).abs().max().item() for a, b in pairs)
@@ -113,7 +113,7 @@ def stops(args):
         ours, tokenizer = Gemma.from_pretrained(folder), Tokenizer(folder / "tokenizer.model")
         template = Template(tokenizer, prompt_format)
         for turn in turns:
-            prompt = template.prompt(turn, 448)
+            prompt = template.prompt(turn.context, turn.history, 448)
             tokens = read(tokenizer.decode(prompt[1:]), return_tensors="pt") if template.plain else chat_of(read, turn)
             assert tokens["input_ids"].tolist() == [prompt], (prompt, tokens)
             row = theirs.generate(**tokens, do_sample=False, max_new_tokens=200)[0].tolist()[len(prompt) :]
@@ -187,7 +187,7 @@ def tokenizers_as_here(args):
             assert theirs.decode(tokens, skip_special_tokens=True) == ours.decode(tokens[1:]), (name, text)
         for pair in pairs:
             said = "".join([pair.context, *(text for _, text in pair.history)])
-            same = chat_of(theirs, pair)["input_ids"].tolist() == [template.prompt(pair, 10**9)]
+            same = chat_of(theirs, pair)["input_ids"].tolist() == [template.prompt(pair.context, pair.history, 10**9)]
             assert same or ours._control.search(said), (name, pair)
     return f"{len(texts)} texts, {len(pairs)} chats: the same ids for {', '.join(sources)}"
 

@@ -40,7 +40,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 import act  # noqa: E402
 from data import write_json  # noqa: E402
-from gemma import Gemma, GemmaConfig  # noqa: E402
+from gemma import Forest, Gemma, GemmaConfig  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 # layers, hidden, intermediate, heads, key/value heads, head_dim, query_pre_attn_scalar, vocabulary: the published ones,
@@ -156,8 +156,8 @@ def step(directory):
     with watched() as seen:
         model = sharded(directory, checkpointing=True)
         tokens = torch.randint(model.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
-        scored = act.Scored([(tokens[: TOKENS // 2], tokens[TOKENS // 2 :], [1] * (TOKENS // 2))], torch.device("cpu"))
-        (-scored.logps(model).sum() / TOKENS).backward()
+        forest = Forest([tokens], [[0] * (TOKENS // 2) + [1] * (TOKENS // 2)])
+        (-model.logps(forest).sum() / TOKENS).backward()
         gradients = held([parameter.grad for parameter in model.parameters()])
         optimizer = act.make_optimizer(
             model, training
