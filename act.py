@@ -2451,9 +2451,10 @@ class Client:
             named = [name for name in RENAMED if name in body and name in words]
             if error.code != 400 or not named or TOO_LONG.search(str(failure)):
                 raise failure from None
-            if named[0] not in self.refused:
-                print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
+            known = named[0] in self.refused  # from another call that was in flight
             self.refused.add(named[0])
+            if not known:
+                print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
             return self.call(prompt, timeout)
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: odd headers
             reason = getattr(error, "reason", error) or type(error).__name__
