@@ -1369,6 +1369,7 @@ def build_model(directory, mesh, dtype, bf16=False, trainable=True, lora=None):
         model.requires_grad_(trainable)
         if lora:
             gemma.add_adapters(model, lora)
+        gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")  # shapes
     model.compute_dtype = torch.bfloat16 if bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
         shard(model, mesh)
