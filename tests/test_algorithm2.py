@@ -409,21 +409,9 @@ def test_batched_conversations_equal_generation_from_scratch(tokenizer, pairs, p
 
 def test_a_later_turn_computes_only_what_was_said_since(plain, pairs):
     """Each row goes on from its own cache: not a token of its prompt is read again."""
-<<<<<<< HEAD
     batch, model, widths = prompted(pairs[:9], plain), random_model(), []
     model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     sampler = Sampler(model, plain, batch, training_of())
-=======
-    read, advance = [], act.KVCache.advance
-
-    def recorded(cache, model, new, room=1):
-        if room > 1:  # what begins a reply
-            read.append([list(tail) for tail in new])
-        return advance(cache, model, new, room)
-
-    monkeypatch.setattr(act.KVCache, "advance", recorded)
-    sampler = Sampler(random_model(), plain, pairs[:9], training_of())
->>>>>>> gemma
     said = {row: [(role, "rome.") for role in ("model", "user")] for row in range(9)}
     sampler(range(9), [[] for _ in range(9)])
     assert widths[0] > 50
