@@ -2256,7 +2256,8 @@ class Helpers:
             asked, failed = all_sum([helper.requests, helper.failures])
             if asked:
                 said = f"{failed:.0f} of {asked:.0f} requests brought nothing of use"
-                print0(f"{helper.name}: {said}" + f"; {consequence}" * (failed > 0))
+                why = f", {helper.why}" if helper.why else ""
+                print0(f"{helper.name}: {said}{why}" + f"; {consequence}" * (failed > 0))
 
 
 def backend_of(helper):
@@ -2400,6 +2401,7 @@ class Client:
         except CallFailed as failure:
             if failure.final or failure.absent:
                 raise InputError(f"{self.url}: {failure}") from None
+            print0(f"{self.url}: no answer yet, going on ({failure})")
 
     def answer(self, prompt):
         """The answer to one prompt, stored as soon as it is there, or None; in its own thread."""
@@ -2411,6 +2413,7 @@ class Client:
             except CallFailed as failure:
                 self.why = str(failure)
                 if failure.final:
+                    self.spent.set()
                     raise RunStopped(f"{self.config.model_id}: {failure}") from None
                 if not failure.again:
                     return None
