@@ -138,7 +138,7 @@ def parse_turn(turn, where, before=()):
     key = next((key for key in ("parts", "value") if key in turn), "content")
     if not role and key == "parts":  # as Google says: the user's, then in turn
         role = "model" if before and before[-1]["role"] == "user" else "user"
-    if role in NO_TEXT or (not turn.get(key) and turn.keys() & NO_TEXT):
+    if str(role) in NO_TEXT or (not turn.get(key) and turn.keys() & NO_TEXT):
         raise LeftOut("tool calls")
     name = ROLE_NAMES.get(str(role).lower())
     if name is None or (name == "system" and before):
