@@ -1336,7 +1336,7 @@ def test_a_question_that_cannot_be_read_is_one_of_the_datas(server, configured):
 
 
 def test_what_cannot_be_read_is_counted_and_becomes_nothing(server, configured, capsys):
-    server.answer = lambda prompt: "Assistant: hm" if prompt.endswith("User:") else ":"
+    server.answer = lambda prompt: "Assistant: hm" if prompt.endswith("User:") else "Here it is:"
     helpers = helpers_of(cast(configured))
     requests = {"action_model_config": ["a", "b"], "intent_model_config": [PAIR],
                 "user_simulator_config": [(PAIR, PAIR.gold[:1], "intent")],
