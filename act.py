@@ -2121,8 +2121,9 @@ def undressed(text):
     """An answer without an announcement, a code fence, quotes around it or a template's marks."""
     text = next(filter(str.strip, MARKS.split(text)), "").strip()
     text = ANNOUNCED.sub("", text).strip()
-    while wrapped := WRAPPED.fullmatch(text):
-        text = wrapped[wrapped.lastindex].strip()
+    for _ in range(4):  # one in another
+        wrapped = WRAPPED.fullmatch(text)
+        text = wrapped[wrapped.lastindex].strip() if wrapped else text
     return text
 
 

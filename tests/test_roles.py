@@ -336,6 +336,7 @@ def test_long_hostile_answers_are_read_in_linear_time(name):
     cases += [(f"{beginning}{unit * 16_000}", unit) for beginning in ("Assistant", "User", "Assistant (", "not", "select", "<think>x")
               for unit in " *\n"]  # fmt: skip
     cases += [(unit * 100_000, unit) for unit in ("</s>", '"') if name == "user_simulator_config"]
+    cases.append(("```\n" * 40_000 + "x" + "\n```" * 40_000, "fences in fences"))
     for answer, unit in cases:
         began = time.thread_time()
         read(name, answer, max_new_tokens=2**20)
