@@ -2122,8 +2122,9 @@ def undressed(text):
     """An answer without an announcement, a code fence, quotes around it or a template's marks."""
     text = next(filter(str.strip, MARKS.split(text)), "").strip()
     text = ANNOUNCED.sub("", text).strip()
-    while wrapped := WRAPPED.fullmatch(text):
-        text = wrapped[wrapped.lastindex].strip()
+    for _ in range(4):  # one in another
+        wrapped = WRAPPED.fullmatch(text)
+        text = wrapped[wrapped.lastindex].strip() if wrapped else text
     return text
 
 
@@ -2252,7 +2253,8 @@ class Helpers:
             asked, failed = all_sum([helper.requests, helper.failures])
             if asked:
                 said = f"{failed:.0f} of {asked:.0f} requests brought nothing of use"
-                print0(f"{helper.name}: {said}" + f"; {consequence}" * (failed > 0))
+                why = f", {helper.why}" if helper.why else ""
+                print0(f"{helper.name}: {said}{why}" + f"; {consequence}" * (failed > 0))
 
 
 def backend_of(helper):
@@ -2396,6 +2398,7 @@ class Client:
         except CallFailed as failure:
             if failure.final or failure.absent:
                 raise InputError(f"{self.url}: {failure}") from None
+            print0(f"{self.url}: no answer yet, going on ({failure})")
 
     def answer(self, prompt):
         """The answer to one prompt, stored as soon as it is there, or None; in its own thread."""
@@ -2407,6 +2410,7 @@ class Client:
             except CallFailed as failure:
                 self.why = str(failure)
                 if failure.final:
+                    self.spent.set()
                     raise RunStopped(f"{self.config.model_id}: {failure}") from None
                 if not failure.again:
                     return None
