@@ -10,6 +10,7 @@ was left open?}.
 """
 
 import argparse
+import json
 import random
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def main():
             for k in others if here else rng.sample(others, min(20, len(others))):
                 given_away.append(replied(pair, questions[k]))
         print(f"questions {name} about something else get it:", share(given_away))
-    rows = [row for _, row in data.read_jsonl(ASKED)]
+    rows = [json.loads(line) for line in ASKED.read_text(encoding="utf-8").splitlines()]
     for right in (True, False):
         hits = [answered(row) for row in rows if row["right"] is right]
         print(f"sampled questions labelled {'right' if right else 'wrong'} get it:", share(hits))
