@@ -50,7 +50,7 @@ def main():
     for name, here in (("of the same dialogue", True), ("of other dialogues", False)):
         rng, given_away = random.Random(0), []
         for i, pair in enumerate(pairs):
-            others = [k for k, p in enumerate(pairs) if k != i and (p.where == pair.where) == here]
+            others = [k for k, p in enumerate(pairs) if k != i and (p.dialogue == pair.dialogue) == here]
             others = [k for k in others if about[k] != about[i]]
             for k in others if here else rng.sample(others, min(20, len(others))):
                 given_away.append(replied(pair, questions[k]))
