@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -1292,6 +1293,10 @@ def test_a_first_signal_saves_at_the_steps_end_and_the_run_goes_on_bit_for_bit(
     assert_same_weights(tmp_path / "out" / "model", act_run[0] / "out" / "model")
 
 
+def as_it_is(result):
+    return result
+
+
 def interrupt(result, *_):
     os.kill(os.getpid(), signal.SIGINT)
     return result
@@ -1415,7 +1420,7 @@ def test_a_run_that_ends_leaves_the_lock_of_another(world, tmp_path, monkeypatch
     assert (out / ".lock").exists() and load
 
 
-def a_reader_that_dies():
+def a_reader_that_dies(then):
     """As in `act.py 2>&1 | tee log`, where Ctrl-C ends tee first."""
 
     def died(result, *_):
@@ -1424,15 +1429,22 @@ def a_reader_that_dies():
             os.dup2(writing, number)
         os.close(reading)
         os.close(writing)
-        return interrupt(result)
+        return then(result)
 
     act.preference_step = counted("preference_step", 2, died)
 
 
 def test_ctrl_c_through_a_pipe_whose_reader_died_saves(world, tmp_path):
     config = run_config(world, tmp_path, "dpo", max_steps=3)
-    statuses, _ = run_on_ranks(1, tmp_path, "--config", config, patch=a_reader_that_dies)
+    statuses, _ = run_on_ranks(1, tmp_path, "--config", config, patch=partial(a_reader_that_dies, interrupt))
     assert statuses == [1] and names_in(tmp_path / "out" / "checkpoints") == {"step-2"}
+
+
+def test_a_run_whose_reader_died_goes_on_in_silence(world, tmp_path):
+    config = run_config(world, tmp_path, "dpo", max_steps=3)
+    statuses, _ = run_on_ranks(1, tmp_path, "--config", config, patch=partial(a_reader_that_dies, as_it_is))
+    assert statuses == [0] and [row["step"] for row in metrics_of(tmp_path)] == [0, 1, 2, 3, 3]
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
 def test_without_stdout_and_stderr_a_run_ends_as_with_them(world, act_run, tmp_path):

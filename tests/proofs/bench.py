@@ -97,7 +97,7 @@ class HashTokenizer:
     path, bos_id, eos_id, pad_id, start_of_turn_id, end_of_turn_id = "(hash)", 2, 1, 0, None, None
 
     def __init__(self, vocab_size):
-        self.vocab_size, self.sp = vocab_size, self
+        self.vocab_size, self.sp, self.ids = vocab_size, self, {"\n": NEWLINE}
 
     def __len__(self):
         return self.vocab_size
@@ -147,7 +147,8 @@ class Work:
             max_prompt_length=self.prompt, per_device_eval_batch_size=self.rows,
         )  # fmt: skip
         self.template = act.Template(HashTokenizer(self.config.vocab_size), "plain")
-        self.helpers = act.Helpers(self.classify, data.rule_intents, data.rule_users, data.rule_questions)
+        self.helpers = act.Helpers(act.Config(), {})  # rules
+        self.helpers.roles["action_model_config"] = self.classify
 
     def classify(self, texts):
         """Actions as random as the replies."""
@@ -161,10 +162,14 @@ class Work:
         rng = random.Random(seed)
         chosen, rejected = ([("model", self.words(rng, self.response - 1))] for _ in range(2))  # a newline ends each
         action = (self.data.CLARIFY, self.data.ANSWER)[seed % 2]
-        history, context = [("user", self.words(rng, 12))], self.words(rng, prompt)
-        pair = self.data.Pair(context, history, action, chosen, rejected, chosen, "")
+        history = [("user", self.words(rng, 12))]
+        self.words(rng, prompt)  # as many draws as before, so that the pairs are the same
         room = prompt - len(self.template.prompt("", history, prompt))
-        return replace(pair, context=self.words(rng, room))
+        pair = self.data.Pair(self.words(rng, room), history, action, chosen, rejected, chosen, "")
+        return self.prompted(pair)
+
+    def prompted(self, pair):
+        return replace(pair, prompt=self.template.prompt(pair.context, pair.history, 2**20))
 
     def pairs(self):
         return [self.pair(seed, self.prompt) for seed in range(self.pair_count)]
@@ -175,7 +180,7 @@ class Work:
         return [self.pair(seed, self.prompt // 4 + int(seed * step)) for seed in range(count)]
 
     def prompts(self):
-        return [self.template.prompt(pair.context, pair.history, self.prompt) for pair in self.ragged(self.rows)]
+        return [pair.prompt for pair in self.ragged(self.rows)]
 
     def synthetic_dialogues(self, count=3, turns=7):
         rng, rows = random.Random(0), []
@@ -193,21 +198,24 @@ class Work:
         """The pairs of a few dialogues of the file, from its shortest to its longest in even steps."""
         rows = self.data.read_vertex_jsonl(self.folder / "dialogues.jsonl")
         pairs = self.data.ACTDataset(rows, self.data.CLARIFY, 1).prepare_datasets()
-        groups = [[pairs[i] for i in group] for group in self.data.dialogues(pairs)]
-        groups.sort(key=lambda group: len(self.template.prompt(group[-1].context, group[-1].history, 2**20)))
+        groups = [[self.prompted(pairs[i]) for i in group] for group in self.data.dialogues(pairs)]
+        groups.sort(key=lambda group: len(group[-1].prompt))
         count = min(self.dialogue_count, len(groups))
         return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
 
     def sequences(self, pairs):
-        training = replace(self.training, max_prompt_length=2**20 - 1)
+        """(tokens, mask) of both sides of each pair."""
         sides = [(pair, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-        return [self.act.sequence_of(pair, side, True, self.template, training) for pair, side in sides]
+        return [self.act.sequence(pair, side, True, self.template, self.training) for pair, side in sides]
 
     def token_pairs(self, pairs):
         """[prompt, chosen, rejected] of each pair, as the peers read them."""
-        rows = self.sequences(pairs)
-        sides = zip(rows[::2], rows[1::2], strict=True)
-        return [[prompt, chosen, rejected] for (prompt, chosen, _), (_, rejected, _) in sides]
+        rows = [tokens for tokens, _ in self.sequences(pairs)]
+        found = []
+        for pair, chosen, rejected in zip(pairs, rows[::2], rows[1::2], strict=True):
+            start = len(pair.prompt)
+            found.append([pair.prompt, chosen[start:], rejected[start:]])
+        return found
 
     # -- what is to be computed
 
@@ -227,9 +235,7 @@ class Work:
 
     def step_flops(self, pairs):
         """(operations of a training step, tokens computed, slots that hold padding)."""
-        sequences = self.sequences(pairs)
-        masks = [[0] * len(prompt) + mask for prompt, _, mask in sequences]
-        forest = self.gemma.Forest([prompt + reply for prompt, reply, _ in sequences], masks)
+        forest = self.gemma.Forest(*zip(*self.sequences(pairs), strict=True))
         used = torch.zeros_like(forest.tokens, dtype=torch.bool)
         for row, path in forest.paths:
             used[row, path] = True
@@ -257,10 +263,10 @@ class Work:
         act.start_processes()
         mesh = act.make_mesh(DEVICE, 1)
         held = DTYPE if lora else torch.float32
-        policy = act.build_model(source, mesh, held, training.bf16, checkpointing=self.checkpointing, lora=lora)
+        policy, reference = act.build_model(source, mesh, held, training.bf16, lora=lora), None
+        policy.set_checkpointing(self.checkpointing)
         if lora:
             self.gemma.init_adapters(policy, 0)
-            reference = act.Reference(policy)
         else:
             reference = act.build_model(source, mesh, DTYPE, trainable=False)
         return SimpleNamespace(
@@ -355,7 +361,7 @@ def second_turn(work, anew=False):
 
     def first_token():
         if not anew:
-            cache.rewind(said)  # as it was after the first turn
+            cache.tokens = [said[prompt][:-1] for prompt in cache.order]  # as it was after the first turn
         work.gemma.generate(model, now, 1, kv_cache=None if anew else cache)
 
     return {"seconds": timed(first_token, 5), "note": f"{work.rows} rows of {work.prompt // 2} + 16 + 12 tokens"}

@@ -79,7 +79,7 @@ def read_conversations(path):
         written = path.with_name("pairs.jsonl")
         data.write_preferences(written, pairs, "records")
         keys = ("context", "history", "action", "chosen", "rejected", "target")
-        again = data.read_preferences(written, lambda _: None)
+        again, _ = data.read_preferences(written)
         assert [[getattr(p, k) for k in keys] for p in pairs] == [[getattr(p, k) for k in keys] for p in again]
 
 
@@ -92,18 +92,19 @@ def read_config(path):
 
 def readers():
     """{name: (sound JSON values, what reads a file of one)}."""
-    rows = data.read_jsonl(ROOT / "configs/tiny/test.jsonl")
-    conversations = [row for _, row in list(rows)[:20]]
+    lines = (ROOT / "configs/tiny/test.jsonl").read_text(encoding="utf-8").splitlines()
+    conversations = [json.loads(line) for line in lines[:20]]
     parts = [{"text": "Sales 2018: 5."}]
     contents = [{"role": "user", "parts": [{"text": "Sales?"}]}, {"role": "model", "parts": [{"text": "5"}]}]
     conversations.append({"systemInstruction": {"parts": parts}, "contents": contents})
-    pairs = data.ACTDataset([data.parse_conversation(row, "x:1") for row in conversations], data.CLARIFY, 2).prepare_datasets()
+    raw = "".join(json.dumps(row) + "\n" for row in conversations).encode()
+    pairs = data.ACTDataset(data.read_vertex_jsonl("x", raw), data.CLARIFY, 2).prepare_datasets()
     records = [make(pair) for pair in pairs[:8] for make in data.PREFERENCE_FORMS.values()]
     configs = [json.loads(path.read_text()) for path in sorted((ROOT / "configs").glob("*.json"))]
     models = [json.loads((ROOT / f"tests/golden/{name}/config.json").read_text()) for name in ("gemma2", "gemma3")]
     return {
         "conversations": (conversations, read_conversations),
-        "pairs": (records, lambda path: data.read_preferences(path, lambda _: None)),
+        "pairs": (records, data.read_preferences),
         "config": (configs, read_config),
         "model": (models, gemma.GemmaConfig.from_json),
     }

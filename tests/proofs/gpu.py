@@ -137,7 +137,7 @@ def runs(device):
                 ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
                 said, ok = f"status {ran.returncode}", ran.returncode == 0 and "going on without" not in ran.stdout
                 if ran.returncode == 0:
-                    [first, *_], model = act.whole_rows(out / "metrics.jsonl"), gemma.Gemma.from_pretrained(out / "model")
+                    [first, *_], model = act.logged_rows(out / "metrics.jsonl"), gemma.Gemma.from_pretrained(out / "model")
                     finite = all(parameter.isfinite().all() for parameter in model.parameters())
                     said, ok = f"first loss {first['loss']:.6f}", ok and finite and abs(first["loss"] - 0.693147) < 1e-4
                 else:
@@ -182,7 +182,7 @@ def speeds(prompt=1500, reply=100, pairs=4, new=64):
     for i in range(pairs):
         start = tokens(i, prompt)
         sequences += [start + tokens(100 + 2 * i + side, reply) for side in (0, 1)]
-    forest = gemma.Forest(sequences, [[0] * prompt + [1] * reply] * len(sequences)).to("cuda")
+    forest = gemma.Forest(sequences, [[0] * prompt + [1] * reply] * len(sequences)).to(torch.device("cuda"))
 
     def update():
         with torch.no_grad():

@@ -154,9 +154,11 @@ def step(directory):
     """One optimiser step on one sequence. Gradients are counted before clip_and_step, which lets them go."""
     training = act.TrainingConfig(optim="rmsprop", learning_rate=1e-3)
     with watched() as seen:
-        model = sharded(directory, checkpointing=True)
+        model = sharded(directory)
+        model.set_checkpointing(True)
         tokens = torch.randint(model.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
-        forest = Forest([tokens], [[0] * (TOKENS // 2) + [1] * (TOKENS // 2)])
+        half = TOKENS // 2
+        forest = Forest([tokens], [[0] * half + [1] * half])
         (-model.logps(forest).sum() / TOKENS).backward()
         gradients = held([parameter.grad for parameter in model.parameters()])
         optimizer = act.make_optimizer(
@@ -264,13 +266,10 @@ def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1
     }
 
 
-def peak_of(memory, offload=False):
-    """Gradients are held during an update only, and rollout, evaluation and update come one after the other.
-
-    offload: with offload_for_generation optimiser state and reference are held during an update only, too.
-    """
-    held, away = sum(memory[key] for key in HELD), HELD[1:] if offload else HELD[1:2]
-    generating = max(memory["rollout"], memory["evaluation"]) - sum(memory[key] for key in away)
+def peak_of(memory):
+    """Gradients are held during an update only, and rollout, evaluation and update come one after the other."""
+    held = sum(memory[key] for key in HELD)
+    generating = max(memory["rollout"], memory["evaluation"]) - memory["gradients"]
     return held + max(memory["update"], generating)
 
 
@@ -284,8 +283,7 @@ def print_plan(ranks=(1, 2, 8), lora_r=16):
     print(f"in full or with adapters of rank {lora_r}. Held all along, sharded: parameters, optimiser's state, reference. In")
     print("turn: a rollout; an evaluation (key-value cache, prefill, sharded also a whole bfloat16 copy); an update with its")
     print(f"gradients. Peak: of all that, and {CUDA / GIB:.1f} for CUDA itself. Then the smallest card that holds it, and")
-    print("how many turns are evaluated at once there (`per_device_eval_batch_size`, up to 32). The 27B in full has")
-    print("`offload_for_generation`: state and reference are in the CPU's memory during rollouts and evaluations.\n")
+    print("how many turns are evaluated at once there (`per_device_eval_batch_size`, up to 32).\n")
     print("| model | | GPUs | held | rollout | evaluation | update | peak | card | turns |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for size in ("2b", "9b", "27b"):
@@ -296,8 +294,7 @@ def print_plan(ranks=(1, 2, 8), lora_r=16):
             def needs(turns, n=n, rank=rank, size=size, prompt=prompt, new=new, longest=training.max_length):
                 return training_memory(config_of(size), n, 4, 1, turns, prompt, longest - prompt, new, rank)
 
-            offload = training.offload_for_generation and not rank
-            peaks = {turns: peak_of(needs(turns), offload) + CUDA for turns in (32, 16, 8, 4, 2, 1)}
+            peaks = {turns: peak_of(needs(turns)) + CUDA for turns in (32, 16, 8, 4, 2, 1)}
             card, turns = next(
                 ((card, turns) for card in CARDS for turns, peak in peaks.items() if peak <= card * 1e9), (None, 1)
             )

@@ -34,8 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from act import summarize  # noqa: E402
-from data import CLARIFY, read_json, read_jsonl, write_json, write_jsonl  # noqa: E402
+from act import logged_rows, summarize  # noqa: E402
+from data import CLARIFY, read_json, write_json, write_jsonl  # noqa: E402
 
 EVEN = '{"CLARIFY": 2.5, "ANSWER": 0.5}'  # as many pairs as before, about half of them of each action
 SFT, DPO, ACT = (f"configs/gemma3_270m_pacific_{name}.json" for name in ("sft", "dpo", "act"))
@@ -144,7 +144,7 @@ class Folds:
 
     def minutes(self, method, folds):
         """Of training, a mean over folds; resumed runs count as one."""
-        rows = [row for fold in folds for _, row in read_jsonl(self.out / self.name(method, fold) / "metrics.jsonl")]
+        rows = [row for fold in folds for row in logged_rows(self.out / self.name(method, fold) / "metrics.jsonl")]
         return sum(row.get("seconds/rollout", 0) + row.get("seconds/train", 0) for row in rows) / 60 / len(folds)
 
     def map(self, cells):

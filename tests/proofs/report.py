@@ -103,7 +103,7 @@ def made_report(folder, turns=5000, rollouts=5000, seed=0):
 
 def small_reports(folder, of):
     """Reports of runs with little in them, made from the files of another; their paths."""
-    rows = {name: [row for _, row in data.read_jsonl(of / f"{name}.jsonl")] for name in ("metrics", "eval_samples")}
+    rows = {name: act.logged_rows(of / f"{name}.jsonl") for name in ("metrics", "eval_samples")}
     first = [row for row in rows["eval_samples"] if row["step"] == 0][:30]
     kinds = {
         "nothing": {},
