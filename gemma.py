@@ -918,13 +918,14 @@ def save_adapters(model, directory, base):
 @torch.no_grad()
 def merge_adapters(model):
     """W becomes W + scale B A, computed in float32 and rounded once. The adapters must not be used
-    afterwards.
+    afterwards: for the model there are none.
     """
     for module in adapted(model):
         A = whole_tensor(module.lora_A)
         weight, _ = local_slice(module.weight)
         B, _ = local_slice(module.lora_B)  # the same rows
         weight.copy_(weight.float() + module.scale * B.float() @ A.float())
+    model.lora = None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from common import (
     assert_nearly_same,
     assert_same_gradients,
@@ -140,14 +141,14 @@ SHARDED = pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "who
 
 def built(world, mesh, sharded, **options):
     model = act.build_model(world / "model", mesh, torch.float32, **options)
-    assert not any(isinstance(parameter, act.DTensor) for parameter in model.parameters()), "one rank has all of it"
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters()), "one rank has all of it"
     if sharded:
         act.shard(model, mesh)
     return model
 
 
 def whole_of(tensor):
-    return tensor.full_tensor() if isinstance(tensor, act.DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def test_fully_sharded_gradients_equal_plain_ones(world, mesh, one_process, plain, pairs):
@@ -224,7 +225,7 @@ def test_checkpointing_recomputes_every_layer(world, mesh, plain, pairs, monkeyp
 def test_the_unsharded_copy_is_the_model(world, mesh, sharded):
     model = built(world, mesh, sharded)
     whole, tokens = act.unsharded(model), torch.tensor([words(0, 20)])
-    assert not any(isinstance(parameter, act.DTensor) for parameter in whole.parameters())
+    assert not any(isinstance(parameter, DTensor) for parameter in whole.parameters())
     assert torch.equal(whole(tokens), Gemma.from_pretrained(world / "model")(tokens))
     assert {parameter.dtype for parameter in act.unsharded(model, bf16=True).parameters()} == {torch.bfloat16}
 

@@ -151,7 +151,7 @@ def killed_at_overwrite(count, folder, whole, number):
     weights = next((folder / "out" / "checkpoints").glob("step-*")) / "model.safetensors"
     save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
     before = files_of(folder / "out")
-    statuses(start(count, folder, "--overwrite", patch=functools.partial(kill_at_change, "start_output", number)))
+    statuses(start(count, folder, "--overwrite", patch=functools.partial(kill_at_change, "clear_output", number)))
     return "untouched" if files_of(folder / "out") == before else resume(count, folder, whole)
 
 
@@ -175,7 +175,7 @@ def main():
         whole, cases, changes, every = out / f"whole-{count}", [], {}, 1 if count == 1 else 3
         write_config(count, whole, out)
         seconds = []
-        for function in ("save_checkpoint", "start_output"):  # two whole runs: the second has everything loaded
+        for function in ("save_checkpoint", "clear_output"):  # two whole runs: the second has everything loaded
             began, counted = time.monotonic(), out / function
             patch = functools.partial(kill_at_change, function, 0, str(counted))
             assert statuses(start(count, whole, "--overwrite", patch=patch)) == [0] * count, (whole / "log").read_text()
@@ -183,7 +183,7 @@ def main():
             changes[function] = int(counted.read_text())
         cases += [("at random", killed_at_random, i, (seconds[-1], random.Random(f"{count}/{i}"))) for i in range(given.kills)]
         cases += [("in a save", killed_at_save, i + 1, (i + 1,)) for i in range(0, changes["save_checkpoint"], every)]
-        cases += [("in --overwrite", killed_at_overwrite, i + 1, (i + 1,)) for i in range(0, changes["start_output"], every)]
+        cases += [("in --overwrite", killed_at_overwrite, i + 1, (i + 1,)) for i in range(0, changes["clear_output"], every)]
         for kind, kill, number, arguments in cases:
             key = (kind, count, number)
             if key in found:
