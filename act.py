@@ -1359,21 +1359,32 @@ def make_mesh(device, replicas):
     return init_device_mesh(device.type, sizes, mesh_dim_names=names)
 
 
-def build_model(directory, mesh, dtype, bf16=False, trainable=True, lora=None):
-    """A Gemma sharded over a mesh, each rank of which reads only its part of the checkpoint.
+def build_model(config, mesh, trained=True):
+    """The policy of a configuration, sharded over a mesh; a rank reads only its part of the files.
 
-    lora: LoraConfig of adapters to add, empty as they are.
+    trained: in float32, or with LoRA adapters in float32 beside what is frozen. Else as a reference
+    is, all of it frozen.
     """
+    policy, training = config.policy_model_config, config.training_config
+    source, lora = Path(policy.model_path), trained and policy.lora_r
+    dtype = getattr(torch, policy.dtype)
+    if trained and not lora:
+        dtype = torch.float32
+    elif training.bf16 and not trained:
+        dtype = torch.bfloat16
     with torch.device("meta"):
-        model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
-        model.requires_grad_(trainable)
+        model = Gemma(GemmaConfig.from_json(source / "config.json")).to(dtype)
+        model.requires_grad_(trained)
         if lora:
-            gemma.add_adapters(model, lora)
-    model.compute_dtype = torch.bfloat16 if bf16 else dtype
+            targets = policy.lora_target_modules or gemma.PROJECTIONS
+            gemma.add_adapters(model, gemma.LoraConfig(lora, policy.lora_alpha, targets))
+    model.compute_dtype = torch.bfloat16 if training.bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
         shard(model, mesh)
     model.to_empty(device=mesh.device_type)
-    gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")
+    gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")
+    gemma.init_adapters(model, training.seed)
+    model.set_checkpointing(training.gradient_checkpointing)
     return model
 
 
@@ -1384,26 +1395,6 @@ def shard(model, mesh):
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=precision)
     register_fsdp_forward_method(model, "logps")
-
-
-def build_models(config, mesh):
-    """(policy, reference), both as a run begins.
-
-    The reference is None in task sft, and with LoRA: see `reference_logps`.
-    """
-    training, policy = config.training_config, config.policy_model_config
-    frozen, lora, reference = getattr(torch, policy.dtype), None, None
-    if policy.lora_r:
-        targets = policy.lora_target_modules or gemma.PROJECTIONS
-        lora = gemma.LoraConfig(policy.lora_r, policy.lora_alpha, targets)
-    elif config.task != "sft":
-        dtype = torch.bfloat16 if training.bf16 else frozen
-        reference = build_model(policy.model_path, mesh, dtype, trainable=False)
-    dtype = frozen if lora else torch.float32
-    model = build_model(policy.model_path, mesh, dtype, training.bf16, lora=lora)
-    gemma.init_adapters(model, training.seed)
-    model.set_checkpointing(training.gradient_checkpointing)
-    return model, reference
 
 
 def load_checkpoint(model, checkpoint):
@@ -1546,7 +1537,9 @@ def prepare(config, overwrite, resume):
         if run.saved is None:
             return print0(f"{run.output}: this run is finished, nothing to resume")
     mesh = make_mesh(run.device, training.dp_replicate_size)
-    run.policy, run.reference = build_models(config, mesh)
+    run.policy = build_model(config, mesh)
+    if config.task != "sft" and not run.policy.lora:  # its base is what LoRA starts from
+        run.reference = build_model(config, mesh, trained=False)
     gemma.check_vocabulary(run.template.tokenizer, run.policy)
     run.template.mark_stops(run.policy.config)
     run.optimizer = make_optimizer(run.policy, training)
@@ -1776,7 +1769,7 @@ def take_lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         LOCK[:] = [os.fdopen(os.open(output / ".lock", flags, 0o666))]
     except OSError as error:
         raise InputError(f"{error}, expected a directory that can have a file .lock") from None
@@ -2626,9 +2619,8 @@ def evaluate(config, overwrite=False, resume=False):
     if not begun.validation:
         path = files.validation_path or files.train_path
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
-    policy, heuristic = config.policy_model_config, files.heuristic
     mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
-    model = build_model(policy.model_path, mesh, getattr(torch, policy.dtype), trainable=False)
+    model = build_model(config, mesh, trained=False)
     gemma.check_vocabulary(begun.template.tokenizer, model)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
@@ -2636,7 +2628,7 @@ def evaluate(config, overwrite=False, resume=False):
     on_main(write_json, output_of(config) / "config.json", asdict(config))
     on_main(write_evaluation, output_of(config), metrics, samples)
     for name in metrics:
-        print0("{:50} {:>8}".format(*shown(name, metrics, heuristic)))
+        print0("{:50} {:>8}".format(*shown(name, metrics, files.heuristic)))
     say_unended(samples)
     begun.helpers.report("these turns are left out of the means")
     return metrics

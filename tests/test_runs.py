@@ -344,17 +344,17 @@ def test_the_prompt_format_is_that_of_the_checkpoint(world, tmp_path, capsys):
 
 def test_what_is_trained_is_float32_whatever_the_type_of_the_frozen(world, tmp_path, monkeypatch):
     """bfloat16 parameters at a small learning rate hardly move; the reference may be rounded."""
-    built, inner = {}, act.build_models
+    built, inner = {}, act.build_model
 
-    def watched(*arguments):
-        built["policy"], built["reference"] = inner(*arguments)
-        return built["policy"], built["reference"]
+    def watched(config, mesh, trained=True):
+        built[trained] = inner(config, mesh, trained)
+        return built[trained]
 
-    monkeypatch.setattr(act, "build_models", watched)
+    monkeypatch.setattr(act, "build_model", watched)
     options = {"evaluated": False, "learning_rate": 1e-6, "optim": "adamw"}
     assert run("--config", run_config(world, tmp_path, "dpo", **options), "--policy_model_config.dtype", "bfloat16") == 0
     types = {name: {p.dtype for p in model.parameters()} for name, model in built.items()}
-    assert types == {"policy": {torch.float32}, "reference": {torch.bfloat16}}
+    assert types == {True: {torch.float32}, False: {torch.bfloat16}}
     start = weights_of(world / "model")
     for name, weight in weights_of(tmp_path / "out" / "model").items():
         assert weight.dtype == torch.float32 and (weight != start[name]).float().mean() > 0.5, name
