@@ -626,7 +626,7 @@ class Sampler:
         if self.generators:
             sampling = {key: getattr(training, key) for key in ("temperature", "top_k", "top_p")}
             sampling["generator"] = [self.generators[row] for row in rows]
-        if self.rows:
+        if self.cache.order:
             self.cache.keep([self.rows.index(row) for row in rows])
         self.rows = rows
         most = training.max_new_tokens
@@ -1514,10 +1514,17 @@ def make_template(config):
     """The policy's Template; "auto" is Gemma's chat format where the checkpoint says so."""
     chosen, source = config.data_config.prompt_format, Path(config.policy_model_config.model_path)
     tokenizer = Tokenizer(source / "tokenizer.model")
+    model = GemmaConfig.from_json(source / "config.json")
+    chat = gemma.is_chat(tokenizer, model)
     if chosen == "auto":
-        chat = gemma.is_chat(tokenizer, GemmaConfig.from_json(source / "config.json"))
         chosen = "gemma" if chat else "plain"
         print0(f"{source}: its files speak for prompt_format {chosen!r}")
+    for line in gemma.foreign(tokenizer, model):
+        if chosen == "gemma":
+            raise InputError(f"{line}, expected prompt_format 'plain'")
+        print0(line)
+    if chosen == "gemma" and not chat and config.policy_model_config.lora_r:
+        print0(f"{source} does not talk in this format yet: with LoRA it will hardly learn to stop")
     return Template(tokenizer, chosen)
 
 
@@ -1833,7 +1840,7 @@ def clear_part(run, part):
 
 def take_place(run, part, directory, step):
     """What names the files of a checkpoint is written last; then it takes its place."""
-    save_tokenizer(run.template.tokenizer, run.policy.config, part)
+    save_tokenizer(run.template, part)
     files = {path.name: fingerprint(path) for path in sorted(part.iterdir())}
     state = {"step": step, "steps": run.steps, **run.state, **files}
     write_json(part / "trainer_state.json", state)
@@ -1841,14 +1848,15 @@ def take_place(run, part, directory, step):
     part.rename(directory)
 
 
-def save_tokenizer(tokenizer, config, directory):
-    """Copy tokenizer.model and what transformers and vLLM look for beside it, or write it."""
-    chat = "chat_template.jinja"
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                 "special_tokens_map.json", chat):  # fmt: skip
+def save_tokenizer(template, directory):
+    """What transformers and vLLM look for beside tokenizer.model, with the format trained in."""
+    tokenizer, chat = template.tokenizer, "chat_template.jinja"
+    kept = [] if template.plain else [chat]
+    for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", *kept):
         if tokenizer.path.with_name(name).is_file():
             shutil.copyfile(tokenizer.path.with_name(name), directory / name)
-    if not tokenizer.config:
+    settings = dict(tokenizer.config)
+    if not settings:
         turns = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
         ids = {
             "bos_token": tokenizer.bos_id,
@@ -1860,10 +1868,12 @@ def save_tokenizer(tokenizer, config, directory):
         settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
         settings |= {name: piece(i) for name, i in ids.items() if i is not None}
         settings["extra_special_tokens"] = [piece(i) for i in turns if i is not None]
-        write_json(directory / "tokenizer_config.json", settings)
-    told = "chat_template" in tokenizer.config or (directory / chat).exists()
-    if gemma.is_chat(tokenizer, config) and not told:
-        shutil.copyfile(HERE / "configs" / chat, directory / chat)
+    if template.plain:
+        settings.pop("chat_template", None)
+    write_json(directory / "tokenizer_config.json", settings)
+    if "chat_template" not in settings and not (directory / chat).exists():
+        ours = "chat_template_plain.jinja" if template.plain else chat
+        shutil.copyfile(HERE / "configs" / ours, directory / chat)
 
 
 def save_checkpoint(run, step):
@@ -1944,14 +1954,15 @@ def user_fields(request):
 
 
 def question_fields(request):
-    asking = "Assistant (asks a clarifying question):"
     pair, examples = request
-    shown = [(each, f"{asking} {in_prompt(each.chosen[0][1])}\n\n") for each in examples]
-    texts = []
-    for each, end in [*shown, (pair, asking)]:
-        prompt = f"{each.instruction}\n[context]\n{each.context}\n[conversation]\n"
-        texts.append(f"{prompt}{indented(each.history)}{end}")
-    return {"examples": "".join(texts)}
+    shown = [f"{asking(each)} {in_prompt(each.chosen[0][1])}\n\n" for each in examples]
+    return {"examples": "".join([*shown, asking(pair)])}
+
+
+def asking(pair):
+    """A conversation up to where the assistant asks."""
+    prompt = f"{pair.instruction}\n[context]\n{pair.context}\n[conversation]\n"
+    return f"{prompt}{indented(pair.history)}Assistant (asks a clarifying question):"
 
 
 def judge_fields(request):
@@ -1971,32 +1982,25 @@ def parse_verdict(answer):
 
 def parse_action(answer):
     """The first of the two words that is not denied, in capitals if there is one."""
-    answer = unlabelled(answer, "Answer")
     denied = r"(?i:\bnot |n['’]t )(?i:an? |to )?"
-    for words in ("CLARIFY|ANSWER", r"(?i:clarify|\banswer)"):
-        found = [word for no, word in re.findall(rf"({denied})?({words})", answer) if not no]
-        if found:
-            return found[0].upper()
-    return None
+    words = re.findall(rf"({denied})?(?i:(clarify|(?<![a-z])answer))", unlabelled(answer, "Answer"))
+    return max((word for no, word in words if not no), key=str.isupper, default="").upper() or None
 
 
 def parse_intent(answer):
-    """The first paragraph that is no announcement, up to what looks like a next example."""
-    speaker = r"\n[ \t]*(?:Intent|Conversation|User|Assistant):"
-    answer = re.split(speaker, unlabelled(answer, "Intent"))[0]
-    paragraphs = [data.fold(paragraph) for paragraph in re.split(r"\n\s*\n", answer)]
-    return next((text for text in paragraphs if text and not text.endswith(":")), None)
+    """The first paragraph, up to what looks like a next example."""
+    end = r"\n[ \t]*(?:Intent|Conversation|User|Assistant):|\n\s*\n"
+    return data.fold(re.split(end, unlabelled(answer, "Intent"))[0]) or None
 
 
 def parse_user(answer):
     """The first line, up to what the model writes for the assistant."""
-    line = unlabelled(answer, "User").partition("\n")[0]
-    return line.partition("Assistant:")[0].strip() or None
+    return re.split(r"\n|Assistant:", unlabelled(answer, "User"))[0].strip() or None
 
 
 def parse_question(answer):
     """The first line that is a question, before anybody else speaks; None without one."""
-    lines = re.split(r"\n[ \t]*User:", unlabelled(answer, "Assistant"))[0].split("\n")
+    lines = re.split(r"\n[ \t]*User:", answer)[0].split("\n")
     lines = (unlabelled(line, "Assistant") for line in lines)
     return next((line for line in lines if data.is_question(line)), None)
 
@@ -2048,10 +2052,12 @@ THOUGHTS = (
     "think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|inner_monologue"
     "|internal_monologue|seed:think"
 )
-THINKING = re.compile(  # where models of several makers begin and end to think aloud
-    rf"(?i)(?P<open><\|?\s?(?:{THOUGHTS}|(?:begin|start)_of_thought|start_thinking|inner_prefix)"
-    r"(?:\s[^<>\n]{0,40})?\|?>|\[think\]|◁think▷|<\|channel\|?>(?:analysis|thought))"
-    rf"|<\|?/\s?(?:{THOUGHTS})\s?\|?>|<\|(?:end_of_thought|end_thinking|inner_suffix)\|>"
+OPENING = re.compile(  # where models of several makers begin to think aloud
+    rf"(?i)<\|?\s?(?:{THOUGHTS}|(?:begin|start)_of_thought|start_thinking|inner_prefix)"
+    r"(?:\s[^<>\n]{0,40})?\|?>|\[think\]|◁think▷|<\|channel\|?>(?:analysis|thought)"
+)
+CLOSING = re.compile(  # and where they have come to the answer
+    rf"(?i)<\|?/\s?(?:{THOUGHTS})\s?\|?>|<\|(?:end_of_thought|end_thinking|inner_suffix)\|>"
     r"|\[/think\]|◁/think▷|<\|channel\|>final<\|message\|>|<channel\|>"
     r"|(?<!\w )(?<!`)<(?:answer|response|output)>"
 )
@@ -2059,40 +2065,30 @@ MARKS = re.compile(  # what a model's template puts around its answer
     r"(?i)<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/INST\]"
     r"|</(?:answer|response|output)>"
 )
-ANNOUNCED = re.compile(
-    r"(?i)[*_#]{0,3}(?:(?:here|sure|ok|okay|certainly|of course|the)\b[^\n]{0,100}:[*_ \t]*\n"
+ANNOUNCED = re.compile(  # a first line such as "Sure, here it is:", or "Here is the reply: "
+    r"(?i)\A[*_#]{0,3}(?:(?:here|sure|ok|okay|certainly|of course|the|this|based|below|summary)\b"
+    r"[^\n]{0,100}:[*_ \t]*(?:\n|\Z)"
     r"|here(?:['’]s| is)\b[^\n:]{0,60}\b(?:message|question|reply|response|answer|summary|intent)"
     r"\b[^\n:]{0,20}:)"
 )
-QUOTES = (
-    '" "', "“ ”", "„ “", "„ ”", "” ”", "« »", "' '", "‘ ’", "「 」", "` `", "** **", "* *",
-    r"\boxed{ }",
-)  # fmt: skip
+WRAPPED = re.compile(  # in a code fence, in quotes of any kind, in bold or in \boxed{}
+    r"(?s)```[^\n]*\n(.*)```|(\*\*|[*\"'`”])((?:(?!\2).)*)\2"
+    r"|(?:[“„«‘「]|\\boxed\{)([^“”»’」}]*)[“”»’」}]"
+)
 
 
 def without_reasoning(text):
-    """What stands outside of thoughts, or after the last; None where they were cut off."""
-    kept, start, inside = [], 0, False
-    for mark in THINKING.finditer(text):
-        if mark["open"] and not inside:
-            kept.append(text[start : mark.start()])
-        elif not mark["open"] and not inside:  # the opening is missing: all before it was thought
-            kept = []
-        inside, start = bool(mark["open"]), mark.end()
-    return None if inside else "".join([*kept, text[start:]])
+    """What stands after the last thought; None where one was cut off."""
+    answer = CLOSING.split(text)[-1]
+    return None if OPENING.search(answer) else answer
 
 
 def undressed(text):
     """An answer without an announcement, a code fence, quotes around it or a template's marks."""
     text = next(filter(str.strip, MARKS.split(text)), "").strip()
-    announced = ANNOUNCED.match(text)
-    text = text[announced.end() :].strip() if announced else text
-    if text.startswith("```") and text.endswith("```") and "\n" in text:
-        text = text[:-3].partition("\n")[2].strip()
-    for left, right in map(str.split, QUOTES * 2):
-        said = text.removeprefix(left).removesuffix(right)
-        if text == left + said + right and right not in said:
-            text = said.strip()
+    text = ANNOUNCED.sub("", text).strip()
+    while wrapped := WRAPPED.fullmatch(text):
+        text = wrapped[wrapped.lastindex].strip()
     return text
 
 
@@ -2407,9 +2403,10 @@ class Client:
             named = [name for name in RENAMED if name in body and name in words]
             if error.code != 400 or not named or TOO_LONG.search(str(failure)):
                 raise failure from None
-            if named[0] not in self.refused:
-                print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
+            known = named[0] in self.refused  # from another call that was in flight
             self.refused.add(named[0])
+            if not known:
+                print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
             return self.call(prompt, timeout)
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: odd headers
             reason = getattr(error, "reason", error) or type(error).__name__

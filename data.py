@@ -60,8 +60,10 @@ FORMS = "messages contents conversations".split()  # OpenAI's, Google's and Shar
 ROLE_NAMES = {"user": "user", "human": "user", "model": "model", "assistant": "model",
               "gpt": "model", "system": "system", "developer": "system"}  # fmt: skip
 NO_TEXT = {"tool", "function", "tool_calls", "function_call"}  # roles, and keys of a message
-KEYS_READ = set("""messages contents conversations completions systemInstruction system_instruction
-    role from content parts value requires_clarification""".split())
+KEYS_READ = set(
+    """messages contents conversations completions systemInstruction system_instruction
+    role from content parts value requires_clarification""".split()
+)
 CONTROL = re.compile(r"(?i)<(?:start|end)_of_turn>|<\|\w+\|>|</?s>|<[be]os>|<br ?/?>|\[/?INST\]")
 
 
@@ -95,9 +97,10 @@ def parse_conversation(row, where, odd):
         raise InputError(f"{where}: has {found}, expected either messages or contents{hint}")
     turns = require(row, forms[0], f"{where}: ", list)
     messages, at = [], f"{where}: {forms[0]}"
-    for key in row.keys() & {"systemInstruction", "system_instruction"}:
-        system = {**require(row, key, f"{where}: ", dict), "role": "system"}
-        messages.append(parse_turn(system, f"{where}: {key}", messages))
+    for key in ("systemInstruction", "system_instruction"):
+        if key in row:
+            system = {**require(row, key, f"{where}: ", dict), "role": "system"}
+            messages.append(parse_turn(system, f"{where}: {key}", messages))
     messages = parse_messages(turns, at, odd, messages)
     if all(message["role"] != "user" for message in messages):
         raise InputError(f"{at} has no user turn, expected at least one")
@@ -112,13 +115,13 @@ def parse_conversation(row, where, odd):
 
 
 def parse_messages(turns, where, odd, before=()):
-    """Messages that take turns, after those before: neighbours of one role are joined, and empty
-    replies left out."""
+    """Messages that take turns, after those before: those without text are left out, and neighbours
+    of one role joined."""
     messages = list(before)
     for i, turn in enumerate(expect(turns, where, list)):
         messages.append(parse_turn(turn, f"{where}[{i}]", messages))
-    said = [each for each in messages if each["role"] != "model" or each["content"].strip()]
-    odd += ["empty replies are left out"] * (len(messages) - len(said))
+    said = [each for each in messages if each["role"] == "system" or each["content"].strip()]
+    odd += ["messages without text are left out"] * (len(messages) - len(said))
     joined = []
     for _, group in groupby(said, lambda message: message["role"]):
         first, *more = group
@@ -135,7 +138,7 @@ def parse_turn(turn, where, before=()):
     key = next((key for key in ("parts", "value") if key in turn), "content")
     if not role and key == "parts":  # as Google says: the user's, then in turn
         role = "model" if before and before[-1]["role"] == "user" else "user"
-    if role in NO_TEXT or (not turn.get(key) and turn.keys() & NO_TEXT):
+    if str(role) in NO_TEXT or (not turn.get(key) and turn.keys() & NO_TEXT):
         raise LeftOut("tool calls")
     name = ROLE_NAMES.get(str(role).lower())
     if name is None or (name == "system" and before):
@@ -145,8 +148,6 @@ def parse_turn(turn, where, before=()):
     if isinstance(text, list):  # joined without a separator, as Vertex does
         text = "".join(part_text(part, f"{where}.{key}[{i}]") for i, part in enumerate(text))
     message = {"role": name, "content": text}
-    if name == "user" and not text.strip():
-        raise InputError(f"{where} is a user turn without text")
     if "requires_clarification" in turn:
         message["requires_clarification"] = require(turn, "requires_clarification", where, bool)
         if name != "user":
@@ -156,7 +157,7 @@ def parse_turn(turn, where, before=()):
 
 def part_text(part, where):
     if "text" not in expect(part, where, dict) and part:
-        raise LeftOut([*(part.keys() - {"type"}), part.get("type")][0])
+        raise LeftOut(next((key for key in part if key != "type"), part.get("type")))
     return require(part, "text", where, str)
 
 
@@ -346,8 +347,9 @@ def balance(pairs, class_balance, seed):
     for action, multiple in class_balance.items():
         number = expect(multiple, f"class_balance[{action!r}]", int, float)
         if action not in OTHER or not 0 <= number <= 1000:
-            problem = f"has {action!r}: {number}, expected numbers to 1000 of CLARIFY and ANSWER"
-            raise InputError(f"class_balance {problem}")
+            raise InputError(
+                f"class_balance has {action!r}: {number}, expected CLARIFY or ANSWER and 0 to 1000"
+            )
         indices = [i for i, pair in enumerate(pairs) if pair.action == action]
         rng = random.Random(f"{seed}/class_balance/{action}")
         kept += rng.choices(indices, k=round(number * len(indices))) if indices else []
@@ -448,9 +450,11 @@ def check_file(path):
 # Texts and JSON lines that hold a pair: made when a file is written, taken apart when one is read,
 # nowhere else.
 
-PAIR_KEYS = KEYS_READ | set("""input_text output_text dialogue_policy gold_target gold_trajectory
+PAIR_KEYS = KEYS_READ | set(
+    """input_text output_text dialogue_policy gold_target gold_trajectory
     chosen_policy rejected_policy chosen rejected prompt input preferred_output
-    non_preferred_output""".split())
+    non_preferred_output""".split()
+)
 PAIR_FORMS = ("input_text and more (the published code), contents and completions (Vertex AI), "
               "chosen and rejected (TRL), or preferred_output and non_preferred_output (OpenAI); "
               "for conversations training_config.is_preference is false")  # fmt: skip
@@ -517,9 +521,8 @@ def parse_record(row, where):
         raise InputError(f"{where}: input_text has no line '[conversation]' and 'User: ' after it")
     instruction, _, context = head.partition("\n[context]\n")
     pair = pair_of_sides(where, *map(split_messages, (said, chosen, rejected, gold)))
-    pair.context, pair.instruction = context, instruction[1:]
-    pair.action, pair.target = action, split_messages(target)[-1][1]
-    return pair
+    target = split_messages(target)[-1][1]
+    return replace(pair, context=context, instruction=instruction[1:], action=action, target=target)
 
 
 def vertex_preference(pair):
@@ -587,8 +590,9 @@ def vertex_as_trl(row, where, odd):
         scored = [(entry["score"], entry["completion"]) for entry in row["completions"]]
         (_, rejected), (_, chosen) = sorted(scored)
     except (KeyError, TypeError, ValueError):
-        problem = "completions are no two of score and completion, with different scores"
-        raise InputError(f"{where}: {problem}") from None
+        raise InputError(
+            f"{where}: completions are no two of score and completion, with different scores"
+        ) from None
     return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
 
 
@@ -600,8 +604,10 @@ def pair_of_sides(where, prompt, chosen, rejected, gold=None):
         if side[0][0] != "model":
             raise InputError(f"{where}: a side does not begin with the assistant's text")
     if not prompt or prompt[-1][0] != "user":
-        problem = "has no prompt that ends with the user's text before the sides"
-        raise InputError(f"{where}: {problem}; known are {PAIR_FORMS}")
+        raise InputError(
+            f"{where}: has no prompt that ends with the user's text before the sides; "
+            f"known are {PAIR_FORMS}"
+        )
     context = prompt.pop(0)[1] if prompt[0][0] == "system" else ""
     actions = rule_actions([chosen[0][1], rejected[0][1]])
     trajectory = chosen
@@ -655,8 +661,8 @@ def read_preferences(path, raw=None):
         if json.dumps([pair.context, pair.history, pair.rejected]) in preferred:
             found["pairs reject what another pair of the same turn prefers"].append(pair.line)
         if pair.action == CLARIFY and len(pair.gold) == 1:
-            problem = "clarifying turns lack the user's reply: a rule cannot play that user"
-            found[problem].append(pair.line)
+            what = "clarifying turns lack the user's reply: a rule cannot play that user"
+            found[what].append(pair.line)
     return pairs, lines + noted(path, found)
 
 
@@ -765,7 +771,8 @@ NUMBER = re.compile(  # sign, unit, sign, digits (perhaps in groups of three), d
 def number_match(predicted, gold, context=""):
     """(1.0, 1.0) where two texts have the same numbers and units, else (0.0, 0.0); without numbers
     `drop_f1`. As people write them: "44,85 €", "€44.85"; "1.299,00", "1 299", "$1,299"."""
-    said, wanted = quantities(predicted), quantities(gold)
+    said = quantities(predicted)
+    wanted = quantities(gold)
     same = float(said == wanted)
     return (same, same) if wanted else drop_f1(predicted, gold)
 
@@ -784,11 +791,13 @@ def quantities(text):
 # what a query may do, and with which functions; of these printf is none: it can loop for seconds
 SQL_KINDS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
              sqlite3.SQLITE_RECURSIVE}  # fmt: skip
-SQL_FUNCTIONS = set("""abs avg ceil ceiling coalesce concat count cume_dist date datetime dense_rank
+SQL_FUNCTIONS = set(
+    """abs avg ceil ceiling coalesce concat count cume_dist date datetime dense_rank
     exp first_value floor glob group_concat ifnull iif instr julianday lag last_value lead length
     like ln log lower ltrim max min mod nth_value ntile nullif percent_rank pow power quote rank
     replace round row_number rtrim sign sqrt strftime string_agg substr substring sum time total
-    trim trunc typeof unicode unixepoch upper""".split())
+    trim trunc typeof unicode unixepoch upper""".split()
+)
 SQL_SECONDS, SQL_MEMORY = 0.5, 2**25  # of processor time, bytes
 SQL_TEXT = 10_000  # characters of a query
 # no step may be long, since only between steps it is looked whether the time is over
@@ -902,6 +911,7 @@ def heuristic_check(pairs, heuristic, tolerance):
     False wins: gold answers of other turns of the dialogue that score above the tolerance. False
     losses: gold answers that do not when they stand in a short sentence.
     """
+
     def wins(answer, pair):
         return scored(heuristic, answer, pair.target, pair.context)[1] > tolerance
 
@@ -947,10 +957,12 @@ def mean_or_none(values):
 
 FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
 NOTHING_TO_ADD = "I have nothing to add."
-COMMON_WORDS = set("""a amount an and any are ask asking about be by can could did do does exactly
+COMMON_WORDS = set(
+    """a amount an and any are ask asking about be by can could did do does exactly
     for from how i in interested is it kind know like looking mean me more of on one or please
     precisely referring s say sort specific specifically talking that the there they thing this to
-    type value want was were what which who whose would you your""".split())
+    type value want was were what which who whose would you your""".split()
+)
 SLOTS = {  # words that ask for the same kind of thing
     **dict.fromkeys("date day fiscal month period quarter time when year".split(), "time"),
     **dict.fromkeys("area country place region where".split(), "place"),
@@ -993,7 +1005,7 @@ def rule_actions(replies):
 
 
 def content_words(text):
-    """What a text is about: its words in the singular, no common ones; "time" for year and month."""
+    """What a text is about: its words in the singular, no common ones; "time" for year or month."""
     words = re.findall(r"[^\W_]+", text.lower())
     words = {re.sub(r"(?<=...)(?<!s)s\Z", "", word) for word in words}
     return {SLOTS.get(word, word) for word in words - COMMON_WORDS}
@@ -1020,11 +1032,12 @@ def rule_users(requests):
     """
     answers = []
     for pair, trajectory, _ in requests:
-        best, answer = 0.5, NOTHING_TO_ADD
+        best, answer = 0.0, NOTHING_TO_ADD
         for (_, question), (role, reply) in pairwise(pair.gold):
             match = same_question(trajectory[-1][1], question, pair.history[-1][1])
-            if role == "user" and match >= best:
-                best, answer = match + 1e-9, reply  # of equals the first
+            if role == "user" and match >= 0.5 and match > best:
+                best = match
+                answer = reply
         answers.append(answer)
     return answers
 
@@ -1140,8 +1153,9 @@ def convert_file(name, source, *more):
     except InputError as error:
         raise InputError(f"{source}: {at}: {error}") from None
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        problem = f"is not as {name} is published ({type(error).__name__}: {error})"
-        raise InputError(f"{source}: {at} {problem}") from None
+        raise InputError(
+            f"{source}: {at} is not as {name} is published ({type(error).__name__}: {error})"
+        ) from None
     if not conversations:
         raise InputError(f"{source}: holds no item, expected at least one")
     write_jsonl(target, conversations)
@@ -1159,7 +1173,7 @@ def expect(value, where, *types):
     """`value` itself if it is of one of these JSON types, else an InputError at `where`."""
     if type(value) not in types:
         wanted = " or ".join(dict.fromkeys(KINDS[each] for each in types))
-        raise InputError(f"{where} is {KINDS[type(value)]}, expected {wanted}")
+        raise InputError(f"{where} is {KINDS.get(type(value), value)}, expected {wanted}")
     return value
 
 
@@ -1219,8 +1233,10 @@ def parse_lines(path, parse, raw=None, shown=20):
     parsed, errors, found = [], [], defaultdict(list)
     raw = read_bytes(path) if raw is None else raw
     if raw.lstrip().startswith(b"["):
-        problem = "expected JSON Lines, an object a line (jq -c '.[]' makes them)"
-        raise InputError(f"{path}: begins with '[', {problem}")
+        raise InputError(
+            f"{path}: begins with '[', expected JSON Lines, an object a line "
+            "(jq -c '.[]' makes them)"
+        )
     for number, text in enumerate(raw.split(b"\n"), start=1):
         if not text.strip():
             continue
@@ -1299,7 +1315,7 @@ def main(arguments=None):
     speak_plainly()
     command, *files = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if len(files) != COMMANDS.get(command):
-        print("expected" + __doc__[__doc__.index("\n    python"):], file=sys.stderr)
+        print("expected" + __doc__[__doc__.index("\n    python") :], file=sys.stderr)
         return 2
     target = files[-1]
     try:

@@ -354,6 +354,7 @@ class Gemma(nn.Module):
         """The model of a directory in Hugging Face's layout. Raises InputError."""
         with torch.device("meta"):
             model = cls(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
+        load_safetensors(base_weights(model), directory, prefix="model.")  # checks sizes, no more
         model.to_empty(device=device)
         load_safetensors(base_weights(model), directory, prefix="model.")
         return model
@@ -479,6 +480,11 @@ class GemmaConfig:
         right = isinstance(kinds, list) and len(kinds) == layers
         right = right and all(kind in (LOCAL, GLOBAL) for kind in kinds)
         must("layer_types", right, f"a list of {layers} times '{LOCAL}' or '{GLOBAL}'")
+        heads = 2 * config.head_dim * (heads + config.num_key_value_heads)
+        layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+        size = 4 * (config.vocab_size * config.hidden_size + layers * layer) // 2**30
+        if size > 2**12:
+            raise InputError(f"{path}: a model of {size:,} GiB, expected one of at most 4,096")
         return config
 
     def to_json(self, dtype):
@@ -499,6 +505,7 @@ class GemmaConfig:
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
         written.pop("dtype", None)  # transformers 5's name for torch_dtype
+        written.pop("quantization_config", None)  # what is written are plain weights
         if not gemma3:  # which has one theta
             del written["rope_local_base_freq"]
         return written
@@ -586,12 +593,12 @@ def attend(q, k, v, mask, scale, softcap):
     where it cannot skip what a trie hides.
     """
     if isinstance(mask, BlockMask):  # one fused kernel, which skips blocks that nothing sees
-        kernel = compiled(flex_attention, dynamic=True) if q.is_cuda else flex_attention
+        kernel = compiled(flex_attention, dynamic=True)
+        options = kernel_options(q.device, q.shape[-1])
 
         def cap(score, row, head, query, key):
             return softcap * torch.tanh(score / softcap)
 
-        options = kernel_options(q.device, q.shape[-1]) if q.is_cuda else None
         cap = softcap and cap
         return kernel(q, k, v, cap, mask, scale, enable_gqa=True, kernel_options=options)
     B, N, _, D = q.shape
@@ -651,7 +658,7 @@ def optional(name):
         raise
     except Exception as error:  # a compiler's, of whatever kind
         FAILED.add(name)
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if rank() == 0:
             said = f"{name} does not work on this machine, going on without it ({reason})"
             print(said, flush=True)
@@ -968,7 +975,7 @@ def local_slice(parameter):
 
 def load_safetensors(tensors, directory, stem="model", prefix=""):
     """Fill `tensors`, name -> tensor (of a DTensor this rank's rows), from STEM.safetensors or its
-    shards.
+    shards; where they are on the meta device, only check that they could be.
 
     Raises InputError that lists all missing, unexpected and mis-shaped tensors together.
     """
@@ -983,6 +990,9 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
             problem = "weight_map is not an object that maps tensor names to file names"
             raise InputError(f"{index}: {problem}")
         names = sorted(set(shards.values()))
+        alone = f"{stem}.safetensors"
+        if alone not in names and (directory / alone).exists():  # which transformers would load
+            raise InputError(f"{index}: names other files than {alone} beside it, expected one")
     found = {}
     problems = []
     for name in names:
@@ -1001,15 +1011,19 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
     embedding = found.get("embed_tokens.weight")
     if head and embedding and torch.equal(head[...], embedding[...]):
         del found["lm_head.weight"]  # some writers store the tied head once more
+    strange = [name for name in found if name not in tensors]
+    quantised = [name for name in strange if found[name].get_dtype() not in FLOATS]
+    if quantised:
+        expected = "expected weights that are not quantised (as by bitsandbytes)"
+        raise InputError(f"{where}: holds {quantised[0]}, {expected}")
+    problems += [f"unexpected {name}" for name in strange]
     problems += [f"missing {name}" for name in tensors if name not in found]
-    for name, stored in found.items():
-        if name not in tensors:
-            problems.append(f"unexpected {name}")
-            continue
+    for name in [name for name in tensors if name in found]:
         shape = list(tensors[name].shape)
-        if stored.get_shape() != shape or stored.get_dtype() not in FLOATS:
-            has = f"{stored.get_dtype()} {stored.get_shape()}"
-            problems.append(f"{name} is {has}, expected floats {shape}")
+        stored = found[name].get_shape()
+        dtype = found[name].get_dtype()
+        if stored != shape or dtype not in FLOATS:
+            problems.append(f"{name} is {dtype} {stored}, expected floats {shape}")
     if problems[12:]:
         problems[12:] = [f"and {len(problems) - 12} more"]
     if problems:
@@ -1017,6 +1031,8 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
         raise InputError(f"{where}: does not hold the expected tensors: {listed}")
     with torch.no_grad():
         for name, tensor in tensors.items():
+            if tensor.is_meta:
+                continue
             part, rows = local_slice(tensor)
             part.copy_(found[name][rows if part.ndim else ...])
             # 10 times as fast as to look at each number
@@ -1084,19 +1100,26 @@ class Tokenizer:
     """A SentencePiece model. `encode` never yields a control token for text that merely spells one.
 
     ids: piece -> id; pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id: None where the
-    vocabulary lacks them; config: what tokenizer_config.json beside it says.
+    vocabulary lacks them; config: what tokenizer_config.json beside it says; chat_template: a text.
     """
 
     def __init__(self, path):
         self.path = no_pipe(Path(path))
+        if not self.path.exists():
+            expected = "expected the base model's (a tokenizer.json alone is not enough)"
+            raise InputError(f"{path}: no such file, {expected}")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            pieces = self.sp.id_to_piece(list(range(len(self))))
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: not readable as a SentencePiece model ({reason})") from None
         beside = no_pipe(self.path.with_name("tokenizer_config.json"))
         self.config = read_json(beside) if beside.exists() else {}
-        pieces = self.sp.id_to_piece(list(range(len(self))))
+        self.chat_template = str(self.config.get("chat_template", ""))
+        beside = no_pipe(self.path.with_name("chat_template.jinja"))
+        if beside.exists():
+            self.chat_template = beside.read_text(encoding="utf-8", errors="replace")
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         ends = self.sp.pad_id(), self.sp.eos_id(), self.sp.bos_id()
         self.pad_id, self.eos_id, self.bos_id = (i if i >= 0 else None for i in ends)
@@ -1133,9 +1156,27 @@ def is_chat(tokenizer, config):
     """
     ends = id_list(config.eos_token_id)
     turn = tokenizer.end_of_turn_id
-    template = tokenizer.path.with_name("chat_template.jinja").exists()
-    template = template or "chat_template" in tokenizer.config or turn in ends
-    return turn is not None and template and not set(ends) & set(tokenizer.encode("\n"))
+    talks = "<start_of_turn>" in tokenizer.chat_template or turn in ends
+    return turn is not None and talks and not set(ends) & set(tokenizer.encode("\n"))
+
+
+def foreign(tokenizer, config):
+    """Lines about what a checkpoint's files have that is not followed here: tokens which
+    tokenizer.model lacks, a chat template that is not Gemma's.
+    """
+    lines = []
+    text = ""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = no_pipe(tokenizer.path.with_name(name))
+        text += file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    # "id": 7, "content": ... in the one, "7": {"content": ... in the other
+    ids = {int(i) for i in re.findall(r'(\d{1,9})"?[,:]\s*\{?\s*"content"', text)}
+    added = [i for i in ids if len(tokenizer) <= i < config.vocab_size]
+    if added:
+        lines.append(f"{tokenizer.path}: lacks {len(added)} added tokens, whose texts are any text")
+    if tokenizer.chat_template and "<start_of_turn>" not in tokenizer.chat_template:
+        lines.append(f"{tokenizer.path}: the chat template beside it is not Gemma's")
+    return lines
 
 
 def check_vocabulary(tokenizer, model):
@@ -1270,7 +1311,7 @@ class Template:
         tokens, mask = self._after_opening(messages)
         while mask and not mask[-1]:  # nothing after the last reply
             mask.pop()
-        if not ended:
+        if not ended and len(mask) > len(self.end):  # of a reply that says nothing the end counts
             del mask[-len(self.end) :]
         return tokens[: len(mask)], mask
 
@@ -1504,10 +1545,10 @@ def generate(
     A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one
     whose stop token would have come next counts as cut). temperature 0 is greedy; top_k 0 and top_p
     1 keep the whole distribution. A row's result does not depend on the other rows: each draws its
-    own noise, from `generator[i]` if that is a list, else from a stream made for row i from
-    `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued:
-    of prompt i, only the tokens that its row does not hold yet are processed. Finished rows leave
-    the batch. Raises InputError.
+    own noise, from `generator[i]` if that is a list, else all in turn from `generator` (None: seed
+    0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt i, only the
+    tokens that its row does not hold yet are processed. Finished rows leave the batch. Raises
+    InputError.
     """
     outputs = [[] for _ in prompts]
     settings = temperature, top_k, top_p, stop_ids, generator, kv_cache or KVCache()
@@ -1550,16 +1591,15 @@ def draw_noise(generator, rows, steps):
     """Uniform numbers, float64 [rows, steps], from each of which a token is found by inverting the
     distribution.
     """
-    if not isinstance(generator, list | tuple):
-        generator = generator or torch.Generator().manual_seed(0)
-        seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
-        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
+    if isinstance(generator, list):
+        return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.rand(rows, steps, generator=generator, dtype=torch.float64)
 
 
 def sample(logits, u, temperature, top_k, top_p):
     """One token a row, int64 [B], from logits [B, V] and uniform numbers u [B]."""
-    if temperature == 0:
+    if temperature < 1e-6 or top_k == 1 or top_p == 0:  # below 1e-37 logits become infinite
         return logits.argmax(-1)
     logits = logits / temperature
     ids = None
@@ -1651,6 +1691,8 @@ def talk(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), device)
     check_vocabulary(tokenizer, model)
+    for line in foreign(tokenizer, model.config):
+        print(line, file=sys.stderr)
     if args.prompt is None:
         template = Template(tokenizer, "gemma" if is_chat(tokenizer, model.config) else "plain")
         limit = min(args.max_new_tokens, model.config.max_position_embeddings // 2)

@@ -82,6 +82,7 @@ def prompted(pairs, template, max_length=900):
 def a_pair(action=CLARIFY, chosen="right?", rejected="wrong", target="gold", **values):
     """A pair for Algorithm 2, its sides of one message each."""
     values = {"context": "", "messages": [("user", "hello")], "gold": [("model", "gold?")], **values}
+    values["messages"] = values.pop("history", values["messages"])
     return Pair(action=action, chosen=[("model", chosen)], rejected=[("model", rejected)], target=target, **values)
 
 

@@ -428,6 +428,8 @@ def test_noise_is_keyed_by_seed_step_and_position():
         return [torch.rand(1, generator=generator).item() for generator in generators]
 
     base = draw(act.noise_generators(1, 2, range(4)))
+    keys = [random.Random(f"1/2/{position}").getrandbits(62) for position in range(4)]
+    assert base == draw([torch.Generator().manual_seed(key) for key in keys]), "the draws of all former runs"
     assert draw(act.noise_generators(1, 2, range(2, 4))) == base[2:], "a rank's part is the part of the whole"
     others = draw(act.noise_generators(2, 2, range(4))) + draw(act.noise_generators(1, 3, range(4)))
     assert len({*base, *others}) == 12

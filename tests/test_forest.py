@@ -13,6 +13,7 @@ from common import (
     both_sides,
     gradients_of,
     oracle_logps,
+    prompted,
     run_of,
     training_of,
     words,
@@ -25,9 +26,13 @@ from gemma import Forest, Gemma, Template
 
 
 def forest_of(sequences):
-    """Of (prompt, reply, mask of the reply)."""
-    masks = [[0] * len(prompt) + mask for prompt, _, mask in sequences]
-    return Forest([prompt + reply for prompt, reply, _ in sequences], masks)
+    """Of (tokens, mask)."""
+    return Forest(*zip(*sequences, strict=True))
+
+
+def scored_reply(prompt, reply, mask):
+    """(tokens, mask) of a prompt and a reply with its own mask."""
+    return prompt + reply, [0] * len(prompt) + mask
 
 
 def weighted_gradients(model, logps):
@@ -50,25 +55,26 @@ def assert_scored_exactly(model, sequences):
 def test_pairs_on_one_prompt_score_as_separate_rows(model, tokenizer, pairs, prompt_format):
     template = Template(tokenizer, prompt_format)
     sequences = both_sides([pairs[0], pairs[9]], template, training_of())
-    assert min(len(prompt) for prompt, *_ in sequences) > 2 * WINDOW
+    assert min(mask.index(1) for _, mask in sequences) > 2 * WINDOW, "a long prompt"
     forest = assert_scored_exactly(model, sequences)
-    alone = sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
+    alone = sum(len(tokens) for tokens, _ in sequences)
     assert forest.used < alone - 2 * WINDOW, "the prompts are not shared"
 
 
 def test_all_turns_of_whole_dialogues_score_as_separate_rows(model, plain, pairs):
     sequences = both_sides(pairs, plain, training_of())
     forest = assert_scored_exactly(model, sequences)
-    assert 5 * forest.used < sum(len(prompt) + len(reply) for prompt, reply, _ in sequences)
+    assert 5 * forest.used < sum(len(tokens) for tokens, _ in sequences)
 
 
 def test_user_tokens_count_with_loss_on_all_and_only_then(model, plain, pairs):
-    [pair] = [pair for pair in pairs if len(pair.chosen) == 3][:1]
+    [pair] = prompted([pair for pair in pairs if len(pair.chosen) == 3][:1], plain)
     everything, assistant = (
-        act.sequence_of(pair, pair.chosen, True, plain, training_of(loss_on=on)) for on in ("all", "assistant")
+        act.sequence(pair, pair.chosen, True, plain, training_of(loss_on=on)) for on in ("all", "assistant")
     )
-    assert everything[:2] == assistant[:2]
-    assert everything[2] == [1] * len(everything[1]) and 0 < sum(assistant[2]) < len(assistant[2])
+    assert everything[0] == assistant[0]
+    reply = len(everything[0]) - len(pair.prompt)
+    assert everything[1] == [0] * len(pair.prompt) + [1] * reply and 0 < sum(assistant[1]) < reply
     assert_scored_exactly(model, [everything, assistant])
 
 
@@ -91,12 +97,12 @@ ODD_BATCHES = {
 
 @pytest.mark.parametrize("sequences", ODD_BATCHES.values(), ids=ODD_BATCHES)
 def test_odd_batches_score_as_separate_rows(model, sequences):
-    assert_scored_exactly(model, sequences)
+    assert_scored_exactly(model, [scored_reply(*sequence) for sequence in sequences])
 
 
 def test_a_reply_without_a_scored_token_counts_nothing(model):
     """A cut response of nothing but blanks has none."""
-    forest = forest_of([(words(0, 12), words(1, 5), [1] * 5), (words(0, 12), [], [])])
+    forest = forest_of([scored_reply(words(0, 12), words(1, 5), [1] * 5), scored_reply(words(0, 12), [], [])])
     assert forest.counts == [5, 0]
     logps = model.logps(forest)
     assert logps[0].item() != 0 and logps[1].item() == 0
@@ -151,7 +157,7 @@ def test_small_tries_share_a_row():
 
 
 def test_every_sequence_is_found_along_its_path(plain, pairs):
-    sequences = [prompt + reply for prompt, reply, _ in both_sides(pairs, plain, training_of())]
+    sequences = [tokens for tokens, _ in both_sides(pairs, plain, training_of())]
     forest = Forest(sequences)
     for sequence, (row, slots) in zip(sequences, forest.paths, strict=True):
         assert forest.tokens[row, slots].tolist() == sequence
@@ -171,7 +177,7 @@ def small_parts(monkeypatch, entries):
 
 @pytest.mark.parametrize("width", [1, 100])
 def test_parts_of_the_vocabulary_change_nothing(monkeypatch, model, width):
-    sequences = ODD_BATCHES["nothing shared"]
+    sequences = [scored_reply(*sequence) for sequence in ODD_BATCHES["nothing shared"]]
     once = model.logps(forest_of(sequences))
     expected = weighted_gradients(model, once)
     small_parts(monkeypatch, width * sum(sum(mask) for *_, mask in sequences))
@@ -201,5 +207,5 @@ def test_a_training_step_never_holds_the_logits_of_all_tokens(monkeypatch, model
     scored = sum(sum(mask) for *_, mask in both_sides(pairs[:6], plain, training_of()))
     small_parts(monkeypatch, 100 * scored)
     with MostLogits(scored) as most:
-        act.preference_step(run, pairs[:6], 1.0)
+        act.preference_step(run, prompted(pairs[:6], plain), 1.0)
     assert most.columns == 100 < VOCABULARY

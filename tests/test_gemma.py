@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,7 +246,7 @@ def test_the_gradient_of_an_embedding_used_twice_is_made_once(model, golden, mon
     tokens = golden["tokens"][0].tolist()
     model.zero_grad()
     model.logps(gemma.Forest([tokens], [[0] + [1] * (len(tokens) - 1)])).sum().backward()
-    head, _, lookup = written  # between them the hidden states of scored tokens
+    head, lookup = written
     assert head == lookup == model.embed_tokens.weight.grad.data_ptr()
     model.zero_grad()
 
@@ -379,6 +380,21 @@ def test_files_keep_what_their_source_said_beyond_our_fields(copied, tmp_path):
         assert generation == {**source, "bos_token_id": 2}
         assert {key: again[key] for key in config if key != "dtype"} == {**{key: config[key] for key in config if key != "dtype"}, "eos_token_id": [1, 107]}
         assert "dtype" not in again and again["torch_dtype"] == "float32"
+
+
+def test_plain_weights_do_not_go_out_as_quantised_ones(copied, tmp_path):
+    edit_config(copied, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    Gemma.from_pretrained(copied).save_pretrained(tmp_path / "again")
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_saved_files_have_the_rights_that_the_users_umask_leaves(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        model.save_pretrained(tmp_path, max_shard_bytes=60_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 @both
@@ -559,7 +575,7 @@ def edit_tensors(directory, **changes):
     tensors = load_file(directory / "model.safetensors")
     for name, change in changes.items():
         name = f"model.{name.replace('_weight', '.weight')}"
-        tensors[name] = change(tensors[name])
+        tensors[name] = change(tensors.get(name))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
@@ -581,6 +597,18 @@ def fifo(directory, name):
 def twice_in_a_file(directory):
     tensors = load_file(directory / "model.safetensors")
     save_file({**tensors, "norm.weight": tensors["model.norm.weight"].clone()}, directory / "model.safetensors", {"format": "pt"})
+
+
+def loop(directory, name):
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(name)
+
+
+def two_models(directory):
+    """As TRL's and PEFT's merges leave them: shards of the one, and another in one file."""
+    whole = (directory / "model.safetensors").read_bytes()
+    make_shards(directory)
+    (directory / "model.safetensors").write_bytes(whole)
 
 
 def generation(directory, text):
@@ -607,6 +635,15 @@ BROKEN = {  # name: (what is done to the directory, file named, what else is sai
         ("num_hidden_layers", 10**18), ("num_hidden_layers", 1001), ("num_hidden_layers", 1e18), ("vocab_size", 10**400), ("rms_norm_eps", float("inf")),
         ("rope_theta", float("inf")), ("query_pre_attn_scalar", float("nan")), ("final_logit_softcapping", float("inf")),
         ("model_type", ["gemma2"]), ("model_type", {}), ("eos_token_id", [[1]]))},
+    "sizes that only a data centre has": (lambda d: edit_config(d, vocab_size=2**31, hidden_size=2**31), "config.json", "a model of 17,"),
+    **{f"{key} {value}, which the weights have not": (lambda d, key=key, value=value: edit_config(d, **{key: value}), "model.safetensors", f"{name} is F32")
+       for key, value, name in (("vocab_size", 2**31, "embed_tokens.weight"), ("intermediate_size", 2**30, "layers.0.mlp.gate_proj.weight"))},
+    "a link to itself for weights": (lambda d: loop(d, "model.safetensors"), "model.safetensors", "not readable"),
+    "a link to itself for a config": (lambda d: loop(d, "config.json"), "config.json", "cannot be read"),
+    "a link to itself for a tokenizer": (lambda d: loop(d, "tokenizer.model"), "tokenizer.model", "no such file"),
+    "an index of other shards beside a whole model": (two_models, "model.safetensors.index.json", "other files than model.safetensors"),
+    "weights of four bits": (lambda d: edit_tensors(d, **{"layers.0.mlp.up_proj.weight.absmax": lambda _: torch.zeros(3, dtype=torch.uint8)}),
+                             "model.safetensors", "holds layers.0.mlp.up_proj.weight.absmax, expected weights that are not quantised"),
     **{f"generation_config.json {text}": (lambda d, text=text: generation(d, text), "config.json", said) for text, said in (
         ("{", "invalid JSON"), ("[]", "expected an object"), ('{"eos_token_id": "<eos>"}', "eos_token_id"), ('{"eos_token_id": [1, [2]]}', "eos_token_id"))},
     "tokenizer_config.json {": (lambda d: (d / "tokenizer_config.json").write_text("{"), "tokenizer_config.json", "invalid JSON"),
@@ -864,7 +901,7 @@ def test_a_step_that_cannot_be_recorded_is_said_once_and_done_without(model, gol
     for _ in range(2):
         replies = generate(model, prompts_of(golden), 12, temperature=0)
     assert replies == [row[:12] for row in continuations_of(golden)] and tried == [1]
-    assert capsys.readouterr().out == "a recorded step does not work on this machine, going on without it (division by zero)\n"
+    assert capsys.readouterr().out == "a recorded step does not work on this machine, going on without it (ZeroDivisionError: division by zero)\n"
 
 
 def test_what_memory_does_not_suffice_for_has_not_failed_for_good(monkeypatch):
@@ -880,7 +917,7 @@ def test_what_fails_is_said_on_rank_0_alone(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         with gemma.optional("it"):
             raise RuntimeError("too old\nand more")
-    assert capsys.readouterr().out == "it does not work on this machine, going on without it (too old)\n"
+    assert capsys.readouterr().out == "it does not work on this machine, going on without it (RuntimeError: too old)\n"
     assert gemma.FAILED == {"it"}
 
 
@@ -971,9 +1008,21 @@ def test_generation_keeps_no_graph_and_leaves_training_mode_alone(golden):
     assert model.training and all(weight.requires_grad for weight in model.parameters())
 
 
-@pytest.mark.parametrize("only", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0.0}, {"temperature": 1e-4}])
+NARROW = [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0.0}, {"temperature": 1e-4}, {"temperature": 1e-30}, {"temperature": 1e-37},
+          {"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1e-40, "top_p": 0.5}, {"temperature": 1e-40, "top_k": 4}]
+
+
+@pytest.mark.parametrize("only", NARROW)
 def test_narrow_sampling_is_greedy(model, golden, only):
     assert generate(model, prompts_of(golden), 10, generator=seeded(0), **only) == [row[:10] for row in continuations_of(golden)]
+
+
+@pytest.mark.parametrize("only", [{"top_k": 1}, {"top_p": 0.0}, {"temperature": 1e-40}])
+def test_of_equally_likely_tokens_narrow_sampling_takes_what_greedy_takes(only):
+    model = small_model(vocab_size=3000)
+    with torch.no_grad():
+        model.embed_tokens.weight[3:] = model.embed_tokens.weight[3]
+    assert generate(model, [[2, 3]], 4, generator=seeded(0), **only) == generate(model, [[2, 3]], 4, temperature=0)
 
 
 def nucleus(probabilities, top_p):
@@ -1101,19 +1150,56 @@ def test_no_other_signs_spell_a_control_token_where_the_vocabulary_normalises(to
 
 @pytest.mark.parametrize(("ends", "settings", "files", "chat"), [
     (1, {}, (), False), ([1, 5], {}, (), True), ([1, 5, 6], {}, (), False), (5, {}, (), True),
-    (1, {"chat_template": "{{ bos_token }}"}, (), True), (1, {}, ("chat_template.jinja",), True), ([1, 6], {}, ("chat_template.jinja",), False),
-    (1, {"bos_token": "<bos>"}, (), False),
+    (1, {"chat_template": "<start_of_turn>{{ role }}"}, (), True), (1, {}, ("<start_of_turn>user",), True),
+    ([1, 6], {}, ("<start_of_turn>user",), False), (1, {"bos_token": "<bos>"}, (), False),
+    (1, {"chat_template": "<|im_start|>{{ role }}"}, (), False), (1, {}, ("<|im_start|>user",), False),
 ])  # fmt: skip
 def test_a_checkpoints_files_say_whether_it_chats(tmp_path, ends, settings, files, chat):
     """<end_of_turn> is 5, a line break 6; a model whose replies end with lines was trained as plain, whatever it came from."""
     shutil.copy(ROOT / "configs" / "tiny" / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    for name in files:
-        (tmp_path / name).write_text("")
+    for template in files:
+        (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer, config = Tokenizer(tmp_path / "tokenizer.model"), SimpleNamespace(eos_token_id=ends)
     assert gemma.is_chat(tokenizer, config) == chat
     tokenizer.end_of_turn_id = None
     assert not gemma.is_chat(tokenizer, config)
+
+
+@pytest.mark.parametrize(("files", "said"), [
+    ({}, []),
+    ({"chat_template.jinja": "<start_of_turn>user"}, []),
+    ({"chat_template.jinja": "<|im_start|>user"}, ["the chat template beside it is not Gemma's"]),
+    ({"tokenizer_config.json": {"chat_template": "<|im_start|>user"}}, ["the chat template beside it is not Gemma's"]),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "<end_of_turn>"}, "416": {"content": "<image>"}}}}, []),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"413": {"content": "<|im_start|>", "lstrip": False}}}}, ["lacks 1 added tokens"]),
+    ({"tokenizer.json": {"added_tokens": [{"id": 413, "content": "a[]"}, {"id": 414, "content": "b"}], "model": {"vocab": {"content": 99}}}}, ["lacks 2 added tokens"]),
+    ({"tokenizer_config.json": {"added_tokens_decoder": 7, "chat_template": [1]}, "tokenizer.json": "\x00"}, ["the chat template"]),
+])  # fmt: skip
+def test_what_a_checkpoints_tokenizer_has_beyond_ours_is_said(tmp_path, files, said):
+    """The vocabulary has 410 pieces, the model 416."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    assert len(tokenizer) == 410
+    found = gemma.foreign(tokenizer, SimpleNamespace(vocab_size=416))
+    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True))
+
+
+def test_a_directory_with_tokenizer_json_alone_is_told_what_it_lacks(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer.model: no such file, expected the base model's"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_vocabulary_with_a_piece_that_is_no_utf8_is_named(tmp_path, tokenizer_path):
+    raw = tokenizer_path.read_bytes()
+    assert raw.count(b"venue") >= 1
+    (tmp_path / "tokenizer.model").write_bytes(raw.replace(b"venue", b"\xffenue", 1))
+    with pytest.raises(InputError, match="tokenizer.model: not readable as a SentencePiece model") as raised:
+        Tokenizer(tmp_path / "tokenizer.model")
+    message_of(raised)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model"])
@@ -1287,8 +1373,10 @@ def test_bytes_of_the_command_line_that_are_no_utf8_become_signs(monkeypatch, ca
 
 
 @pytest.mark.parametrize("softcap", [2.0, None])
-def test_flex_attention_with_block_masks_equals_attention_in_blocks(softcap):
+def test_flex_attention_with_block_masks_equals_attention_in_blocks(monkeypatch, softcap):
     """The GPU's path, as far as a CPU can run it: the forward pass, on a forest of two tries and padding."""
+    monkeypatch.setattr(gemma, "compiled", lambda function, **_: function)
+    monkeypatch.setattr(gemma, "kernel_options", lambda *_: None)
     torch.manual_seed(3)
     forest = gemma.Forest([[5, 6, 7, *range(20, 20 + n)] for n in (90, 140, 7)] + [[1, 2, 3, 4] * 9])
     (B, T), window = forest.tokens.shape, 30
@@ -1309,8 +1397,9 @@ def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
         assert all(x.ndim for x in inputs if isinstance(x, torch.Tensor))
         return lookup_backend("aot_eager")(graph, inputs)
 
-    flex_attention = gemma.compiled(gemma.flex_attention, dynamic=True, backend=compile)
-    monkeypatch.setattr(gemma, "flex_attention", flex_attention)
+    once = cache(lambda function, **options: torch.compile(function, backend=compile, **options))
+    monkeypatch.setattr(gemma, "compile_once", once)
+    monkeypatch.setattr(gemma, "kernel_options", lambda *_: None)
     monkeypatch.setattr(gemma, "tree_blocks", gemma.flex_mask)
     for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)):
         prompts = torch.randint(200, (rows, length), generator=seeded(length)).tolist()

@@ -514,6 +514,12 @@ def test_a_parameter_that_a_server_refuses_is_renamed_or_dropped_once_and_that_i
         assert any(each.startswith(line) for each in said)
 
 
+def test_calls_in_flight_that_are_refused_the_same_say_it_once(server, configured, capsys):
+    server.always, server.delay = {"stop": "no stop"}, 0.1
+    assert client(configured(backend="openai", concurrency=8))(list("abcdefgh")) == ["at last"] * 8
+    assert len(server.requests) > 9 and len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_parameter_is_dropped_for_a_400_alone_and_not_for_a_prompt_that_is_too_long(server, configured, capsys):
     server.script = ["400 for its length", "422", "400"]
     assert client(configured(backend="openai", concurrency=1))(["a", "b", "c", "d"]) == [None] * 3 + ["answer to d"]

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 
 import act
 import gemma
-from data import InputError
 from gemma import Gemma, LoraConfig
 
 GOLDEN = Path(__file__).parent / "golden"

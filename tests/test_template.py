@@ -5,7 +5,17 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from common import FORMATS, ROOT, TINY, a_pair, both_sides, pairs_from, training_of, write_lines
+from common import (
+    FORMATS,
+    ROOT,
+    TINY,
+    a_pair,
+    both_sides,
+    pairs_from,
+    prompted,
+    training_of,
+    write_lines,
+)
 from hostile import HOSTILE
 
 import act
@@ -154,10 +164,9 @@ AUTO = json.loads((ROOT / "tests" / "golden" / "auto_tokenizer.json").read_text(
 
 
 def saved_tokenizer(folder, prompt_format, source=TINY):
-    tokenizer, config = Tokenizer(source / "tokenizer.model"), GemmaConfig.from_json(TINY / "sft" / "config.json")
-    Template(tokenizer, prompt_format).mark_stops(config)
+    tokenizer = Tokenizer(source / "tokenizer.model")
     folder.mkdir()
-    act.save_tokenizer(tokenizer, config, folder)
+    act.save_tokenizer(Template(tokenizer, prompt_format), folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files.pop("tokenizer.model") == (TINY / "tokenizer.model").read_bytes()
     return {name: content.decode() for name, content in files.items()}
@@ -174,23 +183,27 @@ def test_transformers_reads_a_saved_tokenizer_as_it_is_used_here(tmp_path, token
         assert prompt_of(chat, pair, FAR) == AUTO["chats"][row["name"]], row["name"]
 
 
-def test_a_tokenizers_own_files_stay_as_they_are_and_get_what_they_lack(tmp_path):
-    """A plain model gets no chat template; one that has a template keeps it, wherever it stands."""
+def test_a_tokenizers_own_files_stay_as_they_are_but_its_chat_template_is_the_one_trained_in(tmp_path):
+    """A plain model gets the plain one, whatever it came with; in Gemma's format one that was there is kept."""
     template, config = ("chat_template.jinja", "tokenizer_config.json")
-    assert saved_tokenizer(tmp_path / "plain", "plain") == {config: AUTO["files"][config]}
+    ours = (ROOT / "configs" / "chat_template_plain.jinja").read_text(encoding="utf-8")
+    assert saved_tokenizer(tmp_path / "plain", "plain") == {config: AUTO["files"][config], template: ours}
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(TINY / "tokenizer.model", source)
-    own = {config: '{"bos_token": "<s>"}', "special_tokens_map.json": "{}", "tokenizer.json": "{ }"}
+    own = {config: '{\n  "bos_token": "<s>"\n}\n', "special_tokens_map.json": "{}", "tokenizer.json": "{ }"}
     for name, text in own.items():
         (source / name).write_text(text)
-    assert saved_tokenizer(tmp_path / "a", "plain", source) == own
+    assert saved_tokenizer(tmp_path / "a", "plain", source) == {**own, template: ours}
     assert saved_tokenizer(tmp_path / "b", "gemma", source) == {**own, template: AUTO["files"][template]}
     (source / template).write_text("mine")
     assert saved_tokenizer(tmp_path / "c", "gemma", source) == {**own, template: "mine"}
+    assert saved_tokenizer(tmp_path / "d", "plain", source) == {**own, template: ours}
     (source / template).unlink()
     (source / config).write_text('{"chat_template": "mine"}')
-    assert saved_tokenizer(tmp_path / "d", "gemma", source) == {**own, config: '{"chat_template": "mine"}'}
+    kept = '{\n  "chat_template": "mine"\n}\n'
+    assert saved_tokenizer(tmp_path / "e", "gemma", source) == {**own, config: kept}
+    assert saved_tokenizer(tmp_path / "f", "plain", source) == {**own, config: "{}\n", template: ours}
 
 
 def test_plain_mask_is_on_what_the_assistant_wrote(tokenizer, plain):
@@ -210,6 +223,35 @@ def test_chat_mask_is_on_what_the_assistant_wrote(tokenizer, chat):
     ]  # fmt: skip
     assert tokens == [token for text, _ in pieces for token in ids(tokenizer, text)]
     assert mask == [written for text, written in pieces for _ in ids(tokenizer, text)]
+
+
+PLAIN_TALKS = [
+    (TALK["context"], TALK["history"]), ("", [("user", "rome.")]),
+    (" a\n\n b\n", [("model", "get tax"), ("user", "\r\n jan\n\n  feb \r"), ("model", "  two  spaces\n"), ("user", "<s> {{ x }}")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("context", "history"), PLAIN_TALKS)
+def test_the_chat_template_of_the_plain_format_writes_what_is_trained_on(tokenizer, plain, context, history):
+    """Text for text, as transformers and vLLM render it, and here token for token."""
+    jinja2 = pytest.importorskip("jinja2.sandbox")
+    environment = jinja2.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((ROOT / "configs" / "chat_template_plain.jinja").read_text(encoding="utf-8"))
+    system = [{"role": "system", "content": context}] * bool(context)
+    messages = system + [{"role": role.replace("model", "assistant"), "content": text} for role, text in history]
+    written = template.render(messages=messages, bos_token="<s>", add_generation_prompt=True)
+    prompt = plain.prompt(context, history, FAR)
+    assert written == "<s>" + tokenizer.decode(prompt[1:])
+    assert tokenizer.encode(written.removeprefix("<s>"), bos=True) == prompt
+    whole = template.render(messages=[*messages, {"role": "assistant", "content": "get\ntax"}], bos_token="<s>")
+    assert whole == "<s>" + tokenizer.decode(prompt[1:] + plain.reply([("model", "get\ntax")])[0])
+
+
+@pytest.mark.parametrize("text", ["", " \n\n "])
+def test_a_cut_reply_that_says_nothing_is_scored_by_its_end(template, text):
+    """Else it would be a losing side of no tokens, of which nothing is learnt."""
+    tokens, mask = template.reply([("model", text)], ended=False)
+    assert sum(mask) == len(tokens) > 0
 
 
 @pytest.mark.parametrize("messages", [TRAJECTORY, TRAJECTORY[:1], [("model", "rome\n\nand oslo ")]])
@@ -239,7 +281,7 @@ def test_only_the_context_keeps_its_line_breaks_in_the_plain_format(tokenizer, p
 def test_prompt_and_reply_together_are_the_next_prompt(template):
     """What is scored in training is what is continued in sampling."""
     pair = a_pair(**TALK)
-    later = replace(pair, history=pair.history + TRAJECTORY + [("user", "And stock?")])
+    later = replace(pair, messages=pair.history + TRAJECTORY + [("user", "And stock?")])
     whole, now = prompt_of(template, later, FAR), prompt_of(template, pair, FAR)
     sequence = now + template.reply(TRAJECTORY)[0]
     assert whole[: len(sequence)] == sequence
@@ -358,7 +400,7 @@ def test_hostile_records_give_the_tokens_of_their_conversations(tmp_path, templa
     """Through a file of records: prompts and replies are the same, token by token."""
     pairs = [pair for dialogue in hostile for pair in dialogue]
     data.write_preferences(tmp_path / "records.jsonl", pairs, "records")
-    for pair, again in zip(pairs, data.read_preferences(tmp_path / "records.jsonl"), strict=True):
+    for pair, again in zip(pairs, data.read_preferences(tmp_path / "records.jsonl")[0], strict=True):
         assert prompt_of(template, again, FAR) == prompt_of(template, pair, FAR), pair.where
         for side in ("chosen", "rejected", "gold"):
             assert template.reply(getattr(again, side)) == template.reply(getattr(pair, side)), pair.where
@@ -375,7 +417,7 @@ def test_a_record_gives_the_tokens_of_its_conversation(tmp_path, template):
     path = write_lines(tmp_path / "talk.jsonl", [{"messages": [{"role": "system", "content": context}, *messages]}])
     pairs = data.ACTDataset(data.read_vertex_jsonl(path), CLARIFY, 2).prepare_datasets()
     data.write_preferences(tmp_path / "records.jsonl", pairs, "records")
-    for made in (pairs, data.read_preferences(tmp_path / "records.jsonl")):
+    for made in (pairs, data.read_preferences(tmp_path / "records.jsonl")[0]):
         for pair, turns in zip(made, (1, 3), strict=True):
             direct = a_pair(context=context, history=said[:turns])
             assert prompt_of(template, pair, FAR) == prompt_of(template, direct, FAR)
@@ -478,26 +520,28 @@ def test_turns_of_a_dialogue_with_a_long_context_still_share_their_beginning(tem
     assert min(len(prompt_of(template, pair, FAR)) for pair in long_dialogue) > limit, "every one of them is cut"
     beginnings = {tuple(prompt[: limit // 2]) for prompt in prompts}
     assert len(beginnings) <= 3, "a cut to the very token would give one each"
-    sequences = [prompt + reply for prompt, reply, _ in both_sides(long_dialogue, template, training)]
+    sequences = [tokens for tokens, _ in both_sides(long_dialogue, template, training)]
     forest = Forest(sequences)
     assert 5 * forest.used < sum(map(len, sequences))
 
 
 def test_a_sequence_is_cut_at_max_length_but_keeps_a_token(plain):
-    pair = a_pair(**TALK)
-    prompt, reply, mask = act.sequence_of(pair, TRAJECTORY, True, plain, training_of())
-    length = len(prompt)
+    [pair] = prompted([a_pair(**TALK)], plain)
+    length = len(pair.prompt)
+    tokens, mask = act.sequence(pair, TRAJECTORY, True, plain, training_of())
+    reply = tokens[length:]
     for room, kept in ((9, 9), (1, 1), (0, 1), (-9, 1), (len(reply) + 1, len(reply))):
         training = training_of(max_length=length + room, max_prompt_length=500)
-        assert act.sequence_of(pair, TRAJECTORY, True, plain, training) == (prompt, reply[:kept], mask[:kept])
+        cut = length + kept
+        assert act.sequence(pair, TRAJECTORY, True, plain, training) == (tokens[:cut], mask[:cut])
 
 
 def test_nothing_that_is_sampled_from_or_scored_is_longer_than_max_length(template, model, monkeypatch):
     """Neither with a user's turn of 20,000 words nor with a simulated user's reply of as many."""
     training, prompts = training_of(max_prompt_length=150, max_length=200), []
-    pair = a_pair(context="tax", history=[("user", "rome and oslo " * 6_000)])
+    [pair] = prompted([a_pair(context="tax", history=[("user", "rome and oslo " * 6_000)])], template, 150)
     reply = [("model", "Which?"), ("user", "sales in may " * 6_000), ("model", "get tax")]
-    assert len(act.sequence_of(pair, [("model", "get tax")], True, template, training)[0]) == 150
+    assert len(pair.prompt) == 150
     monkeypatch.setattr(act, "generate", lambda model, rows, limit, **_: prompts.extend(rows) or [[] for _ in rows])
     sampler = act.Sampler(model, template, [pair], training)
     sampler([0], [reply[:0]])
@@ -505,8 +549,8 @@ def test_nothing_that_is_sampled_from_or_scored_is_longer_than_max_length(templa
     assert [len(prompt) for prompt in prompts] == [150, 200]
     following = template.following(reply[:2])
     assert prompts[1] == prompts[0] + following[-50:], "the end of what was said is kept"
-    prompt, tokens, mask = act.sequence_of(pair, reply, True, template, training)
-    assert len(prompt + tokens) == 200 and sum(mask)
+    tokens, mask = act.sequence(pair, reply, True, template, training)
+    assert len(tokens) == len(mask) == 200 and sum(mask)
 
 
 def test_an_instruction_stands_before_the_context_in_the_plain_format_only(tokenizer, plain, chat):

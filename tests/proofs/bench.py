@@ -163,7 +163,7 @@ class Work:
         action = (self.data.CLARIFY, self.data.ANSWER)[seed % 2]
         history, context = [("user", self.words(rng, 12))], self.words(rng, prompt)
         pair = self.data.Pair(context, history, action, chosen, rejected, chosen, "")
-        room = prompt - len(self.template.prompt(replace(pair, context=""), prompt))
+        room = prompt - len(self.template.prompt("", history, prompt))
         return replace(pair, context=self.words(rng, room))
 
     def pairs(self):
@@ -175,7 +175,7 @@ class Work:
         return [self.pair(seed, self.prompt // 4 + int(seed * step)) for seed in range(count)]
 
     def prompts(self):
-        return [self.template.prompt(pair, self.prompt) for pair in self.ragged(self.rows)]
+        return [self.template.prompt(pair.context, pair.history, self.prompt) for pair in self.ragged(self.rows)]
 
     def synthetic_dialogues(self, count=3, turns=7):
         rng, rows = random.Random(0), []
@@ -194,7 +194,7 @@ class Work:
         rows = self.data.read_vertex_jsonl(self.folder / "dialogues.jsonl")
         pairs = self.data.ACTDataset(rows, self.data.CLARIFY, 1).prepare_datasets()
         groups = [[pairs[i] for i in group] for group in self.data.dialogues(pairs)]
-        groups.sort(key=lambda group: len(self.template.prompt(group[-1], 2**20)))
+        groups.sort(key=lambda group: len(self.template.prompt(group[-1].context, group[-1].history, 2**20)))
         count = min(self.dialogue_count, len(groups))
         return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
 
@@ -227,14 +227,16 @@ class Work:
 
     def step_flops(self, pairs):
         """(operations of a training step, tokens computed, slots that hold padding)."""
-        scored = self.act.Scored(self.sequences(pairs), "cpu")
-        used = torch.zeros_like(scored.forest.tokens, dtype=torch.bool)
-        for row, path in scored.forest.paths:
+        sequences = self.sequences(pairs)
+        masks = [[0] * len(prompt) + mask for prompt, _, mask in sequences]
+        forest = self.gemma.Forest([prompt + reply for prompt, reply, _ in sequences], masks)
+        used = torch.zeros_like(forest.tokens, dtype=torch.bool)
+        for row, path in forest.paths:
             used[row, path] = True
-        head = 2 * self.config.vocab_size * self.config.hidden_size * len(scored.targets)
-        layers = self.pass_flops(scored.forest.positions[used], len(scored.targets))
+        head = 2 * self.config.vocab_size * self.config.hidden_size * len(forest.targets)
+        layers = self.pass_flops(forest.positions[used], len(forest.targets))
         flops = layers * (5 if self.checkpointing else 4) + head * 5
-        return flops, scored.used, scored.forest.tokens.numel() - scored.used
+        return flops, forest.used, forest.tokens.numel() - forest.used
 
     def decode_bytes(self, lengths, steps):
         """Read by `steps` decoding steps of rows with so many tokens: weights, and the keys and values seen."""
@@ -254,15 +256,14 @@ class Work:
         act, training, source = self.act, replace(self.training, **changes), self.folder / "model"
         act.start_processes()
         mesh = act.make_mesh(DEVICE, 1)
-        held = DTYPE if lora else torch.float32
-        policy = act.build_model(source, mesh, held, training.bf16, checkpointing=self.checkpointing, lora=lora)
+        model = act.PolicyModelConfig(str(source), str(DTYPE).removeprefix("torch."))
         if lora:
-            self.gemma.init_adapters(policy, 0)
-            reference = act.Reference(policy)
-        else:
-            reference = act.build_model(source, mesh, DTYPE, trainable=False)
+            model = replace(model, lora_r=lora.r, lora_alpha=lora.lora_alpha, lora_target_modules=lora.target_modules)
+        config = act.Config(policy_model_config=model, training_config=training)
+        policy = act.build_model(config, mesh)
+        reference = None if lora else act.build_model(config, mesh, trained=False)
         return SimpleNamespace(
-            config=act.Config(training_config=training), device=DEVICE, template=self.template, helpers=self.helpers,
+            config=config, device=DEVICE, template=self.template, helpers=self.helpers,
             policy=policy, reference=reference,
             optimizer=act.make_optimizer(policy, training),
         )  # fmt: skip

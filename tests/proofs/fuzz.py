@@ -101,13 +101,11 @@ def readers():
     records = [make(pair) for pair in pairs[:8] for make in data.PREFERENCE_FORMS.values()]
     configs = [json.loads(path.read_text()) for path in sorted((ROOT / "configs").glob("*.json"))]
     models = [json.loads((ROOT / f"tests/golden/{name}/config.json").read_text()) for name in ("gemma2", "gemma3")]
-    adapter = json.loads((ROOT / "tests/golden/lora/adapter_config.json").read_text())
     return {
         "conversations": (conversations, read_conversations),
         "pairs": (records, lambda path: data.read_preferences(path, lambda _: None)),
         "config": (configs, read_config),
         "model": (models, gemma.GemmaConfig.from_json),
-        "adapter": ([adapter], gemma.LoraConfig.from_json),
     }
 
 

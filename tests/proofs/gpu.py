@@ -181,21 +181,21 @@ def speeds(prompt=1500, reply=100, pairs=4, new=64):
     sequences = []
     for i in range(pairs):
         start = tokens(i, prompt)
-        sequences += [(start, tokens(100 + 2 * i + side, reply), [1] * reply) for side in (0, 1)]
-    scored = act.Scored(sequences, torch.device("cuda"))
+        sequences += [start + tokens(100 + 2 * i + side, reply) for side in (0, 1)]
+    forest = gemma.Forest(sequences, [[0] * prompt + [1] * reply] * len(sequences)).to("cuda")
 
     def update():
         with torch.no_grad():
-            reference = scored.logps(policy)
-        (scored.logps(policy) - reference).sum().backward()
+            reference = policy.logps(forest)
+        (policy.logps(forest) - reference).sum().backward()
         policy.zero_grad()
 
     body = sum(p.numel() for p in policy.layers.parameters())
     head = policy.embed_tokens.weight.numel()
     # reference 2, forward 2, recomputed 2, backward 4 of each weight and token; the head: at scored tokens, recomputed too
-    work = 10 * (body * scored.used + head * len(scored.targets))
+    work = 10 * (body * forest.used + head * len(forest.targets))
     took = seconds(update)
-    print(f"training part of a step, {pairs} pairs, {scored.used} tokens: {took:.2f} s, MFU {work / took / flops:.0%}")
+    print(f"training part of a step, {pairs} pairs, {forest.used} tokens: {took:.2f} s, MFU {work / took / flops:.0%}")
     policy.requires_grad_(False)
     weights = 2 * (body + head)
     for rows in (4, 32):

@@ -40,7 +40,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 import act  # noqa: E402
 from data import write_json  # noqa: E402
-from gemma import Gemma, GemmaConfig  # noqa: E402
+from gemma import Forest, Gemma, GemmaConfig  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 # layers, hidden, intermediate, heads, key/value heads, head_dim, query_pre_attn_scalar, vocabulary: the published ones,
@@ -133,7 +133,7 @@ def watched():
 
 def held(tensors):
     """Bytes of this rank's part of some tensors."""
-    local = [tensor.to_local() if isinstance(tensor, act.DTensor) else tensor for tensor in tensors]
+    local = [tensor.to_local() if isinstance(tensor, gemma.DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
@@ -145,19 +145,21 @@ def load(directory):
     return seen
 
 
-def sharded(directory, **options):
+def sharded(directory, trained=True):
     mesh = act.make_mesh(torch.device("cpu"), 1)
-    return act.build_model(directory, mesh, torch.bfloat16, **options)
+    policy = act.PolicyModelConfig(str(directory), "bfloat16")
+    training = act.TrainingConfig(gradient_checkpointing=True)
+    return act.build_model(act.Config(policy_model_config=policy, training_config=training), mesh, trained)
 
 
 def step(directory):
     """One optimiser step on one sequence. Gradients are counted before clip_and_step, which lets them go."""
     training = act.TrainingConfig(optim="rmsprop", learning_rate=1e-3)
     with watched() as seen:
-        model = sharded(directory, checkpointing=True)
+        model = sharded(directory)
         tokens = torch.randint(model.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
-        scored = act.Scored([(tokens[: TOKENS // 2], tokens[TOKENS // 2 :], [1] * (TOKENS // 2))], torch.device("cpu"))
-        (-scored.logps(model).sum() / TOKENS).backward()
+        forest = Forest([tokens], [[0] * (TOKENS // 2) + [1] * (TOKENS // 2)])
+        (-model.logps(forest).sum() / TOKENS).backward()
         gradients = held([parameter.grad for parameter in model.parameters()])
         optimizer = act.make_optimizer(
             model, training
@@ -171,7 +173,7 @@ def step(directory):
 
 def save(directory):
     """A frozen model, as the reference is, written in shards as large as its largest tensor."""
-    model = sharded(directory, trainable=False)
+    model = sharded(directory, trained=False)
     largest = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with watched() as seen:
         model.save_pretrained(directory.parent / "saved", max_shard_bytes=largest)

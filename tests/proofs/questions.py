@@ -7,13 +7,14 @@ On the 200 labelled replies of tests/golden/replies.jsonl, and on the labelled t
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import ANSWER, CLARIFY, action_metrics, fold, read_jsonl, read_vertex_jsonl, rule_actions  # noqa: E402
+from data import ANSWER, CLARIFY, action_metrics, fold, read_vertex_jsonl, rule_actions  # noqa: E402
 
 REPLIES = ROOT / "tests" / "golden" / "replies.jsonl"
 
@@ -34,7 +35,8 @@ def main(arguments=None):
     parser.add_argument("paths", nargs="*", help="files of conversations with labels")
     parser.add_argument("--wrong", action="store_true", help="show the replies about which the rule is wrong")
     given = parser.parse_args(arguments)
-    sources = {REPLIES: [(row["text"], CLARIFY if row["asks"] else ANSWER) for _, row in read_jsonl(REPLIES)]}
+    rows = map(json.loads, REPLIES.read_text(encoding="utf-8").splitlines())
+    sources = {REPLIES: [(row["text"], CLARIFY if row["asks"] else ANSWER) for row in rows]}
     sources |= {path: labelled_replies(path) for path in given.paths}
     for path, replies in sources.items():
         texts, gold = zip(*replies, strict=True)

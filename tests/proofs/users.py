@@ -10,6 +10,7 @@ was left open?}.
 """
 
 import argparse
+import json
 import random
 import sys
 from pathlib import Path
@@ -49,12 +50,12 @@ def main():
     for name, here in (("of the same dialogue", True), ("of other dialogues", False)):
         rng, given_away = random.Random(0), []
         for i, pair in enumerate(pairs):
-            others = [k for k, p in enumerate(pairs) if k != i and (p.where == pair.where) == here]
+            others = [k for k, p in enumerate(pairs) if k != i and (p.dialogue == pair.dialogue) == here]
             others = [k for k in others if about[k] != about[i]]
             for k in others if here else rng.sample(others, min(20, len(others))):
                 given_away.append(replied(pair, questions[k]))
         print(f"questions {name} about something else get it:", share(given_away))
-    rows = [row for _, row in data.read_jsonl(ASKED)]
+    rows = [json.loads(line) for line in ASKED.read_text(encoding="utf-8").splitlines()]
     for right in (True, False):
         hits = [answered(row) for row in rows if row["right"] is right]
         print(f"sampled questions labelled {'right' if right else 'wrong'} get it:", share(hits))
