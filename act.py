@@ -90,7 +90,7 @@ class HelperFailed(Exception):
     """A helper model gave no usable answer in this conversation."""
 
 
-@dataclass(eq=False)  # two that went alike are two
+@dataclass
 class Rollout:
     """What Algorithm 2 made of an example."""
 
@@ -173,11 +173,10 @@ def best_contrast(rollouts):
         new = replace(new, chosen=won.trajectory)
     if lost:
         new = replace(new, rejected=lost.trajectory, cut=lost.pair.cut)
-    taken = [won, lost]
     if same_words(new):
-        new, taken = pair, []
+        new, won, lost = pair, None, None
     for rollout in rollouts:
-        if rollout not in taken:
+        if rollout is not won and rollout is not lost:
             rollout.replaced = None
     return new
 
@@ -1349,13 +1348,12 @@ def require_finite(values):
 # Sharded over the ranks to train, whole on each of them to sample.
 
 
-def make_mesh(device, replicas):
+def make_mesh(device, copies):
     """The ranks as [copies, shards]: parameters are sharded along the second dimension."""
     world = dist.get_world_size()
-    if world % replicas:
-        expected = f"a divisor of the number of processes, {world}"
-        raise InputError(f"dp_replicate_size is {replicas}, expected {expected}")
-    names, sizes = ("replicate", "shard"), (replicas, world // replicas)
+    if world % copies:
+        raise InputError(f"dp_replicate_size is {copies}, expected a divisor of {world} processes")
+    names, sizes = ("replicate", "shard"), (copies, world // copies)
     return init_device_mesh(device.type, sizes, mesh_dim_names=names)
 
 
@@ -1515,6 +1513,7 @@ def make_template(config):
     chosen, source = config.data_config.prompt_format, Path(config.policy_model_config.model_path)
     tokenizer = Tokenizer(source / "tokenizer.model")
     model = GemmaConfig.from_json(source / "config.json")
+    gemma.check_vocabulary(tokenizer, model)
     chat = gemma.is_chat(tokenizer, model)
     if chosen == "auto":
         chosen = "gemma" if chat else "plain"
@@ -1547,7 +1546,6 @@ def prepare(config, overwrite, resume):
     run.policy = build_model(config, mesh)
     if config.task != "sft" and not run.policy.lora:  # its base is what LoRA starts from
         run.reference = build_model(config, mesh, trained=False)
-    gemma.check_vocabulary(run.template.tokenizer, run.policy)
     run.template.mark_stops(run.policy.config)
     run.optimizer = make_optimizer(run.policy, training)
     if run.checkpoint:
@@ -1652,12 +1650,12 @@ def open_output(config, resume=False, overwrite=False):
     """
     output, names = output_of(config), [*WRITES[config.task], "config.json"]
     written = {Path(os.path.realpath(output / name)) for name in names}
-    inputs = {key: path for key, path in flat(asdict(config)).items() if INPUT in KEYS[key]}
-    for key, path in inputs.items():
-        at = Path(os.path.realpath(path))
-        if path and not written.isdisjoint((at, at / "config.json", *at.parents)):
-            problem = f"this run would write over it, expected another output_dir than {output}"
-            raise InputError(f"{key} {at}: {problem}")
+    for key, path in flat(asdict(config)).items():
+        if INPUT in KEYS[key] and path:
+            at = Path(os.path.realpath(path))
+            if not written.isdisjoint((at, at / "config.json", *at.parents)):
+                expected = f"expected another output_dir than {output}"
+                raise InputError(f"{key} {at}: this run would write over it, {expected}")
     take_lock(output)
     former, present = former_task(output), [n for n in names if os.path.lexists(output / n)]
     trains = WRITES[config.task] is TRAINING_FILES
@@ -1769,15 +1767,15 @@ def remove(path):
         shutil.rmtree(aside)
 
 
-LOCK = []  # the open file whose lock says that output_dir is this process's
+LOCK = []  # the file whose lock says that output_dir is this process's, and whether it made that
 
 
 def take_lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
+    new, flags = not output.exists(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
         output.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        LOCK[:] = [os.fdopen(os.open(output / ".lock", flags, 0o666))]
+        LOCK[:] = [os.fdopen(os.open(output / ".lock", flags, 0o666)), new]
     except OSError as error:
         raise InputError(f"{error}, expected a directory that can have a file .lock") from None
     try:
@@ -1790,11 +1788,24 @@ def take_lock(output):
         print0(f"{output}: a second run at once would not be noticed here ({error.strerror})")
 
 
+def holds_lock(output):
+    """Whether the locked file is the one that is there."""
+    path = output / ".lock"
+    return LOCK and path.exists() and os.path.samestat(os.fstat(LOCK[0].fileno()), path.stat())
+
+
 def require_lock(output):
     """Raises RunStopped where another run may write to an output directory."""
-    path = output / ".lock"  # which need not be the file that was locked
-    if not path.exists() or not os.path.samestat(os.fstat(LOCK[0].fileno()), path.stat()):
-        raise RunStopped(f"{path}: is not this run's any more, another may write there")
+    if not holds_lock(output):
+        raise RunStopped(f"{output}: its .lock is not this run's any more, another may write there")
+
+
+def release_lock(output):
+    """Let go of an output directory, which goes too if this run made it and wrote nothing."""
+    if LOCK[1:] == [True] and holds_lock(output) and os.listdir(output) == [".lock"]:
+        (output / ".lock").unlink()
+        output.rmdir()
+    LOCK.clear()
 
 
 def save_trained(run):
@@ -2245,7 +2256,7 @@ def load_helper(config, path):
     tokenizer = Tokenizer(directory / "tokenizer.model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(directory, dtype, device)
-    gemma.check_vocabulary(tokenizer, model)
+    gemma.check_vocabulary(tokenizer, model.config)
     return model.requires_grad_(False), tokenizer
 
 
@@ -2618,7 +2629,6 @@ def evaluate(config, overwrite=False, resume=False):
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
     mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
     model = build_model(config, mesh, trained=False)
-    gemma.check_vocabulary(begun.template.tokenizer, model)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
     on_main(require_lock, output_of(config))
@@ -2722,6 +2732,7 @@ def main(arguments=None):
     if {"-h", "--help"} & set(arguments):
         say(help_text())
         return 0
+    config = None
     try:
         path, overrides, flags = parse_arguments(arguments)
         config = load_config(path, overrides)
@@ -2747,7 +2758,8 @@ def main(arguments=None):
         return 130
     finally:
         heed_signals(False)
-        LOCK.clear()
+        with suppress(OSError):
+            release_lock(output_of(config)) if config else None
         if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait for all
             dist.destroy_process_group()
     return 0

@@ -1179,9 +1179,9 @@ def foreign(tokenizer, config):
     return lines
 
 
-def check_vocabulary(tokenizer, model):
-    if len(tokenizer) > model.config.vocab_size:
-        limit = f"at most the model's vocab_size {model.config.vocab_size}"
+def check_vocabulary(tokenizer, config):
+    if len(tokenizer) > config.vocab_size:
+        limit = f"at most the model's vocab_size {config.vocab_size}"
         raise InputError(f"{tokenizer.path}: {len(tokenizer)} pieces, expected {limit}")
 
 
@@ -1690,7 +1690,7 @@ def talk(args):
     tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), device)
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model.config)
     for line in foreign(tokenizer, model.config):
         print(line, file=sys.stderr)
     if args.prompt is None:

@@ -277,6 +277,7 @@ def test_evaluate_and_pairs_from_python_and_what_they_return(world, act_run, tmp
         assert act.evaluate(config) == json.loads((act_run[0] / "out" / "eval_metrics.json").read_text())
     finally:
         dist.destroy_process_group()
+        act.release_lock(tmp_path / "out")
 
 
 def test_a_metric_bears_the_name_of_its_heuristic(world, tmp_path, capsys):
@@ -823,12 +824,13 @@ def test_a_foreign_lock_is_neither_emptied_nor_followed_nor_removed(world, tmp_p
     assert run("--config", config) == 0 and lock.read_text() == "mine"
 
 
-def test_a_run_whose_files_are_missing_makes_no_directory_and_removes_none(world, tmp_path, capsys):
-    config = run_config(world, tmp_path)
-    error_of(capsys, "--config", config, "--train_path", tmp_path / "nothing")
+def test_a_refused_run_removes_the_directory_only_if_it_made_it(world, tmp_path, capsys):
+    config, bad = run_config(world, tmp_path), tmp_path / "bad.jsonl"
+    bad.write_text("[]\n")
+    error_of(capsys, "--config", config, "--train_path", bad)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    error_of(capsys, "--config", config, "--train_path", tmp_path / "nothing")
+    error_of(capsys, "--config", config, "--train_path", bad)
     assert (tmp_path / "out").exists()
 
 
@@ -934,7 +936,7 @@ def test_what_would_learn_nothing_is_refused_once_the_steps_are_known(world, tmp
     config = run_config(world, tmp_path, "sft", metric_for_best_model=metric, **best)
     said = error_of(capsys, "--config", config, "--validation_path", path)
     assert "metric_for_best_model: no validation turn has the action CLARIFY, expected another metric or some" in said
-    assert names_in(tmp_path / "out") == set(), "nothing but its lock"
+    assert not (tmp_path / "out").exists()
     assert run("--config", config, "--validation_path", path, "--metric_for_best_model", metric.replace("CLARIFY", "ANSWER")) == 0
 
 
@@ -1048,7 +1050,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(world, tmp_path, capsys):
 
 def test_ranks_that_cannot_be_split_into_copies_are_refused(world, tmp_path, capsys):
     error = error_of(capsys, "--config", run_config(world, tmp_path, dp_replicate_size=2))
-    assert "dp_replicate_size is 2, expected a divisor of the number of processes, 1" in error
+    assert "dp_replicate_size is 2, expected a divisor of 1 processes" in error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1389,7 +1391,7 @@ def test_a_run_whose_directory_was_removed_and_made_anew_stops(world, tmp_path, 
     config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=3, save_steps=1)
     assert run("--config", config) == 1
     said = capsys.readouterr().err
-    assert f"act.py: stopped: {out / '.lock'}: is not this run's any more, another may write there" in said
+    assert f"act.py: stopped: {out}: its .lock is not this run's any more, another may write there" in said
     assert len(said.splitlines()) == 1
     assert names_in(out / "checkpoints") == {"step-1"} and (out / ".lock").exists() and not (out / "model").exists()
 

@@ -133,7 +133,7 @@ def watched():
 
 def held(tensors):
     """Bytes of this rank's part of some tensors."""
-    local = [tensor.to_local() if isinstance(tensor, gemma.DTensor) else tensor for tensor in tensors]
+    local = [tensor.to_local() if isinstance(tensor, act.gemma.DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
