@@ -66,7 +66,7 @@ OUTCOMES = ("wrong_action", "good_outcome", "bad_outcome", "no_answer", "cut_off
 EVALUATION_FILES = {"eval_metrics.json", "eval_samples.jsonl", "report.html"}
 MODEL_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
-    "trainer_state.json",
+    "trainer_state.json", "chat_template.jinja",
 }  # fmt: skip
 
 
