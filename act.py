@@ -67,7 +67,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 import data
 import gemma
@@ -167,17 +166,17 @@ def best_contrast(rollouts):
     A side that no rollout has won, or lost, stays what the example has. Those that are not taken
     forget that they replaced a side.
     """
-    new, taken = rollouts[0].before, []
-    for side in ("chosen", "rejected"):
-        first = next((rollout for rollout in rollouts if rollout.replaced == side), None)
-        if first:
-            cut = first.pair.cut if side == "rejected" else new.cut
-            new = replace(new, cut=cut, **{side: first.trajectory})
-            taken.append(first)
+    pair = new = rollouts[0].before
+    won = next((rollout for rollout in rollouts if rollout.replaced == "chosen"), None)
+    lost = next((rollout for rollout in rollouts if rollout.replaced == "rejected"), None)
+    if won:
+        new = replace(new, chosen=won.trajectory)
+    if lost:
+        new = replace(new, rejected=lost.trajectory, cut=lost.pair.cut)
     if same_words(new):
-        new, taken = rollouts[0].before, []
+        new, won, lost = pair, None, None
     for rollout in rollouts:
-        if not any(rollout is one for one in taken):
+        if rollout is not won and rollout is not lost:
             rollout.replaced = None
     return new
 
@@ -368,8 +367,7 @@ def learning_rate(step, steps, training):
 def clip_and_step(policy, optimizer, max_grad_norm, lr):
     """Clip, take one optimiser step, and return the gradient's norm before clipping."""
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = gemma.whole_tensor(torch.nn.utils.get_total_norm(grads))
     if not norm.isfinite():  # the same on all ranks; the parameters are still good
         raise NotANumber("the gradient's norm is not a finite number")
     if max_grad_norm:
@@ -387,14 +385,15 @@ def train(config, overwrite=False, resume=False):
     if run is None:
         return
     training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
-    local, micro = run.local, training.per_device_train_batch_size  # of a step, a forward pass
+    local = run.state["examples_per_step"] // world  # examples of a step here
+    micro = training.per_device_train_batch_size  # and of a forward pass
     order, log, progress = run.order, run.log, Progress("step", run.steps)
     take_step = sft_step if config.task == "sft" else preference_step
     print0(f"{config.task}: {len(run.pairs)} training turns, {len(run.validation)} for validation, "
-           f"steps of {local * world} turns, step {run.start} to {run.steps}")  # fmt: skip
-    done = run.start
+           f"steps of {local * world} turns, step {run.saved} to {run.steps}")  # fmt: skip
+    done = run.saved
     try:
-        for step in range(run.start, run.steps + 1):
+        for step in range(run.saved, run.steps + 1):
             # evaluate before the first step, after the last, and in between as asked
             between = training.eval_steps and step % training.eval_steps == 0
             due = between or step in (0, run.steps)
@@ -1349,32 +1348,42 @@ def require_finite(values):
 # Sharded over the ranks to train, whole on each of them to sample.
 
 
-def make_mesh(device, replicas):
+def make_mesh(device, copies):
     """The ranks as [copies, shards]: parameters are sharded along the second dimension."""
     world = dist.get_world_size()
-    if world % replicas:
-        expected = f"a divisor of the number of processes, {world}"
-        raise InputError(f"dp_replicate_size is {replicas}, expected {expected}")
-    names, sizes = ("replicate", "shard"), (replicas, world // replicas)
+    if world % copies:
+        raise InputError(f"dp_replicate_size is {copies}, expected a divisor of {world} processes")
+    names, sizes = ("replicate", "shard"), (copies, world // copies)
     return init_device_mesh(device.type, sizes, mesh_dim_names=names)
 
 
-def build_model(directory, mesh, dtype, bf16=False, trainable=True, lora=None):
-    """A Gemma sharded over a mesh, each rank of which reads only its part of the checkpoint.
+def build_model(config, mesh, trained=True):
+    """The policy of a configuration, sharded over a mesh; a rank reads only its part of the files.
 
-    lora: LoraConfig of adapters to add, empty as they are.
+    trained: in float32, or with LoRA adapters in float32 beside what is frozen. Else as a reference
+    is, all of it frozen.
     """
+    policy, training = config.policy_model_config, config.training_config
+    source, lora = Path(policy.model_path), trained and policy.lora_r
+    dtype = getattr(torch, policy.dtype)
+    if trained and not lora:
+        dtype = torch.float32
+    elif training.bf16 and not trained:
+        dtype = torch.bfloat16
     with torch.device("meta"):
-        model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
-        model.requires_grad_(trainable)
+        model = Gemma(GemmaConfig.from_json(source / "config.json")).to(dtype)
+        model.requires_grad_(trained)
         if lora:
-            gemma.add_adapters(model, lora)
-        gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")  # shapes
-    model.compute_dtype = torch.bfloat16 if bf16 else dtype
+            targets = policy.lora_target_modules or gemma.PROJECTIONS
+            gemma.add_adapters(model, gemma.LoraConfig(lora, policy.lora_alpha, targets))
+        gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")  # shapes
+    model.compute_dtype = torch.bfloat16 if training.bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
         shard(model, mesh)
     model.to_empty(device=mesh.device_type)
-    gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")
+    gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")
+    gemma.init_adapters(model, training.seed)
+    model.set_checkpointing(training.gradient_checkpointing)
     return model
 
 
@@ -1387,26 +1396,12 @@ def shard(model, mesh):
     register_fsdp_forward_method(model, "logps")
 
 
-def build_models(config, mesh, checkpoint):
-    """(policy, reference). The second is None in task sft, and with LoRA: see `reference_logps`."""
-    training, policy = config.training_config, config.policy_model_config
-    source, bf16, reference = policy.model_path, training.bf16, None
-    frozen = getattr(torch, policy.dtype)
-    if policy.lora_r:  # a checkpoint holds adapters only
-        targets = policy.lora_target_modules or gemma.PROJECTIONS
-        lora = gemma.LoraConfig(policy.lora_r, policy.lora_alpha, targets)
-        model = build_model(source, mesh, frozen, bf16, lora=lora)
-        if checkpoint:
-            gemma.load_safetensors(gemma.adapters(model), checkpoint, "adapter_model")
-        else:
-            gemma.init_adapters(model, training.seed)
+def load_checkpoint(model, checkpoint):
+    """Give a policy the weights of a checkpoint, which with LoRA are those of its adapters."""
+    if model.lora:
+        gemma.load_safetensors(gemma.adapters(model), checkpoint, "adapter_model")
     else:
-        if config.task != "sft":
-            dtype = torch.bfloat16 if bf16 else frozen
-            reference = build_model(source, mesh, dtype, trainable=False)
-        model = build_model(checkpoint or source, mesh, torch.float32, bf16)
-    model.set_checkpointing(training.gradient_checkpointing)
-    return model, reference
+        gemma.load_safetensors(gemma.base_weights(model), checkpoint, prefix="model.")
 
 
 @torch.no_grad()
@@ -1417,36 +1412,40 @@ def unsharded(model, bf16=False):
         if model.lora:
             gemma.add_adapters(whole, model.lora)
     dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
-    weights = {}
-    for name, p in model.named_parameters():
-        p = p.detach().to(dtype)
-        weights[name] = p.full_tensor() if isinstance(p, DTensor) else p
+    parameters = model.named_parameters()
+    weights = {name: gemma.whole_tensor(p.detach().to(dtype)) for name, p in parameters}
     require_finite(weights)
     whole.load_state_dict(weights, assign=True)
     return whole
 
 
 def make_optimizer(model, training):
-    """The optimiser with its state in place from the start, so that loading is no special case."""
-    cls, moments, options = torch.optim.RMSprop, ("square_avg",), {}
-    if training.optim == "adamw":
-        cls, moments, options = torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"fused": True}
+    """The optimiser with its state in place from the start, so that loading is no special case.
+
+    Its learning rate is that of each step: see `clip_and_step`.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options |= {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    optimizer = cls(parameters, **options)
+    decay = training.weight_decay
+    if training.optim == "adamw":
+        optimizer = torch.optim.AdamW(parameters, weight_decay=decay, fused=True)
+        moments = ("exp_avg", "exp_avg_sq")
+    else:
+        optimizer = torch.optim.RMSprop(parameters, weight_decay=decay)
+        moments = ("square_avg",)
     for parameter in parameters:
-        state = {key: torch.zeros_like(parameter) for key in moments}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0, device=parameter.device), **state}
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(0.0, device=parameter.device)
+        state |= {moment: torch.zeros_like(parameter) for moment in moments}
     return optimizer
 
 
 def optimizer_tensors(model, optimizer):
     """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value
-    return tensors
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1455,55 +1454,46 @@ def optimizer_tensors(model, optimizer):
 
 
 @dataclass
-class Start:
-    """What every task begins with."""
+class Run:
+    """What every task begins with (`begin`), and what training needs beside it (`prepare`)."""
 
     config: Config
+    output: Path
     device: torch.device
     checkpoint: Path | None  # that a resumed run goes on from
-    state: dict  # fingerprints of all files that decide what is learnt
-    tokenizer: Tokenizer | None
+    state: dict  # what decides what is learnt: keys, fingerprints of files
     template: Template | None
     helpers: Any  # Helpers
     pairs: list  # of the training turns
     validation: list  # of the validation turns
-
-
-@dataclass
-class Run(Start):
-    """What a training run consists of."""
-
-    policy: Gemma
-    reference: Gemma | None
-    optimizer: torch.optim.Optimizer
-    order: DataOrder
-    log: Log
-    start: int  # optimiser steps that a resumed run has behind it
-    steps: int  # and how many it shall have at its end
-    local: int  # examples of a step on this rank
+    policy: Gemma = None
+    reference: Gemma = None
+    optimizer: torch.optim.Optimizer = None
+    order: DataOrder = None
+    log: Log = None
+    steps: int = 0  # optimiser steps at its end
+    saved: int = 0  # and at its newest checkpoint, which a resumed run goes on from
 
 
 def begin(config, overwrite=False, resume=False):
-    """Decide about the output directory, read and check the files. Nothing there is changed."""
-    device, source = start_processes(), config.policy_model_config.model_path
+    """A Run: read the files, decide about the output directory, check. It changes nothing there."""
+    device, checkpoint = start_processes(), None
     print0(machine(device))
-    writes = config.task in WRITES
-    checkpoint = on_main(open_output, config, resume, overwrite) if writes else None
     contents = {key: data.read_bytes(path) for key, path in input_files(config).items()}
-    state = {key: digest([raw]) for key, raw in contents.items()} | model_fingerprints(config)
+    state = learnt(config) | fingerprints(config, contents)
     ranks = on_all(lambda: flat(asdict(config)) | state)
     for rank, found in enumerate(ranks):
-        for key, value in found.items():
-            if value != ranks[0].get(key):
-                expected = f"expected {ranks[0].get(key)} as on rank 0"
-                raise InputError(f"rank {rank}: {key} is {value}, {expected}")
-    tokenizer = template = None
-    if source and config.task != "generate_preference":  # whose pairs are for any model
-        tokenizer = Tokenizer(Path(source) / "tokenizer.model")
-        template = Template(tokenizer, prompt_format(config, tokenizer))
+        require_equal(found, ranks[0], f"rank {rank}", "on rank 0")
+    if config.task in WRITES:
+        checkpoint = on_main(open_output, config, resume, overwrite)
+    if checkpoint:
+        on_main(require_same_run, checkpoint, state)
+    template = None
+    if config.policy_model_config.model_path and config.task != "generate_preference":
+        template = make_template(config)  # pairs that are generated are for any model
     helpers = Helpers(config, contents)
-    pairs, validation = load_pairs(config, helpers, template, contents)
-    return Start(config, device, checkpoint, state, tokenizer, template, helpers, pairs, validation)
+    turns = load_pairs(config, helpers, template, contents)
+    return Run(config, output_of(config), device, checkpoint, state, template, helpers, *turns)
 
 
 def machine(device):
@@ -1512,72 +1502,71 @@ def machine(device):
         kind = torch.cuda.get_device_name(device)
     else:
         cpus = Path("/proc/cpuinfo")  # of Linux; on ARM it does not name a model
-        named = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+        named = re.search(r"model name\s*:\s*(.+)", cpus.read_text() if cpus.exists() else "")
         name = named[1] if named else platform.machine()
         kind = f"{name} ({torch.backends.cpu.get_cpu_capability()})"
     processes = f"processes: {dist.get_world_size()}, threads each: {torch.get_num_threads()}"
     return f"{kind}, {processes}, torch {torch.__version__}: on these the last bits depend"
 
 
-def prompt_format(config, tokenizer):
-    """As configured; "auto": Gemma's chat template where the checkpoint's files say so."""
-    chosen, source = config.data_config.prompt_format, config.policy_model_config.model_path
-    model = GemmaConfig.from_json(Path(source) / "config.json")
+def make_template(config):
+    """The policy's Template; "auto" is Gemma's chat format where the checkpoint says so."""
+    chosen, source = config.data_config.prompt_format, Path(config.policy_model_config.model_path)
+    tokenizer = Tokenizer(source / "tokenizer.model")
+    model = GemmaConfig.from_json(source / "config.json")
+    gemma.check_vocabulary(tokenizer, model)
     chat = gemma.is_chat(tokenizer, model)
     if chosen == "auto":
         chosen = "gemma" if chat else "plain"
-        says = "" if chat else "do not "
-        print0(f"prompt_format {chosen!r}: {source}'s files {says}say that it talks as Gemma does")
+        print0(f"{source}: its files speak for prompt_format {chosen!r}")
     for line in gemma.foreign(tokenizer, model):
         if chosen == "gemma":
             raise InputError(f"{line}, expected prompt_format 'plain'")
         print0(line)
     if chosen == "gemma" and not chat and config.policy_model_config.lora_r:
         print0(f"{source} does not talk in this format yet: with LoRA it will hardly learn to stop")
-    return chosen
+    return Template(tokenizer, chosen)
 
 
 def prepare(config, overwrite, resume):
-    """All that a run needs; only then is its output directory changed. None: nothing to do."""
-    training, output = config.training_config, output_of(config)
-    begun = begin(config, overwrite, resume)
-    checkpoint = begun.checkpoint
-    if not begun.pairs:
+    """A Run to train; only now is its output directory changed. None: it is done already."""
+    training, run = config.training_config, begin(config, overwrite, resume)
+    if not run.pairs:
         expected = "expected complete answers that fit into max_length, not all held out"
         raise InputError(f"{config.data_config.train_path}: no turn to train on, {expected}")
-    local = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    size = local * dist.get_world_size()
-    steps = math.ceil(training.num_train_epochs * len(begun.pairs) / size)
-    steps = training.max_steps if training.max_steps > 0 else steps
-    require_reachable(training, steps, begun.validation)
-    begun.state |= {"examples_per_step": size, "steps": steps}
-    start = on_main(step_of, checkpoint, begun.state) if checkpoint else 0
-    if resume and on_main(nothing_to_resume, output, checkpoint, steps):
-        return print0(f"{output}: this run is finished, nothing to resume")
-    mesh = make_mesh(begun.device, training.dp_replicate_size)
-    policy, reference = build_models(config, mesh, checkpoint)
-    gemma.check_vocabulary(begun.tokenizer, policy)
-    begun.template.mark_stops(policy.config)
-    optimizer = make_optimizer(policy, training)
-    if checkpoint:
-        tensors = optimizer_tensors(policy, optimizer)
-        gemma.load_safetensors(tensors, checkpoint, stem="optimizer")
-    on_main(clear_output, config, checkpoint)
-    log, order = Log(config, start), DataOrder(begun.pairs, training.seed)
+    run.steps = training.max_steps
+    if run.steps <= 0:
+        turns = training.num_train_epochs * len(run.pairs)
+        run.steps = math.ceil(turns / run.state["examples_per_step"])
+    require_reachable(run)
+    if resume:
+        run.saved = on_main(resumed_step, run)
+        if run.saved is None:
+            return print0(f"{run.output}: this run is finished, nothing to resume")
+    mesh = make_mesh(run.device, training.dp_replicate_size)
+    run.policy = build_model(config, mesh)
+    if config.task != "sft" and not run.policy.lora:  # its base is what LoRA starts from
+        run.reference = build_model(config, mesh, trained=False)
+    run.template.mark_stops(run.policy.config)
+    run.optimizer = make_optimizer(run.policy, training)
+    if run.checkpoint:
+        load_checkpoint(run.policy, run.checkpoint)
+        tensors = optimizer_tensors(run.policy, run.optimizer)
+        gemma.load_safetensors(tensors, run.checkpoint, stem="optimizer")
+    on_main(clear_output, run)
+    run.log, run.order = Log(config, run.saved), DataOrder(run.pairs, training.seed)
     heed_signals()
-    return Run(
-        **vars(begun), policy=policy, reference=reference, optimizer=optimizer, order=order,
-        log=log, start=start, steps=steps, local=local,
-    )  # fmt: skip
+    return run
 
 
-def require_reachable(training, steps, validation):
+def require_reachable(run):
     """What can be checked only when the number of steps and the turns are known."""
-    if training.warmup_steps >= steps:
+    training = run.config.training_config
+    if training.warmup_steps >= run.steps:
         problem = f"warmup_steps is {training.warmup_steps}, expected fewer than the run's"
-        raise InputError(f"{problem} {steps} steps")
+        raise InputError(f"{problem} {run.steps} steps")
     action = training.metric_for_best_model.partition(" Turns:")[0]
-    none = action in data.OTHER and all(pair.action != action for pair in validation)
+    none = action in data.OTHER and all(pair.action != action for pair in run.validation)
     if training.load_best_model_at_end and none:
         problem = f"no validation turn has the action {action}"
         raise InputError(f"metric_for_best_model: {problem}, expected another metric or some")
@@ -1585,7 +1574,11 @@ def require_reachable(training, steps, validation):
 
 def input_files(config):
     """{key: path} of the files beside the models that decide what is learnt."""
-    paths = {f"data_config.{key}": getattr(config.data_config, key) for key in DATA_FILES}
+    files = config.data_config
+    paths = {
+        "data_config.train_path": files.train_path,
+        "data_config.validation_path": files.validation_path,
+    }
     for name, role in ROLES.items():
         helper = getattr(config, name)
         if backend_of(helper) != "rule":
@@ -1594,37 +1587,35 @@ def input_files(config):
     return {key: path for key, path in paths.items() if path}
 
 
-DATA_FILES = ("train_path", "validation_path")
+def learnt(config):
+    """What decides what is learnt, but for the files: those are known by their content."""
+    training, values = config.training_config, flat(asdict(config))
+    state = {key: x for key, x in values.items() if {FREE, INPUT}.isdisjoint(KEYS[key])}
+    local = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return {**state, "examples_per_step": local * dist.get_world_size()}
 
 
-def digest(parts):
-    """Size and hash of the bytes in `parts`."""
-    sha, size = hashlib.sha256(), 0
-    for part in parts:
-        sha.update(part)
-        size += len(part)
-    return f"{size} bytes, sha256 {sha.hexdigest()}"
+def fingerprints(config, contents):
+    """Size and hash of what is learnt from: the files read, all weights and tokenizers."""
+    found = {}
+    for key, raw in contents.items():
+        found[key] = f"{len(raw)} bytes, sha256 {hashlib.sha256(raw).hexdigest()}"
+    for key, path in flat(asdict(config)).items():
+        if key.endswith("model_path") and path:
+            for file in sorted(Path(path).glob("*")):
+                if OURS.fullmatch(file.name) and file.is_file():
+                    found[f"{key}/{file.name}"] = fingerprint(file)
+    return found
 
 
 def fingerprint(path, block=2**18, blocks=1024):
     """Size and hash of a file; where that is above 256 MB, of 1,024 blocks spread over it."""
-    size, parts = os.path.getsize(path), []
+    size, sha = os.path.getsize(path), hashlib.sha256()
     with open(path, "rb") as file:
         for start in range(0, size, max(block, size // blocks)):
             file.seek(start)
-            parts.append(hashlib.sha256(file.read(block)).digest())
-    return f"{size} bytes, blocks of {digest(parts)}"
-
-
-def model_fingerprints(config):
-    """{key/file: fingerprint} of the weights and tokenizers that the configuration names."""
-    found = {}
-    for key, path in flat(asdict(config)).items():
-        if key.endswith("model_path") and path and os.path.isdir(path):
-            for name in sorted(filter(OURS.fullmatch, os.listdir(path))):
-                if name != "trainer_state.json" and os.path.isfile(Path(path, name)):
-                    found[f"{key}/{name}"] = fingerprint(Path(path, name))
-    return found
+            sha.update(file.read(block))
+    return f"{size} bytes, blocks of sha256 {sha.hexdigest()}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1633,8 +1624,7 @@ def model_fingerprints(config):
 # uses. A checkpoint is a model in Hugging Face's layout with the optimiser's tensors beside it.
 
 PART, OLD = ".act-part", ".act-old"  # what is being written, and what is going
-VOID = ".act-config.json"  # the configuration of a run that is being overwritten
-STEP = re.compile(r"step-(\d{1,15})", re.ASCII)
+STEP = re.compile(r"step-\d{1,15}", re.ASCII)
 OURS = re.compile(
     r"((generation_|adapter_|tokenizer_)?config|trainer_state|tokenizer|special_tokens_map)\.json"
     r"|tokenizer\.model|chat_template\.jinja"
@@ -1645,7 +1635,9 @@ EVALUATION_FILES = ("eval_metrics.json", "eval_samples.jsonl", "report.html")
 TRAINING_FILES = ("checkpoints", "model", "adapter", "metrics.jsonl", "rollouts.jsonl",
                   *EVALUATION_FILES)  # fmt: skip
 WRITES = {  # what a task writes into output_dir beside config.json
-    **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
+    "act": TRAINING_FILES,
+    "sft": TRAINING_FILES,
+    "dpo": TRAINING_FILES,
     "evaluate": EVALUATION_FILES,
     "generate_preference": [f"{name}{ending}" for ending in PAIR_FILES.values()
                             for name in ("train", "validation")],
@@ -1658,131 +1650,122 @@ def open_output(config, resume=False, overwrite=False):
     Takes its lock and changes nothing else. Raises InputError where what is there may not go.
     """
     output, names = output_of(config), [*WRITES[config.task], "config.json"]
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: output_dir is a file, expected a directory")
-    written = [Path(os.path.realpath(output / name)) for name in names]
+    written = {Path(os.path.realpath(output / name)) for name in names}
     for key, path in flat(asdict(config)).items():
-        at = Path(os.path.realpath(path)) if INPUT in KEYS[key] and path else None
-        if at and any(name in (at, at / "config.json", *at.parents) for name in written):
-            problem = f"this run would write over it, expected another output_dir than {output}"
-            raise InputError(f"{key} {at}: {problem}")
+        if INPUT in KEYS[key] and path:
+            at = Path(os.path.realpath(path))
+            if not written.isdisjoint((at, at / "config.json", *at.parents)):
+                expected = f"expected another output_dir than {output}"
+                raise InputError(f"{key} {at}: this run would write over it, {expected}")
     take_lock(output)
-    former, present = former_run(output), [n for n in names if os.path.lexists(output / n)]
-    for name in present:
-        require_ours(output / name)
+    former, present = former_task(output), [n for n in names if os.path.lexists(output / n)]
     trains = WRITES[config.task] is TRAINING_FILES
-    if former and not trains and former["task"] != config.task or present and not former:
-        found = f"a run of task {former['task']!r}" if former else f"{present[0]} of no run"
-        raise InputError(f"{output}: holds {found}, expected another output_dir")
-    if overwrite or not former or not trains:
+    if present and not former:
+        raise InputError(f"{output}: holds {present[0]} of no run, expected another output_dir")
+    if former not in (None, config.task) and not (trains and overwrite):
+        raise InputError(f"{output}: holds a run of task {former!r}, expected another output_dir")
+    if not trains:
         return None
-    killed = not (output / "config.json").exists()  # while it was overwritten
-    if killed or not resume:
-        way = "--overwrite to restart" if killed else "--resume to continue it or --overwrite"
-        raise InputError(f"{output}: already holds a run, expected {way}")
-    require_same_run(config, former)
+    require_ours(output)
+    if overwrite or not former:
+        return None
+    if not resume:
+        way = "expected --resume to continue it or --overwrite to start again"
+        raise InputError(f"{output}: already holds a run, {way}")
     return next(reversed(checkpoints(output).values()), None)
 
 
-def former_run(output):
-    """The configuration of the run in a directory; None where no config.json is a run's."""
-    for path in (output / "config.json", output / VOID):
-        with suppress(InputError):
-            found = read_json(path)
-            if isinstance(found.get("training_config"), dict) and "task" in found:
-                return found
-    return None
+def former_task(output):
+    """The task of the run in a directory; None where its config.json is no run's."""
+    with suppress(InputError):
+        found = read_json(output / "config.json")
+        return found["task"] if isinstance(found.get("training_config"), dict) else None
 
 
-def require_ours(path):
+def require_ours(output):
     """Raises InputError where a directory that may have to go holds what no run writes."""
-    for entry in () if path.is_symlink() or not path.is_dir() else path.iterdir():
-        if path.name == "checkpoints":
-            require_ours(entry) if STEP.fullmatch(entry.name) else None
-        elif entry.is_dir() or not OURS.fullmatch(entry.name):
-            raise InputError(f"{entry}: of no run, expected another output_dir, or this elsewhere")
+    for folder in (output / "model", output / "adapter", *step_folders(output)):
+        for entry in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+            if entry.is_dir() or not OURS.fullmatch(entry.name):
+                expected = "expected another output_dir, or this elsewhere"
+                raise InputError(f"{entry}: of no run, {expected}")
 
 
-def require_same_run(config, former):
-    """Raises InputError where a configuration would learn other than the former run did."""
-    now, then = flat(asdict(config)), flat(asdict(Config())) | flat(former)
-    for key in then.keys() - now.keys():
-        expected = "no key of this version, expected --overwrite to start again"
-        raise InputError(f"--resume: the former run has {key}, {expected}")
-    for key, value in now.items():
-        old = then[key]
-        if INPUT in KEYS[key] and old and os.path.abspath(located(old)) == os.path.abspath(value):
-            continue  # from another working directory
-        if old != value and FREE not in KEYS[key]:
-            raise InputError(f"--resume: {key} is {value!r}, expected {old!r} as in the former run")
-
-
-def nothing_to_resume(output, checkpoint, steps):
-    """Whether model/ is that of all steps. Raises InputError where it cannot be extended."""
-    state = output / "model" / "trainer_state.json"
-    finished = read_json(state).get("step") if state.exists() else None
-    if not checkpoint and (output / "model").exists() and finished != steps:
-        problem = "holds a model but no checkpoint, expected --overwrite to start again"
-        raise InputError(f"--resume: {output} {problem}")
-    if not checkpoint and not finished:
-        print0(f"{output}: no checkpoint yet, starting from the beginning")
-    return finished == steps
-
-
-def step_of(checkpoint, state):
-    """The step of a checkpoint. Raises InputError where it is damaged, or not of these files."""
-    path, step = checkpoint / "trainer_state.json", int(checkpoint.name[5:])
+def require_same_run(checkpoint, state):
+    """Raises InputError where a checkpoint is damaged, or of a run that learns otherwise."""
+    path = checkpoint / "trainer_state.json"
     then = read_json(path)
-    then |= then.get("files", {})
-    files = {path.name: fingerprint(path) for path in checkpoint.iterdir() if path.name in then}
-    for key, value in {"step": step, **state, **files}.items():
-        if key != "steps" and then.get(key, value) != value:
-            raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
-    if step > state["steps"]:
-        raise InputError(f"--resume: {checkpoint} is beyond the {state['steps']} steps of this run")
-    if then.get("steps", state["steps"]) != state["steps"]:
-        jumps = f"the learning rate jumps to that of step {step} of {state['steps']}"
-        print0(f"--resume: {then['steps']} steps were planned; {jumps}")
+    now = {"step": int(checkpoint.name[5:]), "steps": then.get("steps"), **state}
+    now |= {file.name: fingerprint(file) for file in checkpoint.iterdir() if file != path}
+    require_equal(now, learnt(Config()) | then, "--resume", f"in {path}")
+
+
+def require_equal(found, expected, who, where):
+    for key in found | expected:
+        if found.get(key) != expected.get(key):
+            wanted = f"expected {expected.get(key)} as {where}"
+            raise InputError(f"{who}: {key} is {found.get(key)}, {wanted}")
+
+
+def resumed_step(run):
+    """How many steps a resumed run has behind it; None where model/ is that of all.
+
+    Raises InputError where it cannot go on.
+    """
+    model = run.output / "model"
+    done = model / "trainer_state.json"
+    if done.exists() and read_json(done).get("step") == run.steps:
+        return None
+    if not run.checkpoint:
+        if model.exists():
+            problem = "holds a model but no checkpoint, expected --overwrite to start again"
+            raise InputError(f"--resume: {run.output} {problem}")
+        print0(f"{run.output}: no checkpoint yet, starting from the beginning")
+        return 0
+    then = read_json(run.checkpoint / "trainer_state.json")
+    step, planned = then["step"], then["steps"]
+    if step > run.steps:
+        problem = f"is beyond the {run.steps} steps of this run"
+        raise InputError(f"--resume: {run.checkpoint} {problem}")
+    if planned != run.steps:
+        jumps = f"the learning rate jumps to that of step {step} of {run.steps}"
+        print0(f"--resume: {planned} steps were planned; {jumps}")
     return step
 
 
-def clear_output(config, checkpoint):
-    """Remove what a former run wrote and this one will write again: the first change on disk."""
-    output = output_of(config)
-    require_lock(output)
-    if checkpoint:  # what was logged after it will be logged again
-        logs = [output / name for name in ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")]
+def clear_output(run):
+    """Remove what a former run wrote and this one will write again: the first change on disk.
+
+    Checkpoints go first: whenever the process is killed, one that is left has its logs.
+    """
+    require_lock(run.output)
+    if run.checkpoint:  # what was logged after it will be logged again
+        logs = [run.output / name for name in TRAINING_FILES if name.endswith(".jsonl")]
         rows = {path: logged_rows(path) for path in logs if path.exists()}
         for path, found in rows.items():
-            step = int(checkpoint.name[5:])
-            data.write_jsonl(path, [row for row in found if row["step"] <= step])
+            data.write_jsonl(path, [row for row in found if row["step"] <= run.saved])
     else:
-        if (output / "config.json").exists():  # without it the rest is no run to be resumed
-            (output / "config.json").replace(output / VOID)
         for name in TRAINING_FILES:
-            remove(output / name)
-    write_json(output / "config.json", asdict(config))
-    (output / VOID).unlink(missing_ok=True)
+            remove(run.output / name)
+    write_json(run.output / "config.json", asdict(run.config))
 
 
 def remove(path):
-    """Remove a file, a link or a directory of ours; of checkpoints/ only its checkpoints.
+    """Remove a file, a link or a directory of ours; of checkpoints/ only the checkpoints.
 
-    It is renamed first: whenever the process is killed, all of it is there or nothing.
+    A directory is renamed first: whenever the process is killed, all of it is there or nothing.
     """
-    if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
-        for entry in path.iterdir():
-            if STEP.fullmatch(entry.name) or entry.name in (PART, OLD):
-                remove(entry)
-    elif os.path.lexists(path):
-        aside = path.with_name(OLD)
-        if path != aside:
-            remove(aside)  # left where a run was killed
-            path.rename(aside)
-        if aside.is_symlink() or aside.is_file():
-            aside.unlink()
-        else:
+    aside = path.with_name(OLD)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif path.name == "checkpoints":
+        for folder in (*step_folders(path.parent), path / PART):
+            remove(folder)
+    else:
+        if aside.exists():  # left where a run was killed
             shutil.rmtree(aside)
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
 LOCK = []  # the file whose lock says that output_dir is this process's, and whether it made that
@@ -1790,13 +1773,12 @@ LOCK = []  # the file whose lock says that output_dir is this process's, and whe
 
 def take_lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
-    new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    path, flags = output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    new, flags = not output.exists(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
-        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666)), new]
+        output.mkdir(parents=True, exist_ok=True)
+        LOCK[:] = [os.fdopen(os.open(output / ".lock", flags, 0o666)), new]
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened, expected a file ({error.strerror})") from None
+        raise InputError(f"{error}, expected a directory that can have a file .lock") from None
     try:
         fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1829,24 +1811,21 @@ def release_lock(output):
 
 def save_trained(run):
     """What a run was for: model/, and with LoRA also adapter/, which is merged into that model."""
-    policy, output = run.policy, output_of(run.config)
+    output = run.output
     if run.config.training_config.load_best_model_at_end:
-        saved = on_main(checkpoints, output)
-        best = next((n for n in run.log.best_first() if n in saved or n == run.steps), run.steps)
+        saved = on_main(checkpoints, output)  # that of the last step among them
+        best = next((step for step in run.log.best_first() if step in saved), run.steps)
         if best != run.steps:
             print0(f"load_best_model_at_end: the model is that of step {best}")
-            if policy.lora:
-                gemma.load_safetensors(gemma.adapters(policy), saved[best], "adapter_model")
-            else:
-                gemma.load_safetensors(gemma.base_weights(policy), saved[best], prefix="model.")
-    if policy.lora:
-        save(run, output / "adapter", {"step": run.steps}, adapters=True)
-        gemma.merge_adapters(policy)
-    save(run, output / "model", {"step": run.steps})
+            load_checkpoint(run.policy, saved[best])
+    if run.policy.lora:
+        save(run, output / "adapter", run.steps)
+        gemma.merge_adapters(run.policy)
+    save(run, output / "model", run.steps)
     heed_signals(False)
 
 
-def save(run, directory, state, adapters=False, optimizer=False):
+def save(run, directory, step, optimizer=False):
     """The model, or its adapters, with the tokenizer; of a checkpoint also the optimiser.
 
     The directory appears when it is complete. Every rank calls this. RunStopped where a parameter
@@ -1855,46 +1834,51 @@ def save(run, directory, state, adapters=False, optimizer=False):
     model, part = run.policy, directory.with_name(PART)
     parts = {name: gemma.local_slice(p)[0] for name, p in model.named_parameters()}
     on_all(require_finite, parts)
-    on_main(make_part, output_of(run.config), part)
-    if adapters:
+    on_main(clear_part, run, part)
+    if model.lora:
         gemma.save_adapters(model, part, run.config.policy_model_config.model_path)
     else:
         model.save_pretrained(part)
     if optimizer:
         tensors = optimizer_tensors(model, run.optimizer)
         gemma.save_safetensors(tensors, part if is_main() else None, "optimizer")
-    on_main(take_place, run, part, directory, state)
+    on_main(take_place, run, part, directory, step)
 
 
-def make_part(output, part):
-    require_lock(output)
+def clear_part(run, part):
+    require_lock(run.output)
     remove(part)
-    part.mkdir(parents=True)
 
 
-def take_place(run, part, directory, state):
+def take_place(run, part, directory, step):
     """What names the files of a checkpoint is written last; then it takes its place."""
-    save_tokenizer(run.tokenizer, run.template, part)
+    save_tokenizer(run.template, part)
     files = {path.name: fingerprint(path) for path in sorted(part.iterdir())}
-    write_json(part / "trainer_state.json", {**state, "files": files})
+    state = {"step": step, "steps": run.steps, **run.state, **files}
+    write_json(part / "trainer_state.json", state)
     remove(directory)
     part.rename(directory)
 
 
-def save_tokenizer(tokenizer, template, directory):
+def save_tokenizer(template, directory):
     """What transformers and vLLM look for beside tokenizer.model, with the format trained in."""
-    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-    chat, settings = "chat_template.jinja", dict(tokenizer.config)
-    for name in ("tokenizer.json", "special_tokens_map.json", *[chat] * (not template.plain)):
+    tokenizer, chat = template.tokenizer, "chat_template.jinja"
+    kept = [] if template.plain else [chat]
+    for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", *kept):
         if tokenizer.path.with_name(name).is_file():
             shutil.copyfile(tokenizer.path.with_name(name), directory / name)
+    settings = dict(tokenizer.config)
     if not settings:
-        ids = {f"{name}_token": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-        turns = (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id)
+        turns = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+        ids = {
+            "bos_token": tokenizer.bos_id,
+            "eos_token": tokenizer.eos_id,
+            "pad_token": tokenizer.pad_id,
+        }
         piece = tokenizer.sp.id_to_piece
         # transformers 5 then follows tokenizer.model; its GemmaTokenizer takes a unigram for a BPE
         settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
-        settings |= {key: piece(i) for key, i in ids.items() if i is not None}
+        settings |= {name: piece(i) for name, i in ids.items() if i is not None}
         settings["extra_special_tokens"] = [piece(i) for i in turns if i is not None]
     if template.plain:
         settings.pop("chat_template", None)
@@ -1906,35 +1890,31 @@ def save_tokenizer(tokenizer, template, directory):
 
 def save_checkpoint(run, step):
     """All random draws are keyed by seed and step: parameters, optimiser and step are the state."""
-    output = output_of(run.config)
-    directory = output / "checkpoints" / f"step-{step}"
-    if step not in on_main(checkpoints, output):  # else it is this very state
-        save(run, directory, {"step": step, **run.state}, bool(run.policy.lora), optimizer=True)
-    on_main(prune, run.config.training_config, run.log.best_first())
+    if step != run.saved:
+        save(run, run.output / "checkpoints" / f"step-{step}", step, optimizer=True)
+        run.saved = step
+        on_main(prune, run)
 
 
-def prune(training, best_first):
+def prune(run):
     """Keep the last `save_total_limit` checkpoints, and the best of those that were evaluated."""
-    saved = checkpoints(training.output_dir)
-    kept = list(saved)[-training.save_total_limit :] + [n for n in best_first if n in saved][:1]
-    for step in saved.keys() - kept:
+    saved, limit = checkpoints(run.output), run.config.training_config.save_total_limit
+    best = [step for step in run.log.best_first() if step in saved][:1]
+    for step in saved.keys() - (list(saved)[-limit:] + best):
         remove(saved[step])
 
 
-def checkpoints(output_dir):
-    """{step: directory} of complete checkpoints, oldest first: those with what is written last.
+def step_folders(output):
+    """All checkpoints/step-N, complete or not. Raises OSError for what cannot be read."""
+    folder = output / "checkpoints"
+    entries = folder.iterdir() if os.path.lexists(folder) else ()
+    return [path for path in entries if STEP.fullmatch(path.name)]
 
-    Raises InputError for what cannot be read.
-    """
-    folder, found = Path(output_dir) / "checkpoints", {}
-    try:
-        for path in folder.iterdir() if os.path.lexists(folder) else ():
-            name = STEP.fullmatch(path.name)
-            if name and (path / "trainer_state.json").exists():
-                found[int(name[1])] = path
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return dict(sorted(found.items()))
+
+def checkpoints(output):
+    """{step: directory} of complete checkpoints, oldest first: those with what is written last."""
+    complete = [path for path in step_folders(output) if (path / "trainer_state.json").exists()]
+    return dict(sorted((int(path.name[5:]), path) for path in complete))
 
 
 def stopped(run, done, error):
@@ -1944,17 +1924,14 @@ def stopped(run, done, error):
         sizes = "per_device_train_batch_size, per_device_eval_batch_size or max_length"
         said = f"out of memory, lower {sizes}"
     if isinstance(error, NotANumber):
-        size = run.local * dist.get_world_size()
+        size = run.state["examples_per_step"]
         turns = (run.pairs[run.order[i]].where for i in range(done * size, (done + 1) * size))
         said += f" in step {done + 1}, on {', '.join(dict.fromkeys(turns))}"
     try:
-        if done > run.start:
-            save_checkpoint(run, done)
-            said += "; saved"
+        save_checkpoint(run, done)
     except (RunStopped, InputError, OSError) as unsound:
         said += f"; step {done} is not saved, since {unsound}"
-    step = max(on_main(checkpoints, output_of(run.config)), default=0)
-    return RunStopped(f"{said}, --resume goes on from step {step}")
+    return RunStopped(f"{said}, --resume goes on from step {run.saved}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2282,7 +2259,7 @@ def load_helper(config, path):
     tokenizer = Tokenizer(directory / "tokenizer.model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(directory, dtype, device)
-    gemma.check_vocabulary(tokenizer, model)
+    gemma.check_vocabulary(tokenizer, model.config)
     return model.requires_grad_(False), tokenizer
 
 
@@ -2655,17 +2632,15 @@ def evaluate(config, overwrite=False, resume=False):
     if not begun.validation:
         path = files.validation_path or files.train_path
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
-    policy, heuristic = config.policy_model_config, files.heuristic
     mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
-    model = build_model(policy.model_path, mesh, getattr(torch, policy.dtype), trainable=False)
-    gemma.check_vocabulary(begun.tokenizer, model)
+    model = build_model(config, mesh, trained=False)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
     on_main(require_lock, output_of(config))
     on_main(write_json, output_of(config) / "config.json", asdict(config))
     on_main(write_evaluation, output_of(config), metrics, samples)
     for name in metrics:
-        print0("{:50} {:>8}".format(*shown(name, metrics, heuristic)))
+        print0("{:50} {:>8}".format(*shown(name, metrics, files.heuristic)))
     say_unended(samples)
     begun.helpers.report("these turns are left out of the means")
     return metrics

@@ -925,13 +925,14 @@ def save_adapters(model, directory, base):
 @torch.no_grad()
 def merge_adapters(model):
     """W becomes W + scale B A, computed in float32 and rounded once. The adapters must not be used
-    afterwards.
+    afterwards: for the model there are none.
     """
     for module in adapted(model):
         A = whole_tensor(module.lora_A)
         weight, _ = local_slice(module.weight)
         B, _ = local_slice(module.lora_B)  # the same rows
         weight.copy_(weight.float() + module.scale * B.float() @ A.float())
+    model.lora = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1178,9 +1179,9 @@ def foreign(tokenizer, config):
     return lines
 
 
-def check_vocabulary(tokenizer, model):
-    if len(tokenizer) > model.config.vocab_size:
-        limit = f"at most the model's vocab_size {model.config.vocab_size}"
+def check_vocabulary(tokenizer, config):
+    if len(tokenizer) > config.vocab_size:
+        limit = f"at most the model's vocab_size {config.vocab_size}"
         raise InputError(f"{tokenizer.path}: {len(tokenizer)} pieces, expected {limit}")
 
 
@@ -1690,7 +1691,7 @@ def talk(args):
     tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), device)
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model.config)
     for line in foreign(tokenizer, model.config):
         print(line, file=sys.stderr)
     if args.prompt is None:

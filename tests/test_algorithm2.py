@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import FORMATS, a_pair, prompted, random_model, run_of, training_of
+from common import FORMATS, a_pair, model_config, prompted, random_model, run_of, training_of
 
 import act
 import data
@@ -519,7 +519,7 @@ def test_a_batch_on_policy_equals_each_example_alone(world, mesh, plain, pairs, 
     training = training_of(temperature=0.7, max_turns=2, max_new_tokens=4, seed=3, simulate_user=simulated,
                            num_generations=samples)  # fmt: skip
     config = act.Config(data_config=act.DataConfig(tolerance=0.0), training_config=training)
-    run = run_of(act.build_model(world / "model", mesh, torch.float32), None, plain, training)
+    run = run_of(act.build_model(model_config(world), mesh), None, plain, training)
     run.config, run.helpers = config, act.Helpers(config, {})
     batch, positions, model = prompted(pairs[: 24 // samples], plain), range(100, 100 + 24 // samples), random_model()
     found, counts, rows = act.on_policy(run, batch, 5, positions)

@@ -1,12 +1,10 @@
 """Evaluation: the simulated user by rule, what a turn scores, the metrics of written-out samples, and their table."""
 
 import pytest
-import torch
-from common import a_pair, pairs_of, prompted, training_of
+from common import a_pair, model_config, pairs_of, prompted
 
 import act
 import data
-from act import Config
 from data import ANSWER, CLARIFY
 
 GOLD = [
@@ -223,8 +221,8 @@ def validation(world, plain):
 
 
 def evaluated(world, mesh, plain, pairs, **training):
-    model = act.build_model(world / "model", mesh, torch.float32, trainable=False)
-    config = Config(training_config=training_of(**training))
+    config = model_config(world, **training)
+    model = act.build_model(config, mesh, trained=False)
     return act.evaluate_pairs(model, plain, pairs, act.Helpers(config, {}), config)
 
 

@@ -166,7 +166,7 @@ AUTO = json.loads((ROOT / "tests" / "golden" / "auto_tokenizer.json").read_text(
 def saved_tokenizer(folder, prompt_format, source=TINY):
     tokenizer = Tokenizer(source / "tokenizer.model")
     folder.mkdir()
-    act.save_tokenizer(tokenizer, Template(tokenizer, prompt_format), folder)
+    act.save_tokenizer(Template(tokenizer, prompt_format), folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files.pop("tokenizer.model") == (TINY / "tokenizer.model").read_bytes()
     return {name: content.decode() for name, content in files.items()}

@@ -179,7 +179,7 @@ def tokenizers_as_here(args):
         shutil.copy(TINY / "sft" / "config.json", folder)
         template, config = Template(ours, "gemma"), GemmaConfig.from_json(folder / "config.json")
         template.mark_stops(config)
-        act.save_tokenizer(ours, template, config, folder)
+        act.save_tokenizer(template, folder)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         for text in texts:
             tokens = ours.encode(text, bos=True)
