@@ -29,6 +29,7 @@ Where we depart from the paper's Algorithm 2 and from the published research cod
   - With `num_generations` above 1 both sides of a pair can be the policy's own.
 """
 
+import ast
 import email.utils
 import fcntl
 import hashlib
@@ -215,7 +216,7 @@ def on_policy(run, pairs, step, positions):
     n = training.num_generations
     examples = [pair for pair in pairs for _ in range(n)]
     noise = noise_generators(training.seed, step, positions, n)
-    policy = Sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
+    policy = sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
     answers = {"respond": policy, **run.helpers.answers(examples, files.heuristic)}
     rules = files.tolerance, training.max_turns, training.simulate_user
     groups, new = [], []
@@ -387,7 +388,7 @@ def train(config, overwrite=False, resume=False):
         return
     training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
     local, micro = run.local, training.per_device_train_batch_size  # of a step, a forward pass
-    order, log, progress = run.order, run.log, Progress("step", run.steps)
+    order, log, progress = run.order, run.log, meter("step", run.steps)
     take_step = sft_step if config.task == "sft" else preference_step
     print0(f"{config.task}: {len(run.pairs)} training turns, {len(run.validation)} for validation, "
            f"steps of {local * world} turns, step {run.start} to {run.steps}")  # fmt: skip
@@ -513,7 +514,6 @@ def read_rows(config, contents):
     if files.half:
         groups = data.dialogues(rows)[files.half == "second" :: 2]
         rows = [rows[i] for group in groups for i in group]
-        print0(f"{files.train_path}: trains on the {files.half} half, {len(rows)} of it")
     return [] if config.task == "evaluate" else rows, held_out
 
 
@@ -586,41 +586,39 @@ def score(compare, pair, answer, gold):
         raise InputError(f"{pair.where}: {error}") from None
 
 
-class Sampler:
+def sampler(model, template, pairs, training, generators=None):
     """`respond` of `in_lockstep`: continues all prompts in one batch, and keeps their cache.
 
-    generators: one for each pair; None: greedy.
+    generators: one for each pair; None: greedy. Returns a function (rows, trajectories) -> [(the
+    policy's next message, whether it came to its end)].
     """
+    cache, most = KVCache(), training.max_new_tokens
+    cached = []  # the rows that the cache holds, in its order
 
-    def __init__(self, model, template, pairs, training, generators=None):
-        self.model, self.template, self.pairs, self.training = model, template, pairs, training
-        self.generators, self.cache = generators, KVCache()
-        self.rows = []  # that the cache holds, in its order
-
-    def __call__(self, rows, trajectories):
-        """[(the policy's next message, whether it came to its end)] in each of these rows."""
-        training, prompts = self.training, []
-        most = training.max_new_tokens
+    def next_messages(rows, trajectories):
+        prompts = []
         for row, trajectory in zip(rows, trajectories, strict=True):
-            prompt = list(self.pairs[row].prompt)
-            said = self.template.following(trajectory) if trajectory else []
+            prompt = list(pairs[row].prompt)
+            said = template.following(trajectory) if trajectory else []
             room = max(1, training.max_length - len(prompt))
             prompts.append(prompt + said[-room:])
-        if self.rows:
-            self.cache.keep([self.rows.index(row) for row in rows])
-        self.rows = rows
+        if cached:
+            cache.keep([cached.index(row) for row in rows])
+        cached[:] = rows
         replies = generate(
-            self.model,
+            model,
             prompts,
             most,
-            temperature=training.temperature if self.generators else 0.0,
+            temperature=training.temperature if generators else 0.0,
             top_k=training.top_k,
             top_p=training.top_p,
-            stop_ids=self.template.stop_ids,
-            generator=self.generators and [self.generators[row] for row in rows],
-            kv_cache=self.cache,
+            stop_ids=template.stop_ids,
+            generator=generators and [generators[row] for row in rows],
+            kv_cache=cache,
         )
-        return [(self.template.text(reply), len(reply) < most) for reply in replies]
+        return [(template.text(reply), len(reply) < most) for reply in replies]
+
+    return next_messages
 
 
 # --------------------------------------------------------------------------------------------------
@@ -637,7 +635,7 @@ def play_turn(pair, max_turns, compare=data.drop_f1):
     scores beside the gold one.
     """
     trajectory, actions, answer, ended = [], [], None, True
-    exact = f1 = 0.0
+    exact = f1 = turn_exact = turn_f1 = 0.0
     try:
         while ended and ANSWER not in actions and len(actions) < max_turns:
             if actions:
@@ -647,9 +645,9 @@ def play_turn(pair, max_turns, compare=data.drop_f1):
         if ended and action == ANSWER:
             answer = y
             exact, f1 = yield "score", trajectory
+        turn_exact, turn_f1 = score(compare, pair, trajectory[0][1], pair.gold[0][1])
     except HelperFailed:
         actions = [None]
-    turn_exact, turn_f1 = score(compare, pair, trajectory[0][1], pair.gold[0][1])
     return {
         "where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold,
         "target_action": pair.action, "gold_target": pair.target,
@@ -667,8 +665,8 @@ def evaluate_pairs(model, template, pairs, helpers, config):
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
 
     def play(batch):
-        sampler = Sampler(policy, template, batch, training)
-        answers = {"respond": sampler, **helpers.answers(batch, heuristic)}
+        respond = sampler(policy, template, batch, training)
+        answers = {"respond": respond, **helpers.answers(batch, heuristic)}
         turns = [play_turn(pair, training.max_turns, compare) for pair in batch]
         return in_lockstep(turns, answers)
 
@@ -753,8 +751,8 @@ def comparison(before, after, heuristic):
     both.sort(key=lambda pair: pair[0]["f1"] - pair[1]["f1"])
     better = [pair for pair in both if pair[1]["f1"] > pair[0]["f1"]]
     worse = [pair for pair in both if pair[1]["f1"] < pair[0]["f1"]]
-    turns = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
-    lines += ["", turns]
+    count = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
+    lines += ["", count]
     for before, after in better[:2] + worse[-1:]:
         lines += ["", f"  {one_line(after['history'][-3:])}"]
         lines.append(f"    before | {one_line(before['trajectory'])}")
@@ -1031,8 +1029,11 @@ def load_config(path, overrides=None):
         if section:
             value = replace(getattr(config, section), **{name: value})
         config = replace(config, **{section or name: value})
-    given = ", ".join(f"--{name}" for name in overrides)
-    check_config(config, f"{path} with {given}" if given else path)
+    try:
+        check_config(config)
+    except InputError as error:
+        given = ", ".join(f"--{name}" for name in overrides)
+        raise InputError(f"{path}{' with ' * bool(given)}{given}: {error}") from None
     return config
 
 
@@ -1056,11 +1057,11 @@ def full_key(name):
 
 
 def parse_value(text):
-    """A number, a truth value, null, a list or an object from the command line, else the text."""
-    for parse in (int, float, json.loads):
-        with suppress(ValueError, RecursionError):
+    """What a text from the command line means in JSON or in Python, else the text itself."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             return parse(text)
-    return {"True": True, "False": False, "None": None}.get(text, text)
+    return text
 
 
 def checked(key, value, at):
@@ -1101,16 +1102,13 @@ def checked(key, value, at):
     return float(value) if kind is float else value
 
 
-def check_config(config, path):
+def check_config(config):
     """The rules that concern more than one key. Raises InputError."""
     training, files, policy = config.training_config, config.data_config, config.policy_model_config
     task = config.task
     validates = files.validation_path or files.validation_split
     evaluations = (training.save_steps or math.nan) % (training.eval_steps or math.nan)
-    try:
-        data.balance([], training.class_balance, training.seed)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    data.balance([], training.class_balance, training.seed)  # raises InputError
     rules = (
         (training.max_prompt_length >= training.max_length,
          f"max_prompt_length {training.max_prompt_length} leaves no room below max_length "
@@ -1137,7 +1135,7 @@ def check_config(config, path):
     )  # fmt: skip
     for broken, message in rules:
         if broken:
-            raise InputError(f"{path}: {message}")
+            raise InputError(message)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1189,23 +1187,22 @@ def print0(*lines):
         say(line)
 
 
-class Progress:
-    """A line every five seconds that says how far a long stage is."""
+def meter(label, total):
+    """A function of how much is done, which says every five seconds how far a long stage is."""
+    start = last = time.monotonic()
+    first = None  # (seconds, done) of the first call: compilation is behind it
 
-    def __init__(self, label, total):
-        self.label, self.total = label, total
-        self.start = self.last = time.monotonic()
-        self.first = None  # (seconds, done) of the first call: compilation is behind it
+    def show(done, text=""):
+        nonlocal first, last
+        now, ended = time.monotonic(), done == total
+        first = first or (now, done)
+        if now - last >= 5 or ended and last > start:
+            last = now
+            pace = (now - first[0]) / max(1, done - first[1])
+            left = f", {pace * (total - done):.0f} s left" if pace and not ended else ""
+            print0(f"{label} {done}/{total}  {now - start:.0f} s{left}  {text}".rstrip())
 
-    def __call__(self, done, text=""):
-        now, ended = time.monotonic(), done == self.total
-        self.first = self.first or (now, done)
-        if now - self.last >= 5 or ended and self.last > self.start:
-            self.last = now
-            pace = (now - self.first[0]) / max(1, done - self.first[1])
-            left = f", {pace * (self.total - done):.0f} s left" if pace and not ended else ""
-            line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}"
-            print0(line.rstrip())
+    return show
 
 
 def all_sum(values, device="cpu"):
@@ -1235,16 +1232,12 @@ def on_main(function, *arguments):
     return on_all(lambda: function(*arguments) if is_main() else None)[0]
 
 
-def share_of(items):
-    """The part of a list that this rank works on: the turns of a dialogue stay together."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return items[len(items) * rank // world : len(items) * (rank + 1) // world]
-
-
 def divided(label, work, items, size=64):
     """work(batch), a list, for all items: each rank does its share of them, all get the whole."""
-    mine, done = share_of(items), []
-    progress = Progress(label, len(mine))
+    rank, world, done = dist.get_rank(), dist.get_world_size(), []
+    # the turns of a dialogue stay together
+    mine = items[len(items) * rank // world : len(items) * (rank + 1) // world]
+    progress = meter(label, len(mine))
 
     def work_on_share():
         for start in range(0, len(mine), size):
