@@ -514,6 +514,7 @@ def read_rows(config, contents):
     if files.half:
         groups = data.dialogues(rows)[files.half == "second" :: 2]
         rows = [rows[i] for group in groups for i in group]
+        print0(f"{files.train_path}: trains on the {files.half} half, {len(rows)} of it")
     return [] if config.task == "evaluate" else rows, held_out
 
 
@@ -552,28 +553,27 @@ def tokenize(path, pairs, template, training, trained_on):
     Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
     too long to be sampled is said.
     """
-    longest, room = training.max_prompt_length, training.max_length
     kept, found = [], defaultdict(list)
     for group in data.dialogues(pairs):
         turns = [pairs[i] for i in group]
-        context, messages, instruction = turns[0].context, turns[0].messages, turns[0].instruction
-        lengths = [pair.length or len(messages) for pair in turns]
-        prompts = template.prompts(context, messages, lengths, longest, instruction)
+        first = turns[0]
+        lengths = [pair.length or len(first.messages) for pair in turns]
+        prompts = template.prompts(
+            first.context, first.messages, lengths, training.max_prompt_length, first.instruction
+        )
         for pair, length, (prompt, lost) in zip(turns, lengths, prompts, strict=True):
             at = f"{pair.line}.{pair.turn}" if pair.turn else pair.line
             pair.prompt = array("i", prompt)
             if lost:
-                cut = f"prompts lose tokens to max_prompt_length {longest}"
-                found[cut].append(f"{at} ({lost})")
-            if trained_on and len(prompt) + len(template.reply(pair.chosen[:1])[0]) > room:
-                problem = f"turns whose reply does not fit into max_length {room} are left out"
-                found[problem].append(at)
+                found["prompts lose tokens to max_prompt_length"].append(f"{at} ({lost})")
+            reply, _ = template.reply(pair.chosen[:1])
+            if trained_on and len(prompt) + len(reply) > training.max_length:
+                found["turns whose reply does not fit into max_length are left out"].append(at)
                 continue
             kept.append(pair)
-            said = messages[length - 1], pair.gold[0]
+            said = first.messages[length - 1], pair.gold[0]
             if template.plain and any("\n" in text.strip() for _, text in said):
-                spaces = "turns have line breaks, which prompt_format 'plain' makes spaces"
-                found[spaces].append(at)
+                found["turns have line breaks, which format 'plain' makes spaces"].append(at)
     print0(*data.noted(path, found))
     return kept
 
@@ -777,7 +777,9 @@ class Log:
         rows = on_main(logged_rows, self.folder / "metrics.jsonl")  # of a run that is resumed
         key = f"eval/{self.metric}"
         self.evaluated = {row["step"]: row[key] or 0.0 for row in rows if key in row}  # by metric
-        self.samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
+        samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
+        self.first = [sample for sample in samples if sample["step"] == 0]
+        self.last = []  # samples of the evaluations before training and of now
 
     def write(self, function, *arguments):
         try:
@@ -789,26 +791,24 @@ class Log:
     def append(self, name, rows):
         self.write(data.append_jsonl, self.folder / name, rows)
 
-    def before(self):
-        """The samples of the evaluation before training."""
-        return [sample for sample in self.samples if sample["step"] == 0]
-
     def evaluation(self, step, metrics, samples):
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.append("metrics.jsonl", [{"step": step, **row}])
         self.evaluated[step] = metrics[self.metric] or 0.0  # a mean over nothing is nothing
-        self.samples = self.before() + [{"step": step, **sample} for sample in samples]
-        self.write(write_evaluation, self.folder, metrics, self.samples)
+        rows = [{"step": step, **sample} for sample in samples]
+        if step == 0:
+            self.first = rows
+        else:
+            self.last = rows
+        self.write(write_evaluation, self.folder, metrics, self.first + self.last)
 
     def best_first(self):
         """Steps by the metric of their evaluation, the best first; of equals the later one."""
         return sorted(self.evaluated, key=lambda step: (self.evaluated[step], step), reverse=True)
 
     def finish(self):
-        before = self.before()
-        after = self.samples[len(before) :]
-        if before and after:
-            print0("", *comparison(before, after, self.config.data_config.heuristic))
+        if self.first and self.last:
+            print0("", *comparison(self.first, self.last, self.config.data_config.heuristic))
         self.write(write_report, self.folder)
         report = self.folder / "report.html"
         print0("", f"The model is in {self.folder / 'model'}; to look at in a browser: {report}")
@@ -911,7 +911,7 @@ class HelperConfig:
 class DataConfig:
     train_path: InputPath = ""  # JSONL: conversations, or pairs where is_preference is set
     validation_path: InputPath = ""  # the same, for the evaluations; "": none
-    validation_split: Share = 0.0  # or the share of the training conversations held out for it
+    validation_split: Share = 0.0  # without one: the share of training conversations held out
     half: Literal["", "first", "second"] = ""  # train on every other conversation, or on the others
     prompt_format: Literal["auto", "plain", "gemma"] = "auto"  # "auto": as the checkpoint says
     heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # how an answer is scored
@@ -1032,8 +1032,8 @@ def load_config(path, overrides=None):
     try:
         check_config(config)
     except InputError as error:
-        given = ", ".join(f"--{name}" for name in overrides)
-        raise InputError(f"{path}{' with ' * bool(given)}{given}: {error}") from None
+        given = f" with --{', --'.join(overrides)}" if overrides else ""
+        raise InputError(f"{path}{given}: {error}") from None
     return config
 
 
@@ -1682,10 +1682,14 @@ def clear_output(config, checkpoint):
     require_lock(output)
     if checkpoint:  # what was logged after it will be logged again
         logs = [output / name for name in ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")]
-        rows = {path: logged_rows(path) for path in logs if path.exists()}
-        for path, found in rows.items():
-            step = int(checkpoint.name[5:])
-            data.write_jsonl(path, [row for row in found if row["step"] <= step])
+        kept = {}
+        for path in filter(Path.exists, logs):
+            kept[path] = [
+                row for row in logged_rows(path)
+                if data.require(row, "step", f"{path}: ", int) <= int(checkpoint.name[5:])
+            ]  # fmt: skip
+        for path, rows in kept.items():
+            data.write_jsonl(path, rows)
     else:
         if (output / "config.json").exists():  # without it the rest is no run to be resumed
             (output / "config.json").replace(output / VOID)
