@@ -29,6 +29,7 @@ Where we depart from the paper's Algorithm 2 and from the published research cod
   - With `num_generations` above 1 both sides of a pair can be the policy's own.
 """
 
+import ast
 import email.utils
 import fcntl
 import hashlib
@@ -49,16 +50,15 @@ import traceback
 import urllib.error
 import urllib.request
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import quote
 
 import torch
@@ -215,7 +215,7 @@ def on_policy(run, pairs, step, positions):
     n = training.num_generations
     examples = [pair for pair in pairs for _ in range(n)]
     noise = noise_generators(training.seed, step, positions, n)
-    policy = Sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
+    policy = sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
     answers = {"respond": policy, **run.helpers.answers(examples, files.heuristic)}
     rules = files.tolerance, training.max_turns, training.simulate_user
     groups, new = [], []
@@ -387,7 +387,7 @@ def train(config, overwrite=False, resume=False):
     training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
     local = run.state["examples_per_step"] // world  # examples of a step here
     micro = training.per_device_train_batch_size  # and of a forward pass
-    order, log, progress = run.order, run.log, Progress("step", run.steps)
+    order, log, progress = run.order, run.log, meter("step", run.steps)
     take_step = sft_step if config.task == "sft" else preference_step
     print0(f"{config.task}: {len(run.pairs)} training turns, {len(run.validation)} for validation, "
            f"steps of {local * world} turns, step {run.saved} to {run.steps}")  # fmt: skip
@@ -462,28 +462,25 @@ def is_total(key):
 def load_pairs(config, helpers, template, contents):
     """(training, validation) pairs of a configuration's files. Raises InputError.
 
-    Read, label, pair, ask, balance, tokenise, report. Only training pairs are balanced, and may
-    take their actions from elsewhere (`action_labels`). A losing question is asked for only where
-    it is used: in training on pairs, and in files of pairs. contents: {key: bytes} of the files.
+    Read, label, pair, ask, balance, tokenise, report. contents: {key: bytes} of the files.
     """
-    files, training, task = config.data_config, config.training_config, config.task
+    files, training = config.data_config, config.training_config
+
+    def prepared(path, pairs, trained_on):
+        if not training.is_preference:
+            pairs = make_pairs(path, pairs, config, helpers, trained_on)
+        if trained_on:
+            pairs = data.balance(pairs, training.class_balance, training.seed)
+        if trained_on and training.action_labels == "random":
+            pairs = data.random_actions(pairs, training.seed)
+        return tokenize(path, pairs, template, training, trained_on) if template else pairs
+
     rows, held_out = read_rows(config, contents)
-    writes = task == "generate_preference"
-    asks = writes or task in ("act", "dpo")
-    pairs = make_pairs(files.train_path, rows, config, helpers, asks, training.action_labels)
-    pairs = data.balance(pairs, training.class_balance, training.seed)
-    if training.action_labels == "random":
-        pairs = data.random_actions(pairs, training.seed)
-    held_path = files.validation_path or files.train_path
-    validation = make_pairs(held_path, held_out, config, helpers, writes)
-    if template:
-        pairs = tokenize(pairs, files.train_path, template, training)
-        validation = tokenize(validation, held_path, template, training, trained_on=False)
-    if files.heuristic == "execution_match":  # a gold query that fails is named now
-        progress = Progress("trying gold query", len(pairs + validation))
-        for i, pair in enumerate(pairs + validation):
+    pairs = prepared(files.train_path, rows, True)
+    validation = prepared(files.validation_path or files.train_path, held_out, False)
+    if files.heuristic == "execution_match":
+        for pair in pairs + validation:  # a gold query that fails is named now
             score(data.execution_match, pair, pair.target, pair.target)
-            progress(i + 1)
     helpers.report("there the rule took its place")
     report_trust(files, (pairs + validation)[:500])
     return pairs, validation
@@ -502,95 +499,81 @@ def report_trust(files, pairs):
 def read_rows(config, contents):
     """(training rows, validation rows): conversations, or pairs where is_preference is set."""
     files, training = config.data_config, config.training_config
-
-    def read(key):
-        path = getattr(files, key)
-        if not path:
-            return []
-        read_file = data.read_preferences if training.is_preference else data.read_conversations
-        rows, lines = read_file(path, contents[f"data_config.{key}"])
-        for line in lines:
-            print0(line)
-        return rows
-
-    held_out = read("validation_path")
-    rows = [] if config.task == "evaluate" and held_out else read("train_path")
+    read = data.read_preferences if training.is_preference else data.read_conversations
+    found = []
+    for key in ("train_path", "validation_path"):
+        raw = contents.get(f"data_config.{key}")
+        rows, lines = ([], []) if raw is None else read(getattr(files, key), raw)
+        print0(*lines)
+        found.append(rows)
+    rows, held_out = found
     if files.validation_split and not held_out:
         rows, held_out = data.split_dialogues(rows, files.validation_split, training.seed)
-        share = f"{len(held_out)} of {len(rows) + len(held_out)}"
-        print0(f"{files.train_path}: {share} are held out for validation")
+        print0(f"{files.train_path}: {len(held_out)} are held out for validation, {len(rows)} not")
     if files.half:
-        start = HALVES.index(files.half)
-        rows = [row for i, row in enumerate(rows) if getattr(row, "dialogue", i) % 2 == start]
+        groups = data.dialogues(rows)[files.half == "second" :: 2]
+        rows = [rows[i] for group in groups for i in group]
         print0(f"{files.train_path}: trains on the {files.half} half, {len(rows)} of it")
     return [] if config.task == "evaluate" else rows, held_out
 
 
-def make_pairs(path, rows, config, helpers, asks, action_labels="gold"):
-    """The pairs of rows as `read_rows` gives them; asks: with losing questions of the helper's."""
-    training = config.training_config
-    if training.is_preference or not rows:
-        return rows
-    if action_labels == "classifier":
-        for message in (message for row in rows for message in row["messages"]):
-            message.pop("requires_clarification", None)
+def make_pairs(path, rows, config, helpers, trained_on=True):
+    """The pairs of conversations, after Algorithm 1.
+
+    Those trained on may take their actions from elsewhere (`action_labels`). A losing question is
+    asked for only where it is used: in training on pairs, and in files of pairs.
+    """
+    training, task = config.training_config, config.task
+    asks = task == "generate_preference" or trained_on and task in ("act", "dpo")
+    if trained_on and training.action_labels == "classifier":
+        for row in rows:
+            for message in row["messages"]:
+                message.pop("requires_clarification", None)
     missing = data.missing_labels(rows)
     replies = [reply for _, reply in missing]
-    actions = helpers.divided("action_model_config", "classifying reply", replies)
+    classify = helpers.roles["action_model_config"]
+    actions = divided("classifying reply", classify, replies)
     rules = zip(actions, data.rule_actions(replies), strict=True)  # where a model gave nothing
     data.label_turns(missing, [action or rule for action, rule in rules])
     pairs, skipped = data.make_pairs(rows)
     requests = data.question_requests(pairs, training.icl_examples, training.seed)
-    questions = [None] * len(requests)
-    if asks:
-        questions = helpers.divided("preference_model_config", "writing question", requests)
+    write = helpers.roles["preference_model_config"] if asks else data.rule_questions
+    questions = divided("writing question", write, requests)
     data.reject_questions(requests, questions)
-    free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
-    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else ()
-    for line in data.check_conversations(path, pairs, skipped, len(missing), actions):
-        print0(line)
+    free = classify is data.rule_actions  # then the classifier is compared with the labels
+    actions = classify([pair.gold[0][1] for pair in pairs]) if free else ()
+    print0(*data.check_conversations(path, pairs, skipped, len(missing), actions))
     return pairs
 
 
-def tokenize(pairs, path, template, training, trained_on=True):
+def tokenize(path, pairs, template, training, trained_on):
     """Pairs with the tokens of their prompts; of those trained on the ones whose reply fits.
 
     Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
     too long to be sampled is said.
     """
-    longest, room, kept = training.max_prompt_length, training.max_length, []
-    cut, unfit, unsaid, folded = {}, {}, {}, {}  # of turns, "line.turn"
-    progress = Progress("tokenising turn", len(pairs), quiet=True)
-    for _, turns in groupby(pairs, key=lambda pair: (id(pair.messages), pair.context)):
-        turns = list(turns)
+    kept, found = [], defaultdict(list)
+    for group in data.dialogues(pairs):
+        turns = [pairs[i] for i in group]
         first = turns[0]
         lengths = [pair.length or len(first.messages) for pair in turns]
-        asked = first.context, first.messages, lengths, longest, first.instruction
-        for pair, (prompt, lost) in zip(turns, template.prompts(*asked), strict=True):
+        prompts = template.prompts(
+            first.context, first.messages, lengths, training.max_prompt_length, first.instruction
+        )
+        for pair, length, (prompt, lost) in zip(turns, lengths, prompts, strict=True):
             at = f"{pair.line}.{pair.turn}" if pair.turn else pair.line
             pair.prompt = array("i", prompt)
             if lost:
-                cut[at] = lost
-            if trained_on and len(prompt) + len(template.reply(pair.chosen[:1])[0]) > room:
-                unfit[at] = True
+                found["prompts lose tokens to max_prompt_length"].append(f"{at} ({lost})")
+            reply, _ = template.reply(pair.chosen[:1])
+            if trained_on and len(prompt) + len(reply) > training.max_length:
+                found["turns whose reply does not fit into max_length are left out"].append(at)
                 continue
             kept.append(pair)
-            replies = (template.reply([message])[0] for message in pair.gold[::2])
-            if any(len(tokens) > training.max_new_tokens for tokens in replies):
-                unsaid[at] = True
-            said = first.messages[(pair.length or 0) - 1], pair.gold[0]
+            said = first.messages[length - 1], pair.gold[0]
             if template.plain and any("\n" in text.strip() for _, text in said):
-                folded[at] = True
-        progress(len(kept) + len(unfit))
-    lost = " to ".join(map(str, sorted({min(cut.values()), max(cut.values())}))) if cut else ""
-    for found, said in (
-        (cut, f"prompts lose {lost} tokens to max_prompt_length {longest}"),
-        (unfit, f"turns whose reply does not fit into max_length {room} are left out"),
-        (unsaid, f"turns have gold replies longer than max_new_tokens {training.max_new_tokens}"),
-        (folded, "turns have line breaks, which prompt_format 'plain' makes spaces"),
-    ):
-        if found:
-            print0(f"{path}: {len(found)} {said}: {data.listed(found)}")
+                found["turns have line breaks, which format 'plain' makes spaces"].append(at)
+    print0(*data.noted(path, found))
     return kept
 
 
@@ -602,36 +585,39 @@ def score(compare, pair, answer, gold):
         raise InputError(f"{pair.where}: {error}") from None
 
 
-class Sampler:
+def sampler(model, template, pairs, training, generators=None):
     """`respond` of `in_lockstep`: continues all prompts in one batch, and keeps their cache.
 
-    generators: one for each pair; None: greedy.
+    generators: one for each pair; None: greedy. Returns a function (rows, trajectories) -> [(the
+    policy's next message, whether it came to its end)].
     """
+    cache, most = KVCache(), training.max_new_tokens
+    cached = []  # the rows that the cache holds, in its order
 
-    def __init__(self, model, template, pairs, training, generators=None):
-        self.model, self.template, self.training = model, template, training
-        self.prompts = [list(pair.prompt) for pair in pairs]
-        self.generators, self.cache = generators, KVCache()
-        self.rows = []  # that the cache holds, in its order
-
-    def __call__(self, rows, trajectories):
-        """[(the policy's next message, whether it came to its end)] in each of these rows."""
-        training, prompts = self.training, []
+    def next_messages(rows, trajectories):
+        prompts = []
         for row, trajectory in zip(rows, trajectories, strict=True):
-            said = self.template.following(trajectory) if trajectory else []
-            room = max(1, training.max_length - len(self.prompts[row]))
-            prompts.append(self.prompts[row] + said[-room:])
-        sampling = {"temperature": 0.0}
-        if self.generators:
-            sampling = {key: getattr(training, key) for key in ("temperature", "top_k", "top_p")}
-            sampling["generator"] = [self.generators[row] for row in rows]
-        if self.cache.order:
-            self.cache.keep([self.rows.index(row) for row in rows])
-        self.rows = rows
-        most = training.max_new_tokens
-        sampling |= {"stop_ids": self.template.stop_ids, "kv_cache": self.cache}
-        replies = generate(self.model, prompts, most, **sampling)
-        return [(self.template.text(reply), len(reply) < most) for reply in replies]
+            prompt = list(pairs[row].prompt)
+            said = template.following(trajectory) if trajectory else []
+            room = max(1, training.max_length - len(prompt))
+            prompts.append(prompt + said[-room:])
+        if cache.order:
+            cache.keep([cached.index(row) for row in rows])
+        cached[:] = rows
+        replies = generate(
+            model,
+            prompts,
+            most,
+            temperature=training.temperature if generators else 0.0,
+            top_k=training.top_k,
+            top_p=training.top_p,
+            stop_ids=template.stop_ids,
+            generator=generators and [generators[row] for row in rows],
+            kv_cache=cache,
+        )
+        return [(template.text(reply), len(reply) < most) for reply in replies]
+
+    return next_messages
 
 
 # --------------------------------------------------------------------------------------------------
@@ -640,14 +626,15 @@ class Sampler:
 # writes down on the way.
 
 
-def play_turn(pair, max_turns):
-    """Asks as `act_pair` does; goes on whatever the first action. Returns what is kept of the turn.
+def play_turn(pair, max_turns, compare=data.drop_f1):
+    """Asks as `act_pair` does; goes on whatever the first action. Returns a row of eval_samples.
 
     A conversation that does not end in an answer scores 0. inferred_action is None where a helper
-    failed: the turn is then counted, but left out of all means.
+    failed: the turn is then counted, but left out of all means. compare: what the first reply
+    scores beside the gold one.
     """
     trajectory, actions, answer, ended = [], [], None, True
-    exact = score = 0.0
+    exact = f1 = turn_exact = turn_f1 = 0.0
     try:
         while ended and ANSWER not in actions and len(actions) < max_turns:
             if actions:
@@ -656,50 +643,37 @@ def play_turn(pair, max_turns):
             actions.append(action)
         if ended and action == ANSWER:
             answer = y
-            exact, score = yield "score", trajectory
+            exact, f1 = yield "score", trajectory
+        turn_exact, turn_f1 = score(compare, pair, trajectory[0][1], pair.gold[0][1])
     except HelperFailed:
         actions = [None]
     return {
+        "where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold,
+        "target_action": pair.action, "gold_target": pair.target,
+        "gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY),
         "trajectory": trajectory, "final_answer": answer, "inferred_action": actions[0],
-        "questions": actions.count(CLARIFY), "exact_match": float(exact), "f1": float(score),
-        "ended": ended,
+        "questions": actions.count(CLARIFY), "exact_match": exact, "f1": f1, "ended": ended,
+        "turn_exact_match": turn_exact, "turn_f1": turn_f1,
     }  # fmt: skip
 
 
 def evaluate_pairs(model, template, pairs, helpers, config):
     """Every turn to its end. Returns (metrics, samples), the same on all ranks."""
     training, heuristic = config.training_config, config.data_config.heuristic
-    mine, size = share_of(len(pairs)), training.per_device_eval_batch_size
-    policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
-
-    def evaluate_share():
-        samples = []
-        for start in range(0, len(mine), size):
-            stop_if_asked()
-            batch = [pairs[i] for i in mine[start : start + size]]
-            sampler = Sampler(policy, template, batch, training)
-            answers = {"respond": sampler, **helpers.answers(batch, heuristic)}
-            turns = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
-            samples += map(partial(sample_row, heuristic), batch, turns)
-            progress(len(samples))
-        return samples
-
-    samples = sum(on_all(evaluate_share), [])
-    return summarize(samples), samples
-
-
-def sample_row(heuristic, pair, turn):
-    """A line of eval_samples.jsonl: the turn, how it went, and its first reply beside the gold."""
+    policy = unsharded(model, training.bf16)
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
-    exact = f1 = 0.0
-    if turn["inferred_action"]:
-        exact, f1 = score(compare, pair, turn["trajectory"][0][1], pair.gold[0][1])
-    return {
-        "where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold,
-        "target_action": pair.action, "gold_target": pair.target,
-        "gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY),
-        **turn, "turn_exact_match": float(exact), "turn_f1": float(f1),
-    }  # fmt: skip
+
+    def play(batch):
+        respond = sampler(policy, template, batch, training)
+        answers = {"respond": respond, **helpers.answers(batch, heuristic)}
+        turns = [play_turn(pair, training.max_turns, compare) for pair in batch]
+        return in_lockstep(turns, answers)
+
+    samples = divided("evaluating turn", play, pairs, training.per_device_eval_batch_size)
+    unended = sum(not sample["ended"] for sample in samples)
+    if unended:
+        print0(f"{unended} of {len(samples)} turns end in a reply that is cut at max_new_tokens")
+    return summarize(samples), samples
 
 
 def rollout_row(step, rollout):
@@ -722,9 +696,8 @@ def summarize(samples):
     def those(key, action):
         return [sample for sample in usable if sample[key] == action]
 
-    gold, inferred = (
-        [sample[key] for sample in usable] for key in ("target_action", "inferred_action")
-    )
+    gold = [sample["target_action"] for sample in usable]
+    inferred = [sample["inferred_action"] for sample in usable]
     metrics = data.action_metrics(gold, inferred)
     for name, prefix, chosen in (
         ("Turn-Level", "turn_", usable),
@@ -750,37 +723,39 @@ SHOWN = (
 )  # fmt: skip
 
 
-def shown(name, metrics, heuristic):
-    """A metric for people: its name, DROP F1 only where that is the heuristic, and in percent."""
-    value = metrics[name]
-    if value is not None and type(value) is not int:
-        value = f"{value:.2f}" if "per Turn" in name else f"{100 * value:.1f}"
-    name = name if heuristic == "drop_f1" else name.replace("DROP F1", heuristic)
-    return name, "-" if value is None else value
+def table(names, heuristic, *columns):
+    """Lines of metrics for people: in percent, DROP F1 only where that is the heuristic."""
+    lines = []
+    for name in names:
+        line = f"{name if heuristic == 'drop_f1' else name.replace('DROP F1', heuristic):46}"
+        for metrics in columns:
+            value = metrics[name]
+            if isinstance(value, float):
+                value = f"{value:.2f}" if "per Turn" in name else f"{100 * value:.1f}"
+            line += f" {'-' if value is None else value:>8}"
+        lines.append(line)
+    return lines
 
 
 def comparison(before, after, heuristic):
     """Lines: the main metrics before and after training over the turns that both have, and turns.
 
     Of the conversations that ended better or worse than before two and one are shown, those that
-    became right or wrong first, with the last messages before them.
+    changed most, with the last messages before them.
     """
     both = [(b, a) for b, a in zip(before, after, strict=True)
             if b["inferred_action"] and a["inferred_action"]]  # fmt: skip
     first, last = (summarize([pair[i] for pair in both]) for i in (0, 1))
-    lines = [f"{'':44} {'before':>8} {'after':>8}"]
-    for metric in SHOWN:
-        name, value = shown(metric, first, heuristic)
-        lines.append(f"{name:44} {value:>8} {shown(metric, last, heuristic)[1]:>8}")
-    both.sort(key=lambda pair: pair[0]["exact_match"] - pair[1]["exact_match"])
+    lines = [f"{'':46} {'before':>8} {'after':>8}", *table(SHOWN, heuristic, first, last)]
+    both.sort(key=lambda pair: pair[0]["f1"] - pair[1]["f1"])
     better = [pair for pair in both if pair[1]["f1"] > pair[0]["f1"]]
     worse = [pair for pair in both if pair[1]["f1"] < pair[0]["f1"]]
-    turns = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
-    lines += ["", turns]
+    count = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
+    lines += ["", count]
     for before, after in better[:2] + worse[-1:]:
         lines += ["", f"  {one_line(after['history'][-3:])}"]
-        for name, sample in (("before", before), ("after ", after)):
-            lines.append(f"    {name} | {one_line(sample['trajectory'])}")
+        lines.append(f"    before | {one_line(before['trajectory'])}")
+        lines.append(f"    after  | {one_line(after['trajectory'])}")
         lines.append(f"    gold   | {data.fold(after['gold_target'])}")
     return lines
 
@@ -795,17 +770,15 @@ class Log:
     Rank 0 writes. A write that fails is noted in `problem`: the run saves and stops.
     """
 
-    def __init__(self, config, start):
-        self.folder, self.heuristic = output_of(config), config.data_config.heuristic
-        self.metric, self.problem = config.training_config.metric_for_best_model, None
-        self.first, self.last = None, None  # samples of the evaluations before training and of now
-        self.evaluated = {}  # step -> metric_for_best_model
-        if start:  # what a resumed run has behind it
-            for row in on_main(logged_rows, self.folder / "metrics.jsonl"):
-                if "eval/Accuracy" in row:
-                    self.evaluated[row["step"]] = row[f"eval/{self.metric}"]
-            samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
-            self.first = [row for row in samples if row["step"] == 0] or None
+    def __init__(self, config):
+        self.config, self.folder, self.problem = config, output_of(config), None
+        self.metric = config.training_config.metric_for_best_model
+        rows = on_main(logged_rows, self.folder / "metrics.jsonl")  # of a run that is resumed
+        key = f"eval/{self.metric}"
+        self.evaluated = {row["step"]: row[key] or 0.0 for row in rows if key in row}  # by metric
+        samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
+        self.first = [sample for sample in samples if sample["step"] == 0]
+        self.last = []  # samples of the evaluations before training and of now
 
     def write(self, function, *arguments):
         try:
@@ -820,35 +793,29 @@ class Log:
     def evaluation(self, step, metrics, samples):
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.append("metrics.jsonl", [{"step": step, **row}])
-        self.evaluated[step] = metrics[self.metric]
-        self.last = [{"step": step, **sample} for sample in samples]
-        self.first = self.first or self.last
-        kept = self.first + (self.last if self.last is not self.first else [])
-        self.write(write_evaluation, self.folder, metrics, kept)
-        say_unended(samples)
+        self.evaluated[step] = metrics[self.metric] or 0.0  # a mean over nothing is nothing
+        rows = [{"step": step, **sample} for sample in samples]
+        if step == 0:
+            self.first = rows
+        else:
+            self.last = rows
+        self.write(write_evaluation, self.folder, metrics, self.first + self.last)
 
     def best_first(self):
         """Steps by the metric of their evaluation, the best first; of equals the later one."""
-        found = {step: value for step, value in self.evaluated.items() if value is not None}
-        return sorted(found, key=lambda step: (found[step], step), reverse=True)
+        return sorted(self.evaluated, key=lambda step: (self.evaluated[step], step), reverse=True)
 
     def finish(self):
-        if self.last and self.first is not self.last:
-            print0("\n" + "\n".join(comparison(self.first, self.last, self.heuristic)))
+        if self.first and self.last:
+            print0("", *comparison(self.first, self.last, self.config.data_config.heuristic))
         self.write(write_report, self.folder)
         report = self.folder / "report.html"
-        print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {report}")
-        best = [f"{self.evaluated[n]:.3f} after step {n}" for n in self.best_first()[:5]]
+        print0("", f"The model is in {self.folder / 'model'}; to look at in a browser: {report}")
+        best = [f"{self.evaluated[step]:.3f} after step {step}" for step in self.best_first()[:5]]
         if best:
             print0(f"{self.metric}, the best first: {', '.join(best)}")
         if self.problem:
             print0(f"Not all was written: {self.problem}")
-
-
-def say_unended(samples):
-    unended = sum(not sample["ended"] for sample in samples)
-    if unended:
-        print0(f"{unended} of {len(samples)} turns end in a reply that is cut at max_new_tokens")
 
 
 def write_evaluation(folder, metrics, samples):
@@ -859,41 +826,33 @@ def write_evaluation(folder, metrics, samples):
 
 def logged_rows(path):
     """The rows of a log that a killed run may have left with half a line at its end."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]  # half a character, even
-    try:
-        return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
-    except (ValueError, TypeError, KeyError):
-        problem = "a line is not an object with a step, expected what a run wrote"
-        raise InputError(f"{path}: {problem}") from None
+    lines = data.read_bytes(path).split(b"\n")[:-1] if path.exists() else []
+    return [
+        data.expect(data.parse_json(line, path, number), f"{path}:{number}", dict)
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def write_report(folder):
     """report.html: a template with what the folder's files hold as JSON in it, long texts once."""
-    template, texts, found = HERE / "configs" / "report.html", {}, {}
-    if not template.exists():
-        return
-
-    def shared(row):
-        long = [key for key in ("context", "history", "gold") if key in row]
-        return row | {key: texts.setdefault(json.dumps(row[key]), len(texts)) for key in long}
-
-    for path in (folder / name for name in ("config.json", "metrics.jsonl", *LOGS)):
-        raw = path.read_bytes() if path.exists() else b""  # a killed run leaves half a line
-        lines = raw.split(b"\n")[:-1] if path.suffix == ".jsonl" else [raw] * bool(raw)
-        try:
-            rows = [json.loads(line, object_hook=shared, parse_constant={}.get) for line in lines]
-        except (ValueError, AttributeError):
-            return print0(f"{path}: not as a run wrote it; report.html stays as it was")
-        if raw:
-            found[path.stem] = rows if path.suffix == ".jsonl" else rows[0]
-    found = json.dumps(found | {"texts": [json.loads(text) for text in texts]})  # ASCII: no U+2028
-    found = re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", found)
+    template, found, texts = HERE / "configs" / "report.html", {}, {}
+    try:
+        page = template.read_text(encoding="utf-8")
+        for name in ("config", "eval_metrics"):
+            if (folder / f"{name}.json").exists():
+                found[name] = read_json(folder / f"{name}.json")
+        for name in ("metrics", "eval_samples", "rollouts"):
+            found[name] = logged_rows(folder / f"{name}.jsonl")
+    except (InputError, OSError) as error:
+        return print0(f"{error}; report.html stays as it was")
+    for row in found["eval_samples"] + found["rollouts"]:
+        for key in ("context", "history", "gold"):
+            if key in row:
+                row[key] = texts.setdefault(json.dumps(row[key]), len(texts))
+    found["texts"] = [json.loads(text) for text in texts]
+    block = json.dumps(found).replace("<", "\\u003c")  # nothing in it ends the block; ASCII
     mark = '<script type="application/json" id="data">'
-    before, mark, after = template.read_text(encoding="utf-8").partition(mark)
-    data.write_text(folder / "report.html", [before, mark, found, after.removeprefix("null")])
-
-
-LOGS = ("eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl")
+    data.write_text(folder / "report.html", [page.replace(f"{mark}null", mark + block)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -903,7 +862,6 @@ LOGS = ("eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl")
 
 INPUT, OUTPUT = "an input path", "an output path"
 FREE = "free"  # a resumed run may change it: how far, how often, on what; not what is learnt
-HALVES = ("first", "second")
 
 
 class Range(NamedTuple):
@@ -911,23 +869,15 @@ class Range(NamedTuple):
 
     lowest: float = 0
     highest: float = 2**53
-    above: bool = False  # lowest itself is too low
-    below: bool = False  # highest itself is too high
-
-    def __contains__(self, x):
-        high_enough = x > self.lowest if self.above else x >= self.lowest
-        return high_enough and (x < self.highest if self.below else x <= self.highest)
-
-    def __str__(self):
-        low = f"above {self.lowest}" if self.above else f"from {self.lowest}"
-        return f"a number {low}, {'below' if self.below else 'up to'} {self.highest}"
 
 
 InputPath = Annotated[str, INPUT]
 Count = Annotated[int, Range(1, 2**20)]
-Positive = Annotated[float, Range(above=True)]
-Share = Annotated[float, Range(0, 1, below=True)]
-Free, FreeCount, FreeFlag = (Annotated[kind, FREE] for kind in (int, Count, bool))
+Positive = Annotated[float, Range(1e-12)]
+Share = Annotated[float, Range(0, 0.999)]  # not all of it
+Free = Annotated[int, FREE]
+FreeCount = Annotated[Count, FREE]
+FreeFlag = Annotated[bool, FREE]
 
 
 @dataclass(frozen=True)
@@ -960,8 +910,8 @@ class HelperConfig:
 class DataConfig:
     train_path: InputPath = ""  # JSONL: conversations, or pairs where is_preference is set
     validation_path: InputPath = ""  # the same, for the evaluations; "": none
-    validation_split: Share = 0.0  # or the share of the training conversations held out for it
-    half: Literal[("", *HALVES)] = ""  # train on every other conversation, or on those between
+    validation_split: Share = 0.0  # without one: the share of training conversations held out
+    half: Literal["", "first", "second"] = ""  # train on every other conversation, or on the others
     prompt_format: Literal["auto", "plain", "gemma"] = "auto"  # "auto": as the checkpoint says
     heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # how an answer is scored
     tolerance: Share = 0.9  # a trajectory wins if its score is above this
@@ -994,7 +944,7 @@ class TrainingConfig:
     max_length: Count = 1024  # tokens of prompt and trajectory; longer ones lose their end
     max_prompt_length: Count = 896  # longer ones lose their oldest turns, then their context's head
     beta: Positive = 0.05  # DPO: how far the policy may move from the reference
-    label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # pairs the wrong way round
+    label_smoothing: Annotated[float, Range(0, 0.499)] = 0.0  # pairs the wrong way round
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # sigmoid: DPO
     rpo_alpha: float = 0.0  # of the chosen side's negative log-likelihood per token, in the loss
     loss_on: Literal["assistant", "all"] = "assistant"  # "all": the simulated user's tokens too
@@ -1008,13 +958,16 @@ class TrainingConfig:
     max_new_tokens: Count = 128  # of one response
     temperature: float = 1.0  # of the policy's samples in training; evaluation is greedy
     top_k: Annotated[int, Range(0, 2**31)] = 0  # among the k most likely tokens only; 0: all
-    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # the most likely of this probability
+    top_p: Annotated[float, Range(1e-12, 1)] = 1.0  # the most likely of this probability
     max_turns: Count = 3  # responses of one simulated trajectory; with 1, every question loses
+
+
+Task = Literal["act", "sft", "dpo", "generate_preference", "evaluate", "check"]
 
 
 @dataclass(frozen=True)
 class Config:
-    task: Literal["act", "sft", "dpo", "generate_preference", "evaluate", "check"] = "act"
+    task: Task = "act"
     policy_model_config: PolicyModelConfig = PolicyModelConfig()
     helper_config: HelperConfig = HelperConfig()  # what the five below inherit
     action_model_config: HelperConfig = HelperConfig()
@@ -1026,28 +979,22 @@ class Config:
     training_config: TrainingConfig = TrainingConfig()
 
 
-def all_keys(config, prefix=""):
-    """{"section.key": (type, its Range, INPUT, OUTPUT, FREE)}."""
-    found = {}
-    for name, kind in get_type_hints(config, include_extras=True).items():
-        if is_dataclass(kind):
-            found |= all_keys(kind, f"{name}.")
-        else:
-            plain = get_origin(kind) is not Annotated
-            found[prefix + name] = (kind,) if plain else get_args(kind)
-    return found
+def with_metadata(kind):
+    """(type, its Range, INPUT, OUTPUT, FREE) of a field."""
+    return get_args(kind) if get_origin(kind) is Annotated else (kind,)
 
 
-KEYS = all_keys(Config)
-SECTIONS = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+SECTIONS = {field.name: field.type for field in fields(Config) if field.name != "task"}
+KEYS = {"task": with_metadata(Task)}
+KEYS |= {f"{section}.{field.name}": with_metadata(field.type)
+         for section, kind in SECTIONS.items() for field in fields(kind)}  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
 
 def located(path):
     """A path as given if it is there, else beside act.py: shipped configs run from anywhere."""
-    path = os.path.expanduser(path)
-    beside = path and not os.path.exists(path) and os.path.exists(HERE / path)
-    return str(HERE / path) if beside else path
+    elsewhere = path and not os.path.exists(path) and os.path.exists(HERE / path)
+    return str(HERE / path) if elsewhere else path
 
 
 def output_of(config):
@@ -1061,31 +1008,31 @@ def load_config(path, overrides=None):
     is JSON. Raises InputError for a key that nothing reads, naming the nearest known one, and for a
     value of another type or out of its range.
     """
-    overrides = {} if overrides is None else overrides
+    overrides = overrides or {}
     if not isinstance(overrides, dict):
         raise InputError(f"overrides are {overrides!r}, expected a dictionary like {{'beta': 0.1}}")
     places = Path(path).expanduser(), HERE / path, HERE / "configs" / path
     path = next((place for place in places if place.is_file()), places[0])
-    values = flat(read_json(path))
-    where = {key: f"{path}: {ascii(key)[1:-1]}" for key in values}  # how errors call a key
+    values = {}
+    for key, value in flat(read_json(path)).items():
+        values[key] = checked(key, value, f"{path}: {ascii(key)[1:-1]}")
     for name, value in overrides.items():
-        values[full_key(name)] = value
-        where[full_key(name)] = f"--{name}"
+        key = full_key(name)
+        values[key] = checked(key, value, f"--{name}")
     for key in [key for key in values if key.startswith("helper_config.")]:
         for role in ROLES:
-            inherited = key.replace("helper_config", role)
-            values.setdefault(inherited, values[key])
-            where.setdefault(inherited, where[key])
-    sections = {"": {}}
+            values.setdefault(key.replace("helper_config", role), values[key])
+    config = Config()
     for key, value in values.items():
-        if key not in KEYS:
-            raise InputError(f"{where[key]}: {unknown(key)}")
         section, _, name = key.rpartition(".")
-        sections.setdefault(section, {})[name] = checked(key, value, where[key])
-    top = sections.pop("")
-    config = Config(**top, **{name: SECTIONS[name](**found) for name, found in sections.items()})
-    given = ", ".join(f"--{name}" for name in overrides)
-    check_config(config, f"{path} with {given}" if given else path)
+        if section:
+            value = replace(getattr(config, section), **{name: value})
+        config = replace(config, **{section or name: value})
+    try:
+        check_config(config)
+    except InputError as error:
+        given = f" with --{', --'.join(overrides)}" if overrides else ""
+        raise InputError(f"{path}{given}: {error}") from None
     return config
 
 
@@ -1102,109 +1049,92 @@ def flat(config):
 
 def full_key(name):
     """The key that a flag means, with its section, which may be left out where that is clear."""
-    found = [name] if name in KEYS else [key for key in KEYS if key.endswith(f".{name}")]
-    if not found:
-        raise InputError(f"--{name}: {unknown(name)}")
+    found = [key for key in KEYS if f".{key}".endswith(f".{name}")]
     if len(found) > 1:
         raise InputError(f"--{name}: expected one of --{', --'.join(found)}")
-    return found[0]
-
-
-def unknown(key):
-    if key in SECTIONS:
-        return "not a key but a section, expected an object"
-    known = {name.rpartition(".")[2]: name for name in KEYS}
-    known |= {name: name for name in (*KEYS, *SECTIONS)}
-    return f"unknown key, the nearest known one is {known[get_close_matches(key, known, 1, 0)[0]]}"
+    return found[0] if found else name
 
 
 def parse_value(text):
-    """A number, a truth value, null, a list or an object from the command line, else the text."""
-    number = re.fullmatch(r"[+-]?(\d{1,300}\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.I | re.A)
-    if number:
-        return float(text) if re.search("[.eE]", text) else int(text)
-    try:
-        return json.loads(text, parse_constant=str)  # NaN and Infinity stay texts
-    except (ValueError, RecursionError):
-        return {"True": True, "False": False, "None": None}.get(text, text)
+    """What a text from the command line means in JSON or in Python, else the text itself."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return parse(text)
+    return text
 
 
 def checked(key, value, at):
     """A value of a key, of its type and in its range. Raises InputError, which begins with `at`."""
+    if key in SECTIONS:
+        raise InputError(f"{at}: not a key but a section, expected an object")
+    if key not in KEYS:
+        names = (*KEYS, *SECTIONS)
+        known = {near: name for name in names for near in (name, name.rpartition(".")[2])}
+        [near] = get_close_matches(key, known, 1, 0)
+        raise InputError(f"{at}: unknown key, the nearest known one is {known[near]}")
     kind, *about = KEYS[key]
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    kind = str if choices else kind
     is_path = INPUT in about or OUTPUT in about
-    if is_path and value in (None, "null", "None"):
+    if is_path and value is None:
         value = ""
     if isinstance(value, str) and kind is not str:
         value = parse_value(value)
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{at} is {value!r}, expected {getattr(kind, '__name__', kind)}")
-    if choices and value not in choices:
-        near = get_close_matches(value, choices, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        expected = ", ".join(filter(None, choices))
-        raise InputError(f"{at} is {value!r}, expected one of {expected}{hint}")
-    limits = next((each for each in about if isinstance(each, Range)), Range())
-    if kind in (int, float) and value not in limits:
-        raise InputError(f"{at} is {value}, expected {limits}")
-    if kind is str:
-        odd = re.search("[\0\ud800-\udfff]" + "|://" * is_path, value)
-        if odd or value == "" and key == "training_config.output_dir":
-            expected = "a path on this machine" if is_path else "text in UTF-8"
-            raise InputError(f"{at} is {value!r}, expected {expected}")
-    for name, number in value.items() if isinstance(value, dict) else ():
-        right = type(number) in (int, float) and 0 <= number <= 1000
-        if name not in data.OTHER or not right:
-            expected = "CLARIFY and ANSWER with numbers from 0 to 1000"
-            raise InputError(f"{at} has {name!r}: {number!r}, expected {expected}")
+    if get_origin(kind) is Literal:
+        right = value in get_args(kind)
+        expected = f"one of {', '.join(filter(None, get_args(kind)))}"
+    elif kind in (int, float):
+        low, high = next((limits for limits in about if isinstance(limits, Range)), Range())
+        right = type(value) in (int, kind) and low <= value <= high
+        expected = f"{kind.__name__} from {low} to {high}"
+    elif kind is str:
+        unfit = "[\0\ud800-\udfff]" + "|://" * is_path
+        right = isinstance(value, str) and not re.search(unfit, value)
+        expected = "a path on this machine" if is_path else "text in UTF-8"
+    else:
+        right = isinstance(value, kind)
+        expected = getattr(kind, "__name__", kind)
+    if not right:
+        raise InputError(f"{at} is {value!r}, expected {expected}")
+    if is_path:
+        value = os.path.expanduser(value)
     if INPUT in about:
-        return located(value)
-    return os.path.expanduser(value) if is_path else value
+        value = located(value)
+    return float(value) if kind is float else value
 
 
-def check_config(config, path):
+def check_config(config):
     """The rules that concern more than one key. Raises InputError."""
     training, files, policy = config.training_config, config.data_config, config.policy_model_config
-    task, longest, shorter = config.task, training.max_length, training.max_prompt_length
-    trains = task in ("act", "sft", "dpo")
+    task = config.task
     validates = files.validation_path or files.validation_split
     evaluations = (training.save_steps or math.nan) % (training.eval_steps or math.nan)
-    needs = f"is missing, task '{task}' needs it"
-    not_random = "class_balance" if training.class_balance else f"task {task!r}"
+    data.balance([], training.class_balance, training.seed)  # raises InputError
     rules = (
-        (shorter >= longest,
-         f"max_prompt_length {shorter} leaves no room below max_length {longest} for a response"),
+        (training.max_prompt_length >= training.max_length,
+         f"max_prompt_length {training.max_prompt_length} leaves no room below max_length "
+         f"{training.max_length} for a response"),
         (training.is_preference and training.action_labels == "classifier",
          "action_labels is 'classifier', but files of pairs (is_preference) hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
-         f"action_labels 'random' changes pairs, not gold replies: not with {not_random}"),
-        (training.load_best_model_at_end and evaluations,
-         "load_best_model_at_end expects eval_steps, and save_steps to be a multiple of them"),
-        (training.load_best_model_at_end and not validates,
-         "load_best_model_at_end expects a validation_path or validation_split to choose by"),
+         "action_labels 'random' changes pairs: not with class_balance, nor with task 'sft'"),
+        (training.load_best_model_at_end and (evaluations or not validates),
+         "load_best_model_at_end expects validation turns, and save_steps that are a multiple of "
+         "eval_steps"),
         ([name for name in policy.lora_target_modules or () if name not in gemma.PROJECTIONS],
          f"lora_target_modules has {policy.lora_target_modules}, not of {gemma.PROJECTIONS}"),
         (training.label_smoothing and training.loss_type != "sigmoid",
          f"label_smoothing is set, which loss_type '{training.loss_type}' does not read"),
-        ((trains or task == "evaluate") and not policy.model_path,
-         f"policy_model_config.model_path {needs}"),
-        (task == "evaluate" and not files.validation_path and not (validates and files.train_path),
-         f"data_config.validation_path {needs}"),
-        (task != "evaluate" and files.validation_path and files.validation_split,
-         "validation_split and validation_path are both set, expected one of them"),
-        (task != "evaluate" and not files.train_path, f"data_config.train_path {needs}"),
+        (task not in ("generate_preference", "check") and not policy.model_path,
+         f"policy_model_config.model_path is missing, task '{task}' needs it"),
+        (task == "evaluate" and not validates,
+         "data_config.validation_path is missing, task 'evaluate' needs it"),
+        (not files.train_path and (task != "evaluate" or not files.validation_path),
+         f"data_config.train_path is missing, task '{task}' needs it"),
         (files.heuristic == "judge" and backend_of(config.judge_model_config) == "rule",
          "heuristic is 'judge', expected a judge_model_config.backend that is a model"),
-        (task == "generate_preference" and training.is_preference,
-         "task 'generate_preference' makes pairs from conversations, but is_preference is set"),
     )  # fmt: skip
     for broken, message in rules:
         if broken:
-            raise InputError(f"{path}: {message}")
+            raise InputError(message)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1225,17 +1155,19 @@ def start_processes():
 
     Returns the device. Raises InputError where the environment describes half of a group.
     """
-    alone = "RANK" not in os.environ
-    for name in () if alone else ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ.get(name, "").isdecimal():
-            raise InputError(f"{name} is {os.environ.get(name)!r}, expected what torchrun sets")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not dist.is_initialized():
-        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=hours, **group)
+    cuda, group = torch.cuda.is_available(), {}
+    if "RANK" not in os.environ:
+        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
+    try:
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=hours, **group)
+    except (ValueError, RuntimeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise InputError(f"expected RANK and what else torchrun sets: {problem}") from None
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -1243,38 +1175,33 @@ def is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text, file=None, end="\n"):
+def say(text, file=None):
     """Print. A reader that is gone, a full disk or a closed stream never ends a run."""
     with suppress(OSError, ValueError):
-        print(text, file=file or sys.stdout, end=end, flush=True)
+        print(text, file=file or sys.stdout, flush=True)
 
 
-def print0(text):
-    if is_main():
-        say(("\r\033[K" if sys.stdout.isatty() else "") + text)  # not behind a line of progress
+def print0(*lines):
+    for line in lines if is_main() else ():
+        say(line)
 
 
-class Progress:
-    """One line that says how far a stage is: in place on a terminal, else every ten seconds."""
+def meter(label, total):
+    """A function of how much is done, which says every five seconds how far a long stage is."""
+    start = last = time.monotonic()
+    first = None  # (seconds, done) of the first call: compilation is behind it
 
-    def __init__(self, label, total, quiet=False):
-        """quiet: nothing is said of a stage that is short."""
-        self.label, self.total, self.quiet = label, total, quiet
-        self.tty = sys.stdout.isatty()
-        self.start = self.last = time.monotonic()
-        self.first = None  # (seconds, done) of the first call: compilation is behind it
+    def show(done, text=""):
+        nonlocal first, last
+        now, ended = time.monotonic(), done == total
+        first = first or (now, done)
+        if now - last >= 5 or ended and last > start:
+            last = now
+            pace = (now - first[0]) / max(1, done - first[1])
+            left = f", {pace * (total - done):.0f} s left" if pace and not ended else ""
+            print0(f"{label} {done}/{total}  {now - start:.0f} s{left}  {text}".rstrip())
 
-    def __call__(self, done, text=""):
-        now, ended = time.monotonic(), done == self.total
-        self.first = self.first or (now, done)
-        due = now - self.last >= (0.1 if self.tty else 10)
-        if not is_main() or not (due or ended and not self.quiet):
-            return
-        self.last = now
-        pace = (now - self.first[0]) / max(1, done - self.first[1])
-        left = f", {pace * (self.total - done):.0f} s left" if pace and not ended else ""
-        line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}".rstrip()
-        say("\r\033[K" * self.tty + line, end="" if self.tty and not ended else "\n")
+    return show
 
 
 def all_sum(values, device="cpu"):
@@ -1304,10 +1231,21 @@ def on_main(function, *arguments):
     return on_all(lambda: function(*arguments) if is_main() else None)[0]
 
 
-def share_of(count):
-    """The part of range(count) that this rank works on: the turns of a dialogue stay together."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return range(count * rank // world, count * (rank + 1) // world)
+def divided(label, work, items, size=64):
+    """work(batch), a list, for all items: each rank does its share of them, all get the whole."""
+    rank, world, done = dist.get_rank(), dist.get_world_size(), []
+    # the turns of a dialogue stay together
+    mine = items[len(items) * rank // world : len(items) * (rank + 1) // world]
+    progress = meter(label, len(mine))
+
+    def work_on_share():
+        for start in range(0, len(mine), size):
+            stop_if_asked()
+            done.extend(work(mine[start : start + size]))
+            progress(len(done))
+        return done
+
+    return sum(on_all(work_on_share), [])
 
 
 ASKED = []  # the signal that asks this run to save and stop
@@ -1324,7 +1262,7 @@ def heed_signals(heed=True):
             os.write(2, said * is_main())
 
     ASKED.clear()
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGINT, note if heed else signal.default_int_handler)
         signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
 
@@ -1336,8 +1274,8 @@ def stop_if_asked():
 
 def require_finite(values):
     """Raises NotANumber for an infinity or NaN among numbers or tensors by name."""
-    tensors = [torch.as_tensor(value) for value in values.values()]
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()  # one wait
+    finite = [torch.as_tensor(value).isfinite().all() for value in values.values()]
+    finite = torch.stack(finite).tolist()  # one wait for the device
     for name, right in zip(values, finite, strict=True):
         if not right:
             raise NotANumber(f"{name} is not a finite number")
@@ -1554,7 +1492,7 @@ def prepare(config, overwrite, resume):
         tensors = optimizer_tensors(run.policy, run.optimizer)
         gemma.load_safetensors(tensors, run.checkpoint, stem="optimizer")
     on_main(clear_output, run)
-    run.log, run.order = Log(config, run.saved), DataOrder(run.pairs, training.seed)
+    run.log, run.order = Log(config), DataOrder(run.pairs, training.seed)
     heed_signals()
     return run
 
@@ -1574,11 +1512,10 @@ def require_reachable(run):
 
 def input_files(config):
     """{key: path} of the files beside the models that decide what is learnt."""
-    files = config.data_config
-    paths = {
-        "data_config.train_path": files.train_path,
-        "data_config.validation_path": files.validation_path,
-    }
+    files, paths = config.data_config, {}
+    if config.task != "evaluate" or not files.validation_path:
+        paths["data_config.train_path"] = files.train_path
+    paths["data_config.validation_path"] = files.validation_path
     for name, role in ROLES.items():
         helper = getattr(config, name)
         if backend_of(helper) != "rule":
@@ -1741,9 +1678,14 @@ def clear_output(run):
     require_lock(run.output)
     if run.checkpoint:  # what was logged after it will be logged again
         logs = [run.output / name for name in TRAINING_FILES if name.endswith(".jsonl")]
-        rows = {path: logged_rows(path) for path in logs if path.exists()}
-        for path, found in rows.items():
-            data.write_jsonl(path, [row for row in found if row["step"] <= run.saved])
+        kept = {}
+        for path in filter(Path.exists, logs):
+            kept[path] = [
+                row for row in logged_rows(path)
+                if data.require(row, "step", f"{path}: ", int) <= run.saved
+            ]  # fmt: skip
+        for path, rows in kept.items():
+            data.write_jsonl(path, rows)
     else:
         for name in TRAINING_FILES:
             remove(run.output / name)
@@ -2210,20 +2152,6 @@ class Helpers:
 
         return {"classify": classify, "simulate": simulate, "score": judge}
 
-    def divided(self, name, label, requests, chunk=64):
-        """Results of requests that are the same on all ranks: each rank asks for its share."""
-        mine = share_of(len(requests))
-        progress = Progress(label, len(mine), quiet=True)
-
-        def ask():
-            results = []
-            for start in range(0, len(mine), chunk):
-                results += self.roles[name]([requests[i] for i in mine[start : start + chunk]])
-                progress(len(results))
-            return results
-
-        return sum(on_all(ask), [])
-
     def report(self, consequence):
         """How many requests each model had so far, and how many brought nothing."""
         for helper in self.models:
@@ -2639,9 +2567,7 @@ def evaluate(config, overwrite=False, resume=False):
     on_main(require_lock, output_of(config))
     on_main(write_json, output_of(config) / "config.json", asdict(config))
     on_main(write_evaluation, output_of(config), metrics, samples)
-    for name in metrics:
-        print0("{:50} {:>8}".format(*shown(name, metrics, files.heuristic)))
-    say_unended(samples)
+    print0(*table(metrics, files.heuristic, metrics))
     begun.helpers.report("these turns are left out of the means")
     return metrics
 

@@ -1078,8 +1078,7 @@ def test_evaluated_turns_with_a_failed_helper_are_counted_and_left_out():
     helpers = helpers_by(action_model=lambda texts: [actions[text] for text in texts], user_simulator=simulate)
     policy = respond_by(lambda pair, trajectory: said[pairs.index(pair)][len(trajectory) // 2], pairs)
     answers = {"respond": policy, **helpers.answers(pairs, "exact_match")}
-    turns = act.in_lockstep([act.play_turn(pair, 3) for pair in pairs], answers)
-    samples = [act.sample_row("exact_match", pair, turn) for pair, turn in zip(pairs, turns, strict=True)]
+    samples = act.in_lockstep([act.play_turn(pair, 3, data.exact_match) for pair in pairs], answers)
     assert [sample["inferred_action"] for sample in samples] == [CLARIFY, None, ANSWER, None]
     assert len({tuple(sample) for sample in samples}) == 1, "the same keys, in the same order"
     metrics = act.summarize(samples)
@@ -1094,7 +1093,7 @@ def test_gold_actions_fall_back_to_the_rule():
     helpers = helpers_by(action_model=lambda texts: [said[text] for text in texts])
     messages = [{"role": role, "content": text} for reply in said for role, text in (("user", "x"), ("model", reply))]
     rows = [{"messages": messages, "path": "c.jsonl", "line": 1}]
-    act.make_pairs("c.jsonl", rows, Config(), helpers, asks=False)
+    act.make_pairs("c.jsonl", rows, Config(), helpers, trained_on=False)
     labels = [message["requires_clarification"] for message in messages[::2]]
     assert labels == [True, False, False]
     classify = helpers.answers([], "drop_f1")["classify"]
@@ -1273,8 +1272,7 @@ def test_evaluation_with_a_judge(server, configured):
 
     helpers = helpers_of(cast(configured, "judge_model_config"))
     answers = {"respond": respond_by(policy, pairs), **helpers.answers(pairs, "judge")}
-    turns = act.in_lockstep([act.play_turn(pair, 2) for pair in pairs], answers)
-    samples = [act.sample_row("judge", pair, turn) for pair, turn in zip(pairs, turns, strict=True)]
+    samples = act.in_lockstep([act.play_turn(pair, 2) for pair in pairs], answers)
     assert [sample["f1"] for sample in samples] == [sample["exact_match"] for sample in samples] == [1, 1, 0, 0, 0]
     assert [sample["inferred_action"] for sample in samples] == [CLARIFY, ANSWER, ANSWER, None, CLARIFY]
     firsts = [pairs[0].gold[0][1], *finals[1:3], None, pairs[4].gold[0][1]]
@@ -1290,9 +1288,9 @@ def test_evaluation_with_a_judge(server, configured):
 def test_a_judge_must_be_a_model(configured):
     config = replace(Config(), policy_model_config=PolicyModelConfig("x"),
                      data_config=act.DataConfig(train_path="x", heuristic="judge"))  # fmt: skip
-    with pytest.raises(InputError, match="^c.json: heuristic is 'judge', expected a judge_model_config.backend that"):
-        act.check_config(config, "c.json")
-    act.check_config(replace(config, judge_model_config=configured(backend="openai")), "c.json")
+    with pytest.raises(InputError, match="^heuristic is 'judge', expected a judge_model_config.backend that"):
+        act.check_config(config)
+    act.check_config(replace(config, judge_model_config=configured(backend="openai")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

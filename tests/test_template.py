@@ -543,7 +543,7 @@ def test_nothing_that_is_sampled_from_or_scored_is_longer_than_max_length(templa
     reply = [("model", "Which?"), ("user", "sales in may " * 6_000), ("model", "get tax")]
     assert len(pair.prompt) == 150
     monkeypatch.setattr(act, "generate", lambda model, rows, limit, **_: prompts.extend(rows) or [[] for _ in rows])
-    sampler = act.Sampler(model, template, [pair], training)
+    sampler = act.sampler(model, template, [pair], training)
     sampler([0], [reply[:0]])
     sampler([0], [reply[:2]])
     assert [len(prompt) for prompt in prompts] == [150, 200]

@@ -265,7 +265,6 @@ class Work:
         model = act.PolicyModelConfig(str(source), str(DTYPE).removeprefix("torch."))
         if lora:
             model = replace(model, lora_r=lora.r, lora_alpha=lora.lora_alpha, lora_target_modules=lora.target_modules)
-        training = replace(training, gradient_checkpointing=self.checkpointing)
         config = act.Config(policy_model_config=model, training_config=training)
         policy = act.build_model(config, mesh)
         reference = None if lora else act.build_model(config, mesh, trained=False)
