@@ -1181,13 +1181,18 @@ def say(text, file=None):
         print(text, file=file or sys.stdout, flush=True)
 
 
+CLEAR = "\r\033[K"  # the line that a terminal is on
+
+
 def print0(*lines):
     for line in lines if is_main() else ():
-        say(line)
+        say(CLEAR * sys.stdout.isatty() + line)  # not behind a line of progress
 
 
 def meter(label, total):
-    """A function of how much is done, which says every five seconds how far a long stage is."""
+    """A function of how much is done, which says how far a long stage is: one line, in place on a
+    terminal, else every ten seconds."""
+    tty = sys.stdout.isatty()
     start = last = time.monotonic()
     first = None  # (seconds, done) of the first call: compilation is behind it
 
@@ -1195,11 +1200,13 @@ def meter(label, total):
         nonlocal first, last
         now, ended = time.monotonic(), done == total
         first = first or (now, done)
-        if now - last >= 5 or ended and last > start:
+        due = now - last >= (0.1 if tty else 10) or (ended and last > start)
+        if due and is_main():
             last = now
             pace = (now - first[0]) / max(1, done - first[1])
             left = f", {pace * (total - done):.0f} s left" if pace and not ended else ""
-            print0(f"{label} {done}/{total}  {now - start:.0f} s{left}  {text}".rstrip())
+            line = f"{label} {done}/{total}  {now - start:.0f} s{left}  {text}".rstrip()
+            say(CLEAR * tty + line, end="" if tty and not ended else "\n")
 
     return show
 
