@@ -335,8 +335,9 @@ def test_long_hostile_answers_are_read_in_linear_time(name):
     cases = [(beginning + unit * (16_000 // len(unit)), unit) for unit in LONG]
     cases += [(f"{beginning}{unit * 16_000}", unit) for beginning in ("Assistant", "User", "Assistant (", "not", "select", "<think>x")
               for unit in " *\n"]  # fmt: skip
-    cases += [(unit * 100_000, unit) for unit in ("</s>", '"') if name == "user_simulator_config"]
-    cases.append(("```\n" * 40_000 + "x" + "\n```" * 40_000, "fences in fences"))
+    if name == "user_simulator_config":  # what is taken off around an answer is the same for all
+        cases += [(unit * 100_000, unit) for unit in ("</s>", '"')]
+        cases.append(("```\n" * 40_000 + "x" + "\n```" * 40_000, "fences in fences"))
     for answer, unit in cases:
         began = time.thread_time()
         read(name, answer, max_new_tokens=2**20)
