@@ -997,10 +997,6 @@ def located(path):
     return str(HERE / path) if elsewhere else path
 
 
-def output_of(config):
-    return Path(config.training_config.output_dir)
-
-
 def load_config(path, overrides=None):
     """Config from a JSON file, looked for as given, beside act.py and in configs/.
 
@@ -1586,6 +1582,10 @@ WRITES = {  # what a task writes into output_dir beside config.json
     "generate_preference": [f"{name}{ending}" for ending in PAIR_FILES.values()
                             for name in ("train", "validation")],
 }  # fmt: skip
+
+
+def output_of(config):
+    return Path(config.training_config.output_dir)
 
 
 def open_output(config, resume=False, overwrite=False):
