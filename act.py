@@ -1171,10 +1171,10 @@ def is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text, file=None):
+def say(text, file=None, end="\n"):
     """Print. A reader that is gone, a full disk or a closed stream never ends a run."""
     with suppress(OSError, ValueError):
-        print(text, file=file or sys.stdout, flush=True)
+        print(text, file=file or sys.stdout, end=end, flush=True)
 
 
 CLEAR = "\r\033[K"  # the line that a terminal is on
