@@ -552,7 +552,8 @@ def tokenize(path, pairs, template, training, trained_on):
     Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
     too long to be sampled is said.
     """
-    kept, found = [], defaultdict(list)
+    kept = []
+    found = defaultdict(list)
     for group in data.dialogues(pairs):
         turns = [pairs[i] for i in group]
         first = turns[0]
@@ -591,7 +592,8 @@ def sampler(model, template, pairs, training, generators=None):
     generators: one for each pair; None: greedy. Returns a function (rows, trajectories) -> [(the
     policy's next message, whether it came to its end)].
     """
-    cache, most = KVCache(), training.max_new_tokens
+    most = training.max_new_tokens
+    cache = KVCache()
     cached = []  # the rows that the cache holds, in its order
 
     def next_messages(rows, trajectories):
@@ -771,14 +773,16 @@ class Log:
     """
 
     def __init__(self, config):
-        self.config, self.folder, self.problem = config, output_of(config), None
+        self.config = config
+        self.folder = output_of(config)
+        self.problem = None
         self.metric = config.training_config.metric_for_best_model
         rows = on_main(logged_rows, self.folder / "metrics.jsonl")  # of a run that is resumed
         key = f"eval/{self.metric}"
         self.evaluated = {row["step"]: row[key] or 0.0 for row in rows if key in row}  # by metric
         samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
-        self.first = [sample for sample in samples if sample["step"] == 0]
-        self.last = []  # samples of the evaluations before training and of now
+        self.first = [sample for sample in samples if sample["step"] == 0]  # before training
+        self.last = []  # of the last evaluation of this process
 
     def write(self, function, *arguments):
         try:
@@ -835,9 +839,10 @@ def logged_rows(path):
 
 def write_report(folder):
     """report.html: a template with what the folder's files hold as JSON in it, long texts once."""
-    template, found, texts = HERE / "configs" / "report.html", {}, {}
+    found = {}
+    texts = {}
     try:
-        page = template.read_text(encoding="utf-8")
+        page = (HERE / "configs" / "report.html").read_text(encoding="utf-8")
         for name in ("config", "eval_metrics"):
             if (folder / f"{name}.json").exists():
                 found[name] = read_json(folder / f"{name}.json")
@@ -1151,7 +1156,8 @@ def start_processes():
 
     Returns the device. Raises InputError where the environment describes half of a group.
     """
-    cuda, group = torch.cuda.is_available(), {}
+    cuda = torch.cuda.is_available()
+    group = {}
     if "RANK" not in os.environ:
         group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
@@ -1194,7 +1200,8 @@ def meter(label, total):
 
     def show(done, text=""):
         nonlocal first, last
-        now, ended = time.monotonic(), done == total
+        now = time.monotonic()
+        ended = done == total
         first = first or (now, done)
         due = now - last >= (0.1 if tty else 10) or (ended and last > start)
         if due and is_main():
@@ -1236,12 +1243,14 @@ def on_main(function, *arguments):
 
 def divided(label, work, items, size=64):
     """work(batch), a list, for all items: each rank does its share of them, all get the whole."""
-    rank, world, done = dist.get_rank(), dist.get_world_size(), []
-    # the turns of a dialogue stay together
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    # in their order: the turns of a dialogue stay together
     mine = items[len(items) * rank // world : len(items) * (rank + 1) // world]
     progress = meter(label, len(mine))
 
     def work_on_share():
+        done = []
         for start in range(0, len(mine), size):
             stop_if_asked()
             done.extend(work(mine[start : start + size]))
