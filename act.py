@@ -5,7 +5,19 @@
                                                         on GPUs, sharded with fully_shard
     torchrun act.py --config tiny.json --beta 0.1       any key can be overridden
     python act.py --config tiny.json --task check       what is wrong with a run's data?
-    python act.py --help                                all tasks, flags and keys
+    python act.py --help                                all keys
+
+tasks (--task NAME, or a config's key "task"):
+  act                  train on pairs that are sampled from the policy as it is (Algorithm 2)
+  sft                  train on the gold replies
+  dpo                  train on the pairs of Algorithm 1, nothing sampled
+  evaluate             the metrics of policy_model_config.model_path on validation turns
+  generate_preference  write the pairs of Algorithm 1 as files
+  check                say what is wrong with the data, and what becomes of it
+
+flags:
+  --resume             go on from the newest checkpoint of output_dir
+  --overwrite          start again in an output_dir that holds a run
 
 Reading order: data.py to the end of Algorithm 1, this file to the end of `train`, gemma.py to the
 end of the decoder. That is the method. What comes after it here are rooms to enter when you change
@@ -2581,111 +2593,87 @@ def refused_by(url, model_id):
 # What `act.py` does besides training, and how it is told what to do.
 
 
-def evaluate(config, overwrite=False, resume=False):
+def evaluate(config, overwrite=False):
     """Task evaluate: the metrics of a model on the validation turns. Returns them."""
-    begun, files = begin(config, overwrite), config.data_config
+    begun, policy = begin(config, overwrite), config.policy_model_config
     if not begun.validation:
-        path = files.validation_path or files.train_path
+        path = config.data_config.validation_path or config.data_config.train_path
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
-    policy, heuristic = config.policy_model_config, files.heuristic
     mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
     model = build_model(policy.model_path, mesh, getattr(torch, policy.dtype), trainable=False)
     gemma.check_vocabulary(begun.tokenizer, model)
-    turns = begun.template, begun.validation, begun.helpers
-    metrics, samples = evaluate_pairs(model, *turns, config)
-    on_main(require_lock, output_of(config))
-    on_main(write_json, output_of(config) / "config.json", asdict(config))
+    metrics, samples = evaluate_pairs(
+        model, begun.template, begun.validation, begun.helpers, config
+    )
+    on_main(claim, config)
     on_main(write_evaluation, output_of(config), metrics, samples)
     for name in metrics:
-        print0("{:50} {:>8}".format(*shown(name, metrics, heuristic)))
+        print0("{:50} {:>8}".format(*shown(name, metrics, config.data_config.heuristic)))
     say_unended(samples)
     begun.helpers.report("these turns are left out of the means")
     return metrics
 
 
-def generate_preference(config, overwrite=False, resume=False):
+def claim(config):
+    """Write the configuration into output_dir; first, since without it the rest is nobody's."""
+    require_lock(output_of(config))
+    write_json(output_of(config) / "config.json", asdict(config))
+
+
+def generate_preference(config, overwrite=False):
     """Task generate_preference: files of the pairs of Algorithm 1, in output_dir."""
     begun = begin(config, overwrite)
     found = {"train": begun.pairs, "validation": begun.validation}
     if not any(found.values()):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
+    on_main(claim, config)
+    on_main(write_pairs, output_of(config), found)
 
-    on_main(write_pairs, config, found)
 
-
-def write_pairs(config, found):
+def write_pairs(output, found):
     """Files of the pairs {name: pairs}, each in all forms, over those of a former run."""
-    output = output_of(config)
-    require_lock(output)
-    write_json(output / "config.json", asdict(config))  # first: without it the rest is nobody's
     for name, pairs in found.items():
-        paths = [output / f"{name}{ending}" for ending in PAIR_FILES.values()]
-        for form, path in zip(PAIR_FILES, paths, strict=True):
+        for form, ending in PAIR_FILES.items():
+            path = output / f"{name}{ending}"
             if pairs:
                 data.write_preferences(path, pairs, form)
+                print0(f"{path}: {len(pairs)} pairs, form {form!r}")
             else:
                 remove(path)
-        if pairs:
-            print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
 
 
-def check(config, overwrite=False, resume=False):
+def check(config, overwrite=False):
     """Task check: what is wrong with a run's data, and what becomes of it. Writes nothing."""
-    begun, files = begin(config), config.data_config
-    paths = files.train_path, files.validation_path or files.train_path
-    for path, pairs in zip(paths, (begun.pairs, begun.validation), strict=True):
-        if pairs:
-            asks = sum(pair.action == CLARIFY for pair in pairs)
-            answers = f"{asks} {CLARIFY} and {len(pairs) - asks} {ANSWER}"
-            print0(f"{path}: {len(pairs)} turns, {answers}")
+    begun = begin(config)
+    for name, pairs in (("training", begun.pairs), ("validation", begun.validation)):
+        asks = sum(pair.action == CLARIFY for pair in pairs)
+        print0(f"{name}: {len(pairs)} turns, {asks} {CLARIFY} and {len(pairs) - asks} {ANSWER}")
 
 
-TASKS = {
-    "act": (train, "train on pairs that are sampled from the policy as it is (Algorithm 2)"),
-    "sft": (train, "train on the gold replies"),
-    "dpo": (train, "train on the pairs of Algorithm 1, nothing sampled"),
-    "evaluate": (evaluate, "the metrics of policy_model_config.model_path on validation turns"),
-    "generate_preference": (generate_preference, "write the pairs of Algorithm 1 as files"),
-    "check": (check, "say what is wrong with the data, and what becomes of it"),
-}
-USAGE = "expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite"
+TASKS = {"evaluate": evaluate, "generate_preference": generate_preference, "check": check}
+USAGE = "expected --config FILE [--task NAME] [--KEY VALUE ...] [--resume | --overwrite]"
 
 
 def parse_arguments(arguments):
-    """(config path, overrides, flags) of --config FILE [--KEY VALUE ...] [--resume|--overwrite]."""
-    overrides, flags, rest = {}, set(), list(arguments)
-    while rest:
-        word = rest.pop(0)
+    """(config path, overrides, flags) of a command line as USAGE has it. Raises InputError."""
+    overrides, flags, words = {}, set(), iter(arguments)
+    for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        near = get_close_matches(name, ("resume", "overwrite"), 1, 0.75)
-        if not word.startswith("--"):
-            raise InputError(f"{word!r}: {USAGE}")
-        if near:
-            if word != f"--{near[0]}":
-                raise InputError(f"{word}: unknown, did you mean --{near[0]}, without a value?")
+        if word in ("--resume", "--overwrite"):
             flags.add(name)
             continue
-        if not equals and (not rest or rest[0].startswith("--")):
-            raise InputError(f"--{name}: a value is missing")
-        overrides[name] = value if equals else rest.pop(0)
-    if "config" not in overrides:
-        raise InputError("--config FILE is missing")
-    if len(flags) == 2:
-        raise InputError("--resume and --overwrite: expected one of them")
+        overrides[name] = value if equals else next(words, "--")  # "--": there is none
+        if not word.startswith("--") or overrides[name].startswith("--"):
+            raise InputError(f"{word!r} without a value: {USAGE}")
+    if "config" not in overrides or len(flags) == 2:
+        raise InputError(USAGE)
     return overrides.pop("config"), overrides, flags
 
 
 def help_text():
-    """The header's commands, the tasks, the flags, and every key as its dataclass has it."""
-    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):"]
-    lines += [f"  {name:20} {about}" for name, (_, about) in TASKS.items()]
-    lines += ["", "flags:", "  --resume             go on from the newest checkpoint of output_dir"]
-    lines += ["  --overwrite          start again in an output_dir that holds a run"]
-    for kind in dict.fromkeys(SECTIONS.values()):
-        sections = [name for name, section in SECTIONS.items() if section is kind]
-        body = [line.removeprefix("  ") for line in inspect.getsource(kind).splitlines()[2:]]
-        lines += ["", f"--{', '.join(sections)}:", *body]
-    return "\n".join(lines)
+    """The head of this file, and every key as its dataclass has it."""
+    kinds = Config, *dict.fromkeys(SECTIONS.values())
+    return __doc__.partition("Reading order")[0] + "\n".join(map(inspect.getsource, kinds))
 
 
 def main(arguments=None):
@@ -2698,17 +2686,15 @@ def main(arguments=None):
     try:
         path, overrides, flags = parse_arguments(arguments)
         config = load_config(path, overrides)
-        task, _ = TASKS[config.task]
-        if "resume" in flags and task is not train:
+        if "resume" in flags and config.task in TASKS:
             raise InputError(f"--resume: task '{config.task}' has nothing to resume")
-        task(config, "overwrite" in flags, "resume" in flags)
+        TASKS.get(config.task, train)(config, **dict.fromkeys(flags, True))
         dist.destroy_process_group()
+        return 0
     except (InputError, OSError, SafetensorError, torch.OutOfMemoryError) as error:  # a full disk
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        if rank:  # mostly the same error on all ranks: the first says it, torchrun ends the others
-            time.sleep(2)
-        said = f"act.py: error: {error}" + f" (local rank {rank})" * bool(rank)
-        say(said, sys.stderr)
+        if not is_main():
+            time.sleep(2)  # mostly all ranks have this error: the first says it, torchrun ends all
+        say(f"act.py: error: {error}", sys.stderr)
         return 2
     except RunStopped as error:
         if is_main():
@@ -2720,11 +2706,11 @@ def main(arguments=None):
         return 130
     finally:
         heed_signals(False)
-        with suppress(OSError):
-            release_lock(output_of(config)) if config else None
+        if config:
+            with suppress(OSError):
+                release_lock(output_of(config))
         if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait for all
             dist.destroy_process_group()
-    return 0
 
 
 def run_as_program():
@@ -2737,14 +2723,6 @@ def run_as_program():
     except Exception:  # nobody foresaw it; Python's own way out could wait for other ranks
         say(traceback.format_exc(), sys.stderr)
         status = 1
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Calls in flight are paid for: their answers are kept, unless it was Ctrl-C that ended the run.
-    until = time.monotonic() + 15  # torchrun waits 30 seconds after SIGTERM
-    for thread in threading.enumerate() if status != 130 else ():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(max(0.0, until - time.monotonic()))
-    with suppress(OSError):
-        sys.stdout.flush()
     # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, which aborts a
     # process that has finished (seen with torch 2.13 and a replicated mesh, in one run of three).
     os._exit(status)
