@@ -1174,7 +1174,8 @@ def foreign(tokenizer, config):
     added = [i for i in ids if len(tokenizer) <= i < config.vocab_size]
     if added:
         lines.append(f"{tokenizer.path}: lacks {len(added)} added tokens, whose texts are any text")
-    if tokenizer.chat_template and "<start_of_turn>" not in tokenizer.chat_template:
+    known = ("<start_of_turn>", "[conversation]")  # Gemma's, and that of the plain format
+    if tokenizer.chat_template and not any(mark in tokenizer.chat_template for mark in known):
         lines.append(f"{tokenizer.path}: the chat template beside it is not Gemma's")
     return lines
 
