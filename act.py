@@ -175,8 +175,7 @@ def same_words(pair):
 def best_contrast(rollouts):
     """One pair of several rollouts of an example: its first win against its first loss.
 
-    A side that no rollout has won, or lost, stays what the example has. Those that are not taken
-    forget that they replaced a side.
+    A side that none has won, or lost, stays the example's; the other rollouts replaced nothing.
     """
     pair = new = rollouts[0].before
     won = next((rollout for rollout in rollouts if rollout.replaced == "chosen"), None)
@@ -220,8 +219,7 @@ def in_lockstep(conversations, answers):
 def on_policy(run, pairs, step, positions):
     """Algorithm 2 for a batch, `num_generations` samples an example.
 
-    Returns its new pairs, how many rollouts had which outcome, and the lines of rollouts.jsonl that
-    all ranks have to say.
+    Returns its new pairs, counts of the outcomes, and the lines of rollouts.jsonl of all ranks.
     """
     training, files = run.config.training_config, run.config.data_config
     n = training.num_generations
@@ -396,19 +394,19 @@ def train(config, overwrite=False, resume=False):
     run = prepare(config, overwrite, resume)
     if run is None:
         return
-    training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
-    local = run.state["examples_per_step"] // world  # examples of a step here
-    micro = training.per_device_train_batch_size  # and of a forward pass
+    training = config.training_config
+    size = run.state["examples_per_step"]
+    local = size // dist.get_world_size()  # this rank's part of them
+    micro = training.per_device_train_batch_size  # of a forward pass
     order, log, progress = run.order, run.log, meter("step", run.steps)
     take_step = sft_step if config.task == "sft" else preference_step
     print0(f"{config.task}: {len(run.pairs)} training turns, {len(run.validation)} for validation, "
-           f"steps of {local * world} turns, step {run.saved} to {run.steps}")  # fmt: skip
+           f"steps of {size} turns, step {run.saved} to {run.steps}")  # fmt: skip
     done = run.saved
     try:
         for step in range(run.saved, run.steps + 1):
             # evaluate before the first step, after the last, and in between as asked
-            between = training.eval_steps and step % training.eval_steps == 0
-            due = between or step in (0, run.steps)
+            due = training.eval_steps and step % training.eval_steps == 0 or step in (0, run.steps)
             if run.validation and due and step not in log.evaluated:
                 evaluated = run.policy, run.template, run.validation, run.helpers, config
                 log.evaluation(step, *evaluate_pairs(*evaluated))
@@ -417,7 +415,8 @@ def train(config, overwrite=False, resume=False):
 
             # this rank's part of the global batch, which is the same however it is divided
             began = time.perf_counter()
-            positions = range((step * world + rank) * local, (step * world + rank + 1) * local)
+            start = step * size + dist.get_rank() * local
+            positions = range(start, start + local)
             batch, sums = [run.pairs[order[position]] for position in positions], Counter()
 
             # on-policy pairs (Algorithm 2)
@@ -441,29 +440,23 @@ def train(config, overwrite=False, resume=False):
 
             # one line of metrics: means over the global batch, sums of what is counted
             if done % training.logging_steps == 0 or done == run.steps:
-                row = {k: x if is_total(k) else x / (local * world) for k, x in totals.items()}
+                row = {k: x if is_total(k) else x / size for k, x in totals.items()}
                 row |= {"grad_norm": grad_norm, "learning_rate": lr}
-                row |= {"seconds/rollout": rolled - began}
-                row |= {"seconds/train": time.perf_counter() - rolled}
+                row["seconds/rollout"] = rolled - began
+                row["seconds/train"] = time.perf_counter() - rolled
                 log.append("metrics.jsonl", [{"step": done, **row}])
                 margin = f"  margin {row['rewards/margins']:.3f}" if config.task != "sft" else ""
                 progress(done, f"loss {row['loss']:.4f}{margin}")
 
             if stop:
                 raise RunStopped(log.problem or "interrupted")
-            last = done == run.steps
-            if training.save_steps and (last or done % training.save_steps == 0):
+            if training.save_steps and (done % training.save_steps == 0 or done == run.steps):
                 save_checkpoint(run, done)
     except (RunStopped, torch.OutOfMemoryError) as error:
         raise stopped(run, done, error) from None
     save_trained(run)
     log.finish()
     run.helpers.report("these turns kept their pair, or are left out of the means")
-
-
-def is_total(key):
-    """Whether the log shows a metric as a sum over the global batch rather than as a mean."""
-    return key == "tokens" or key.startswith("act/")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -776,6 +769,11 @@ def comparison(before, after, heuristic):
 
 def one_line(messages):
     return "  ".join(f"{data.SPEAKERS[role]}: {data.fold(text)}" for role, text in messages)
+
+
+def is_total(key):
+    """Whether the log shows a metric as a sum over the global batch rather than as a mean."""
+    return key == "tokens" or key.startswith("act/")
 
 
 class Log:
