@@ -29,6 +29,7 @@ Where we depart from the paper's Algorithm 2 and from the published research cod
   - With `num_generations` above 1 both sides of a pair can be the policy's own.
 """
 
+import ast
 import email.utils
 import fcntl
 import hashlib
@@ -49,16 +50,15 @@ import traceback
 import urllib.error
 import urllib.request
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import quote
 
 import torch
@@ -67,7 +67,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 import data
 import gemma
@@ -167,17 +166,17 @@ def best_contrast(rollouts):
     A side that no rollout has won, or lost, stays what the example has. Those that are not taken
     forget that they replaced a side.
     """
-    new, taken = rollouts[0].before, []
-    for side in ("chosen", "rejected"):
-        first = next((rollout for rollout in rollouts if rollout.replaced == side), None)
-        if first:
-            cut = first.pair.cut if side == "rejected" else new.cut
-            new = replace(new, cut=cut, **{side: first.trajectory})
-            taken.append(first)
+    pair = new = rollouts[0].before
+    won = next((rollout for rollout in rollouts if rollout.replaced == "chosen"), None)
+    lost = next((rollout for rollout in rollouts if rollout.replaced == "rejected"), None)
+    if won:
+        new = replace(new, chosen=won.trajectory)
+    if lost:
+        new = replace(new, rejected=lost.trajectory, cut=lost.pair.cut)
     if same_words(new):
-        new, taken = rollouts[0].before, []
+        new, won, lost = pair, None, None
     for rollout in rollouts:
-        if not any(rollout is one for one in taken):
+        if rollout is not won and rollout is not lost:
             rollout.replaced = None
     return new
 
@@ -216,7 +215,7 @@ def on_policy(run, pairs, step, positions):
     n = training.num_generations
     examples = [pair for pair in pairs for _ in range(n)]
     noise = noise_generators(training.seed, step, positions, n)
-    policy = Sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
+    policy = sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
     answers = {"respond": policy, **run.helpers.answers(examples, files.heuristic)}
     rules = files.tolerance, training.max_turns, training.simulate_user
     groups, new = [], []
@@ -368,8 +367,7 @@ def learning_rate(step, steps, training):
 def clip_and_step(policy, optimizer, max_grad_norm, lr):
     """Clip, take one optimiser step, and return the gradient's norm before clipping."""
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = gemma.whole_tensor(torch.nn.utils.get_total_norm(grads))
     if not norm.isfinite():  # the same on all ranks; the parameters are still good
         raise NotANumber("the gradient's norm is not a finite number")
     if max_grad_norm:
@@ -387,14 +385,15 @@ def train(config, overwrite=False, resume=False):
     if run is None:
         return
     training, rank, world = config.training_config, dist.get_rank(), dist.get_world_size()
-    local, micro = run.local, training.per_device_train_batch_size  # of a step, a forward pass
-    order, log, progress = run.order, run.log, Progress("step", run.steps)
+    local = run.state["examples_per_step"] // world  # examples of a step here
+    micro = training.per_device_train_batch_size  # and of a forward pass
+    order, log, progress = run.order, run.log, meter("step", run.steps)
     take_step = sft_step if config.task == "sft" else preference_step
     print0(f"{config.task}: {len(run.pairs)} training turns, {len(run.validation)} for validation, "
-           f"steps of {local * world} turns, step {run.start} to {run.steps}")  # fmt: skip
-    done = run.start
+           f"steps of {local * world} turns, step {run.saved} to {run.steps}")  # fmt: skip
+    done = run.saved
     try:
-        for step in range(run.start, run.steps + 1):
+        for step in range(run.saved, run.steps + 1):
             # evaluate before the first step, after the last, and in between as asked
             between = training.eval_steps and step % training.eval_steps == 0
             due = between or step in (0, run.steps)
@@ -463,28 +462,25 @@ def is_total(key):
 def load_pairs(config, helpers, template, contents):
     """(training, validation) pairs of a configuration's files. Raises InputError.
 
-    Read, label, pair, ask, balance, tokenise, report. Only training pairs are balanced, and may
-    take their actions from elsewhere (`action_labels`). A losing question is asked for only where
-    it is used: in training on pairs, and in files of pairs. contents: {key: bytes} of the files.
+    Read, label, pair, ask, balance, tokenise, report. contents: {key: bytes} of the files.
     """
-    files, training, task = config.data_config, config.training_config, config.task
+    files, training = config.data_config, config.training_config
+
+    def prepared(path, pairs, trained_on):
+        if not training.is_preference:
+            pairs = make_pairs(path, pairs, config, helpers, trained_on)
+        if trained_on:
+            pairs = data.balance(pairs, training.class_balance, training.seed)
+        if trained_on and training.action_labels == "random":
+            pairs = data.random_actions(pairs, training.seed)
+        return tokenize(path, pairs, template, training, trained_on) if template else pairs
+
     rows, held_out = read_rows(config, contents)
-    writes = task == "generate_preference"
-    asks = writes or task in ("act", "dpo")
-    pairs = make_pairs(files.train_path, rows, config, helpers, asks, training.action_labels)
-    pairs = data.balance(pairs, training.class_balance, training.seed)
-    if training.action_labels == "random":
-        pairs = data.random_actions(pairs, training.seed)
-    held_path = files.validation_path or files.train_path
-    validation = make_pairs(held_path, held_out, config, helpers, writes)
-    if template:
-        pairs = tokenize(pairs, files.train_path, template, training)
-        validation = tokenize(validation, held_path, template, training, trained_on=False)
-    if files.heuristic == "execution_match":  # a gold query that fails is named now
-        progress = Progress("trying gold query", len(pairs + validation))
-        for i, pair in enumerate(pairs + validation):
+    pairs = prepared(files.train_path, rows, True)
+    validation = prepared(files.validation_path or files.train_path, held_out, False)
+    if files.heuristic == "execution_match":
+        for pair in pairs + validation:  # a gold query that fails is named now
             score(data.execution_match, pair, pair.target, pair.target)
-            progress(i + 1)
     helpers.report("there the rule took its place")
     report_trust(files, (pairs + validation)[:500])
     return pairs, validation
@@ -503,95 +499,81 @@ def report_trust(files, pairs):
 def read_rows(config, contents):
     """(training rows, validation rows): conversations, or pairs where is_preference is set."""
     files, training = config.data_config, config.training_config
-
-    def read(key):
-        path = getattr(files, key)
-        if not path:
-            return []
-        read_file = data.read_preferences if training.is_preference else data.read_conversations
-        rows, lines = read_file(path, contents[f"data_config.{key}"])
-        for line in lines:
-            print0(line)
-        return rows
-
-    held_out = read("validation_path")
-    rows = [] if config.task == "evaluate" and held_out else read("train_path")
+    read = data.read_preferences if training.is_preference else data.read_conversations
+    found = []
+    for key in ("train_path", "validation_path"):
+        raw = contents.get(f"data_config.{key}")
+        rows, lines = ([], []) if raw is None else read(getattr(files, key), raw)
+        print0(*lines)
+        found.append(rows)
+    rows, held_out = found
     if files.validation_split and not held_out:
         rows, held_out = data.split_dialogues(rows, files.validation_split, training.seed)
-        share = f"{len(held_out)} of {len(rows) + len(held_out)}"
-        print0(f"{files.train_path}: {share} are held out for validation")
+        print0(f"{files.train_path}: {len(held_out)} are held out for validation, {len(rows)} not")
     if files.half:
-        start = HALVES.index(files.half)
-        rows = [row for i, row in enumerate(rows) if getattr(row, "dialogue", i) % 2 == start]
+        groups = data.dialogues(rows)[files.half == "second" :: 2]
+        rows = [rows[i] for group in groups for i in group]
         print0(f"{files.train_path}: trains on the {files.half} half, {len(rows)} of it")
     return [] if config.task == "evaluate" else rows, held_out
 
 
-def make_pairs(path, rows, config, helpers, asks, action_labels="gold"):
-    """The pairs of rows as `read_rows` gives them; asks: with losing questions of the helper's."""
-    training = config.training_config
-    if training.is_preference or not rows:
-        return rows
-    if action_labels == "classifier":
-        for message in (message for row in rows for message in row["messages"]):
-            message.pop("requires_clarification", None)
+def make_pairs(path, rows, config, helpers, trained_on=True):
+    """The pairs of conversations, after Algorithm 1.
+
+    Those trained on may take their actions from elsewhere (`action_labels`). A losing question is
+    asked for only where it is used: in training on pairs, and in files of pairs.
+    """
+    training, task = config.training_config, config.task
+    asks = task == "generate_preference" or trained_on and task in ("act", "dpo")
+    if trained_on and training.action_labels == "classifier":
+        for row in rows:
+            for message in row["messages"]:
+                message.pop("requires_clarification", None)
     missing = data.missing_labels(rows)
     replies = [reply for _, reply in missing]
-    actions = helpers.divided("action_model_config", "classifying reply", replies)
+    classify = helpers.roles["action_model_config"]
+    actions = divided("classifying reply", classify, replies)
     rules = zip(actions, data.rule_actions(replies), strict=True)  # where a model gave nothing
     data.label_turns(missing, [action or rule for action, rule in rules])
     pairs, skipped = data.make_pairs(rows)
     requests = data.question_requests(pairs, training.icl_examples, training.seed)
-    questions = [None] * len(requests)
-    if asks:
-        questions = helpers.divided("preference_model_config", "writing question", requests)
+    write = helpers.roles["preference_model_config"] if asks else data.rule_questions
+    questions = divided("writing question", write, requests)
     data.reject_questions(requests, questions)
-    free = backend_of(config.action_model_config) == "rule"  # to compare the classifier with labels
-    actions = data.rule_actions([pair.gold[0][1] for pair in pairs]) if free else ()
-    for line in data.check_conversations(path, pairs, skipped, len(missing), actions):
-        print0(line)
+    free = classify is data.rule_actions  # then the classifier is compared with the labels
+    actions = classify([pair.gold[0][1] for pair in pairs]) if free else ()
+    print0(*data.check_conversations(path, pairs, skipped, len(missing), actions))
     return pairs
 
 
-def tokenize(pairs, path, template, training, trained_on=True):
+def tokenize(path, pairs, template, training, trained_on):
     """Pairs with the tokens of their prompts; of those trained on the ones whose reply fits.
 
     Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
     too long to be sampled is said.
     """
-    longest, room, kept = training.max_prompt_length, training.max_length, []
-    cut, unfit, unsaid, folded = {}, {}, {}, {}  # of turns, "line.turn"
-    progress = Progress("tokenising turn", len(pairs), quiet=True)
-    for _, turns in groupby(pairs, key=lambda pair: (id(pair.messages), pair.context)):
-        turns = list(turns)
+    kept, found = [], defaultdict(list)
+    for group in data.dialogues(pairs):
+        turns = [pairs[i] for i in group]
         first = turns[0]
         lengths = [pair.length or len(first.messages) for pair in turns]
-        asked = first.context, first.messages, lengths, longest, first.instruction
-        for pair, (prompt, lost) in zip(turns, template.prompts(*asked), strict=True):
+        prompts = template.prompts(
+            first.context, first.messages, lengths, training.max_prompt_length, first.instruction
+        )
+        for pair, length, (prompt, lost) in zip(turns, lengths, prompts, strict=True):
             at = f"{pair.line}.{pair.turn}" if pair.turn else pair.line
             pair.prompt = array("i", prompt)
             if lost:
-                cut[at] = lost
-            if trained_on and len(prompt) + len(template.reply(pair.chosen[:1])[0]) > room:
-                unfit[at] = True
+                found["prompts lose tokens to max_prompt_length"].append(f"{at} ({lost})")
+            reply, _ = template.reply(pair.chosen[:1])
+            if trained_on and len(prompt) + len(reply) > training.max_length:
+                found["turns whose reply does not fit into max_length are left out"].append(at)
                 continue
             kept.append(pair)
-            replies = (template.reply([message])[0] for message in pair.gold[::2])
-            if any(len(tokens) > training.max_new_tokens for tokens in replies):
-                unsaid[at] = True
-            said = first.messages[(pair.length or 0) - 1], pair.gold[0]
+            said = first.messages[length - 1], pair.gold[0]
             if template.plain and any("\n" in text.strip() for _, text in said):
-                folded[at] = True
-        progress(len(kept) + len(unfit))
-    lost = " to ".join(map(str, sorted({min(cut.values()), max(cut.values())}))) if cut else ""
-    for found, said in (
-        (cut, f"prompts lose {lost} tokens to max_prompt_length {longest}"),
-        (unfit, f"turns whose reply does not fit into max_length {room} are left out"),
-        (unsaid, f"turns have gold replies longer than max_new_tokens {training.max_new_tokens}"),
-        (folded, "turns have line breaks, which prompt_format 'plain' makes spaces"),
-    ):
-        if found:
-            print0(f"{path}: {len(found)} {said}: {data.listed(found)}")
+                found["turns have line breaks, which format 'plain' makes spaces"].append(at)
+    print0(*data.noted(path, found))
     return kept
 
 
@@ -603,36 +585,39 @@ def score(compare, pair, answer, gold):
         raise InputError(f"{pair.where}: {error}") from None
 
 
-class Sampler:
+def sampler(model, template, pairs, training, generators=None):
     """`respond` of `in_lockstep`: continues all prompts in one batch, and keeps their cache.
 
-    generators: one for each pair; None: greedy.
+    generators: one for each pair; None: greedy. Returns a function (rows, trajectories) -> [(the
+    policy's next message, whether it came to its end)].
     """
+    cache, most = KVCache(), training.max_new_tokens
+    cached = []  # the rows that the cache holds, in its order
 
-    def __init__(self, model, template, pairs, training, generators=None):
-        self.model, self.template, self.training = model, template, training
-        self.prompts = [list(pair.prompt) for pair in pairs]
-        self.generators, self.cache = generators, KVCache()
-        self.rows = []  # that the cache holds, in its order
-
-    def __call__(self, rows, trajectories):
-        """[(the policy's next message, whether it came to its end)] in each of these rows."""
-        training, prompts = self.training, []
+    def next_messages(rows, trajectories):
+        prompts = []
         for row, trajectory in zip(rows, trajectories, strict=True):
-            said = self.template.following(trajectory) if trajectory else []
-            room = max(1, training.max_length - len(self.prompts[row]))
-            prompts.append(self.prompts[row] + said[-room:])
-        sampling = {"temperature": 0.0}
-        if self.generators:
-            sampling = {key: getattr(training, key) for key in ("temperature", "top_k", "top_p")}
-            sampling["generator"] = [self.generators[row] for row in rows]
-        if self.cache.order:
-            self.cache.keep([self.rows.index(row) for row in rows])
-        self.rows = rows
-        most = training.max_new_tokens
-        sampling |= {"stop_ids": self.template.stop_ids, "kv_cache": self.cache}
-        replies = generate(self.model, prompts, most, **sampling)
-        return [(self.template.text(reply), len(reply) < most) for reply in replies]
+            prompt = list(pairs[row].prompt)
+            said = template.following(trajectory) if trajectory else []
+            room = max(1, training.max_length - len(prompt))
+            prompts.append(prompt + said[-room:])
+        if cache.order:
+            cache.keep([cached.index(row) for row in rows])
+        cached[:] = rows
+        replies = generate(
+            model,
+            prompts,
+            most,
+            temperature=training.temperature if generators else 0.0,
+            top_k=training.top_k,
+            top_p=training.top_p,
+            stop_ids=template.stop_ids,
+            generator=generators and [generators[row] for row in rows],
+            kv_cache=cache,
+        )
+        return [(template.text(reply), len(reply) < most) for reply in replies]
+
+    return next_messages
 
 
 # --------------------------------------------------------------------------------------------------
@@ -641,14 +626,15 @@ class Sampler:
 # writes down on the way.
 
 
-def play_turn(pair, max_turns):
-    """Asks as `act_pair` does; goes on whatever the first action. Returns what is kept of the turn.
+def play_turn(pair, max_turns, compare=data.drop_f1):
+    """Asks as `act_pair` does; goes on whatever the first action. Returns a row of eval_samples.
 
     A conversation that does not end in an answer scores 0. inferred_action is None where a helper
-    failed: the turn is then counted, but left out of all means.
+    failed: the turn is then counted, but left out of all means. compare: what the first reply
+    scores beside the gold one.
     """
     trajectory, actions, answer, ended = [], [], None, True
-    exact = score = 0.0
+    exact = f1 = turn_exact = turn_f1 = 0.0
     try:
         while ended and ANSWER not in actions and len(actions) < max_turns:
             if actions:
@@ -657,50 +643,37 @@ def play_turn(pair, max_turns):
             actions.append(action)
         if ended and action == ANSWER:
             answer = y
-            exact, score = yield "score", trajectory
+            exact, f1 = yield "score", trajectory
+        turn_exact, turn_f1 = score(compare, pair, trajectory[0][1], pair.gold[0][1])
     except HelperFailed:
         actions = [None]
     return {
+        "where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold,
+        "target_action": pair.action, "gold_target": pair.target,
+        "gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY),
         "trajectory": trajectory, "final_answer": answer, "inferred_action": actions[0],
-        "questions": actions.count(CLARIFY), "exact_match": float(exact), "f1": float(score),
-        "ended": ended,
+        "questions": actions.count(CLARIFY), "exact_match": exact, "f1": f1, "ended": ended,
+        "turn_exact_match": turn_exact, "turn_f1": turn_f1,
     }  # fmt: skip
 
 
 def evaluate_pairs(model, template, pairs, helpers, config):
     """Every turn to its end. Returns (metrics, samples), the same on all ranks."""
     training, heuristic = config.training_config, config.data_config.heuristic
-    mine, size = share_of(len(pairs)), training.per_device_eval_batch_size
-    policy, progress = unsharded(model, training.bf16), Progress("evaluating turn", len(mine))
-
-    def evaluate_share():
-        samples = []
-        for start in range(0, len(mine), size):
-            stop_if_asked()
-            batch = [pairs[i] for i in mine[start : start + size]]
-            sampler = Sampler(policy, template, batch, training)
-            answers = {"respond": sampler, **helpers.answers(batch, heuristic)}
-            turns = in_lockstep([play_turn(pair, training.max_turns) for pair in batch], answers)
-            samples += map(partial(sample_row, heuristic), batch, turns)
-            progress(len(samples))
-        return samples
-
-    samples = sum(on_all(evaluate_share), [])
-    return summarize(samples), samples
-
-
-def sample_row(heuristic, pair, turn):
-    """A line of eval_samples.jsonl: the turn, how it went, and its first reply beside the gold."""
+    policy = unsharded(model, training.bf16)
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
-    exact = f1 = 0.0
-    if turn["inferred_action"]:
-        exact, f1 = score(compare, pair, turn["trajectory"][0][1], pair.gold[0][1])
-    return {
-        "where": pair.where, "context": pair.context, "history": pair.history, "gold": pair.gold,
-        "target_action": pair.action, "gold_target": pair.target,
-        "gold_questions": len(pair.gold) // 2 or int(pair.action == CLARIFY),
-        **turn, "turn_exact_match": float(exact), "turn_f1": float(f1),
-    }  # fmt: skip
+
+    def play(batch):
+        respond = sampler(policy, template, batch, training)
+        answers = {"respond": respond, **helpers.answers(batch, heuristic)}
+        turns = [play_turn(pair, training.max_turns, compare) for pair in batch]
+        return in_lockstep(turns, answers)
+
+    samples = divided("evaluating turn", play, pairs, training.per_device_eval_batch_size)
+    unended = sum(not sample["ended"] for sample in samples)
+    if unended:
+        print0(f"{unended} of {len(samples)} turns end in a reply that is cut at max_new_tokens")
+    return summarize(samples), samples
 
 
 def rollout_row(step, rollout):
@@ -723,9 +696,8 @@ def summarize(samples):
     def those(key, action):
         return [sample for sample in usable if sample[key] == action]
 
-    gold, inferred = (
-        [sample[key] for sample in usable] for key in ("target_action", "inferred_action")
-    )
+    gold = [sample["target_action"] for sample in usable]
+    inferred = [sample["inferred_action"] for sample in usable]
     metrics = data.action_metrics(gold, inferred)
     for name, prefix, chosen in (
         ("Turn-Level", "turn_", usable),
@@ -751,37 +723,39 @@ SHOWN = (
 )  # fmt: skip
 
 
-def shown(name, metrics, heuristic):
-    """A metric for people: its name, DROP F1 only where that is the heuristic, and in percent."""
-    value = metrics[name]
-    if value is not None and type(value) is not int:
-        value = f"{value:.2f}" if "per Turn" in name else f"{100 * value:.1f}"
-    name = name if heuristic == "drop_f1" else name.replace("DROP F1", heuristic)
-    return name, "-" if value is None else value
+def table(names, heuristic, *columns):
+    """Lines of metrics for people: in percent, DROP F1 only where that is the heuristic."""
+    lines = []
+    for name in names:
+        line = f"{name if heuristic == 'drop_f1' else name.replace('DROP F1', heuristic):46}"
+        for metrics in columns:
+            value = metrics[name]
+            if isinstance(value, float):
+                value = f"{value:.2f}" if "per Turn" in name else f"{100 * value:.1f}"
+            line += f" {'-' if value is None else value:>8}"
+        lines.append(line)
+    return lines
 
 
 def comparison(before, after, heuristic):
     """Lines: the main metrics before and after training over the turns that both have, and turns.
 
     Of the conversations that ended better or worse than before two and one are shown, those that
-    became right or wrong first, with the last messages before them.
+    changed most, with the last messages before them.
     """
     both = [(b, a) for b, a in zip(before, after, strict=True)
             if b["inferred_action"] and a["inferred_action"]]  # fmt: skip
     first, last = (summarize([pair[i] for pair in both]) for i in (0, 1))
-    lines = [f"{'':44} {'before':>8} {'after':>8}"]
-    for metric in SHOWN:
-        name, value = shown(metric, first, heuristic)
-        lines.append(f"{name:44} {value:>8} {shown(metric, last, heuristic)[1]:>8}")
-    both.sort(key=lambda pair: pair[0]["exact_match"] - pair[1]["exact_match"])
+    lines = [f"{'':46} {'before':>8} {'after':>8}", *table(SHOWN, heuristic, first, last)]
+    both.sort(key=lambda pair: pair[0]["f1"] - pair[1]["f1"])
     better = [pair for pair in both if pair[1]["f1"] > pair[0]["f1"]]
     worse = [pair for pair in both if pair[1]["f1"] < pair[0]["f1"]]
-    turns = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
-    lines += ["", turns]
+    count = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
+    lines += ["", count]
     for before, after in better[:2] + worse[-1:]:
         lines += ["", f"  {one_line(after['history'][-3:])}"]
-        for name, sample in (("before", before), ("after ", after)):
-            lines.append(f"    {name} | {one_line(sample['trajectory'])}")
+        lines.append(f"    before | {one_line(before['trajectory'])}")
+        lines.append(f"    after  | {one_line(after['trajectory'])}")
         lines.append(f"    gold   | {data.fold(after['gold_target'])}")
     return lines
 
@@ -796,17 +770,15 @@ class Log:
     Rank 0 writes. A write that fails is noted in `problem`: the run saves and stops.
     """
 
-    def __init__(self, config, start):
-        self.folder, self.heuristic = output_of(config), config.data_config.heuristic
-        self.metric, self.problem = config.training_config.metric_for_best_model, None
-        self.first, self.last = None, None  # samples of the evaluations before training and of now
-        self.evaluated = {}  # step -> metric_for_best_model
-        if start:  # what a resumed run has behind it
-            for row in on_main(logged_rows, self.folder / "metrics.jsonl"):
-                if "eval/Accuracy" in row:
-                    self.evaluated[row["step"]] = row[f"eval/{self.metric}"]
-            samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
-            self.first = [row for row in samples if row["step"] == 0] or None
+    def __init__(self, config):
+        self.config, self.folder, self.problem = config, output_of(config), None
+        self.metric = config.training_config.metric_for_best_model
+        rows = on_main(logged_rows, self.folder / "metrics.jsonl")  # of a run that is resumed
+        key = f"eval/{self.metric}"
+        self.evaluated = {row["step"]: row[key] or 0.0 for row in rows if key in row}  # by metric
+        samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
+        self.first = [sample for sample in samples if sample["step"] == 0]
+        self.last = []  # samples of the evaluations before training and of now
 
     def write(self, function, *arguments):
         try:
@@ -821,35 +793,29 @@ class Log:
     def evaluation(self, step, metrics, samples):
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.append("metrics.jsonl", [{"step": step, **row}])
-        self.evaluated[step] = metrics[self.metric]
-        self.last = [{"step": step, **sample} for sample in samples]
-        self.first = self.first or self.last
-        kept = self.first + (self.last if self.last is not self.first else [])
-        self.write(write_evaluation, self.folder, metrics, kept)
-        say_unended(samples)
+        self.evaluated[step] = metrics[self.metric] or 0.0  # a mean over nothing is nothing
+        rows = [{"step": step, **sample} for sample in samples]
+        if step == 0:
+            self.first = rows
+        else:
+            self.last = rows
+        self.write(write_evaluation, self.folder, metrics, self.first + self.last)
 
     def best_first(self):
         """Steps by the metric of their evaluation, the best first; of equals the later one."""
-        found = {step: value for step, value in self.evaluated.items() if value is not None}
-        return sorted(found, key=lambda step: (found[step], step), reverse=True)
+        return sorted(self.evaluated, key=lambda step: (self.evaluated[step], step), reverse=True)
 
     def finish(self):
-        if self.last and self.first is not self.last:
-            print0("\n" + "\n".join(comparison(self.first, self.last, self.heuristic)))
+        if self.first and self.last:
+            print0("", *comparison(self.first, self.last, self.config.data_config.heuristic))
         self.write(write_report, self.folder)
         report = self.folder / "report.html"
-        print0(f"\nThe model is in {self.folder / 'model'}; to look at in a browser: {report}")
-        best = [f"{self.evaluated[n]:.3f} after step {n}" for n in self.best_first()[:5]]
+        print0("", f"The model is in {self.folder / 'model'}; to look at in a browser: {report}")
+        best = [f"{self.evaluated[step]:.3f} after step {step}" for step in self.best_first()[:5]]
         if best:
             print0(f"{self.metric}, the best first: {', '.join(best)}")
         if self.problem:
             print0(f"Not all was written: {self.problem}")
-
-
-def say_unended(samples):
-    unended = sum(not sample["ended"] for sample in samples)
-    if unended:
-        print0(f"{unended} of {len(samples)} turns end in a reply that is cut at max_new_tokens")
 
 
 def write_evaluation(folder, metrics, samples):
@@ -860,41 +826,33 @@ def write_evaluation(folder, metrics, samples):
 
 def logged_rows(path):
     """The rows of a log that a killed run may have left with half a line at its end."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]  # half a character, even
-    try:
-        return [row for row in map(json.loads, lines[:-1]) if isinstance(row["step"], int)]
-    except (ValueError, TypeError, KeyError):
-        problem = "a line is not an object with a step, expected what a run wrote"
-        raise InputError(f"{path}: {problem}") from None
+    lines = data.read_bytes(path).split(b"\n")[:-1] if path.exists() else []
+    return [
+        data.expect(data.parse_json(line, path, number), f"{path}:{number}", dict)
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def write_report(folder):
     """report.html: a template with what the folder's files hold as JSON in it, long texts once."""
-    template, texts, found = HERE / "configs" / "report.html", {}, {}
-    if not template.exists():
-        return
-
-    def shared(row):
-        long = [key for key in ("context", "history", "gold") if key in row]
-        return row | {key: texts.setdefault(json.dumps(row[key]), len(texts)) for key in long}
-
-    for path in (folder / name for name in ("config.json", "metrics.jsonl", *LOGS)):
-        raw = path.read_bytes() if path.exists() else b""  # a killed run leaves half a line
-        lines = raw.split(b"\n")[:-1] if path.suffix == ".jsonl" else [raw] * bool(raw)
-        try:
-            rows = [json.loads(line, object_hook=shared, parse_constant={}.get) for line in lines]
-        except (ValueError, AttributeError):
-            return print0(f"{path}: not as a run wrote it; report.html stays as it was")
-        if raw:
-            found[path.stem] = rows if path.suffix == ".jsonl" else rows[0]
-    found = json.dumps(found | {"texts": [json.loads(text) for text in texts]})  # ASCII: no U+2028
-    found = re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", found)
+    template, found, texts = HERE / "configs" / "report.html", {}, {}
+    try:
+        page = template.read_text(encoding="utf-8")
+        for name in ("config", "eval_metrics"):
+            if (folder / f"{name}.json").exists():
+                found[name] = read_json(folder / f"{name}.json")
+        for name in ("metrics", "eval_samples", "rollouts"):
+            found[name] = logged_rows(folder / f"{name}.jsonl")
+    except (InputError, OSError) as error:
+        return print0(f"{error}; report.html stays as it was")
+    for row in found["eval_samples"] + found["rollouts"]:
+        for key in ("context", "history", "gold"):
+            if key in row:
+                row[key] = texts.setdefault(json.dumps(row[key]), len(texts))
+    found["texts"] = [json.loads(text) for text in texts]
+    block = json.dumps(found).replace("<", "\\u003c")  # nothing in it ends the block; ASCII
     mark = '<script type="application/json" id="data">'
-    before, mark, after = template.read_text(encoding="utf-8").partition(mark)
-    data.write_text(folder / "report.html", [before, mark, found, after.removeprefix("null")])
-
-
-LOGS = ("eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl")
+    data.write_text(folder / "report.html", [page.replace(f"{mark}null", mark + block)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -904,7 +862,6 @@ LOGS = ("eval_metrics.json", "eval_samples.jsonl", "rollouts.jsonl")
 
 INPUT, OUTPUT = "an input path", "an output path"
 FREE = "free"  # a resumed run may change it: how far, how often, on what; not what is learnt
-HALVES = ("first", "second")
 
 
 class Range(NamedTuple):
@@ -912,23 +869,15 @@ class Range(NamedTuple):
 
     lowest: float = 0
     highest: float = 2**53
-    above: bool = False  # lowest itself is too low
-    below: bool = False  # highest itself is too high
-
-    def __contains__(self, x):
-        high_enough = x > self.lowest if self.above else x >= self.lowest
-        return high_enough and (x < self.highest if self.below else x <= self.highest)
-
-    def __str__(self):
-        low = f"above {self.lowest}" if self.above else f"from {self.lowest}"
-        return f"a number {low}, {'below' if self.below else 'up to'} {self.highest}"
 
 
 InputPath = Annotated[str, INPUT]
 Count = Annotated[int, Range(1, 2**20)]
-Positive = Annotated[float, Range(above=True)]
-Share = Annotated[float, Range(0, 1, below=True)]
-Free, FreeCount, FreeFlag = (Annotated[kind, FREE] for kind in (int, Count, bool))
+Positive = Annotated[float, Range(1e-12)]
+Share = Annotated[float, Range(0, 0.999)]  # not all of it
+Free = Annotated[int, FREE]
+FreeCount = Annotated[Count, FREE]
+FreeFlag = Annotated[bool, FREE]
 
 
 @dataclass(frozen=True)
@@ -961,8 +910,8 @@ class HelperConfig:
 class DataConfig:
     train_path: InputPath = ""  # JSONL: conversations, or pairs where is_preference is set
     validation_path: InputPath = ""  # the same, for the evaluations; "": none
-    validation_split: Share = 0.0  # or the share of the training conversations held out for it
-    half: Literal[("", *HALVES)] = ""  # train on every other conversation, or on those between
+    validation_split: Share = 0.0  # without one: the share of training conversations held out
+    half: Literal["", "first", "second"] = ""  # train on every other conversation, or on the others
     prompt_format: Literal["auto", "plain", "gemma"] = "auto"  # "auto": as the checkpoint says
     heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # how an answer is scored
     tolerance: Share = 0.9  # a trajectory wins if its score is above this
@@ -995,7 +944,7 @@ class TrainingConfig:
     max_length: Count = 1024  # tokens of prompt and trajectory; longer ones lose their end
     max_prompt_length: Count = 896  # longer ones lose their oldest turns, then their context's head
     beta: Positive = 0.05  # DPO: how far the policy may move from the reference
-    label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # pairs the wrong way round
+    label_smoothing: Annotated[float, Range(0, 0.499)] = 0.0  # pairs the wrong way round
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # sigmoid: DPO
     rpo_alpha: float = 0.0  # of the chosen side's negative log-likelihood per token, in the loss
     loss_on: Literal["assistant", "all"] = "assistant"  # "all": the simulated user's tokens too
@@ -1009,13 +958,16 @@ class TrainingConfig:
     max_new_tokens: Count = 128  # of one response
     temperature: float = 1.0  # of the policy's samples in training; evaluation is greedy
     top_k: Annotated[int, Range(0, 2**31)] = 0  # among the k most likely tokens only; 0: all
-    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0  # the most likely of this probability
+    top_p: Annotated[float, Range(1e-12, 1)] = 1.0  # the most likely of this probability
     max_turns: Count = 3  # responses of one simulated trajectory; with 1, every question loses
+
+
+Task = Literal["act", "sft", "dpo", "generate_preference", "evaluate", "check"]
 
 
 @dataclass(frozen=True)
 class Config:
-    task: Literal["act", "sft", "dpo", "generate_preference", "evaluate", "check"] = "act"
+    task: Task = "act"
     policy_model_config: PolicyModelConfig = PolicyModelConfig()
     helper_config: HelperConfig = HelperConfig()  # what the five below inherit
     action_model_config: HelperConfig = HelperConfig()
@@ -1027,32 +979,22 @@ class Config:
     training_config: TrainingConfig = TrainingConfig()
 
 
-def all_keys(config, prefix=""):
-    """{"section.key": (type, its Range, INPUT, OUTPUT, FREE)}."""
-    found = {}
-    for name, kind in get_type_hints(config, include_extras=True).items():
-        if is_dataclass(kind):
-            found |= all_keys(kind, f"{name}.")
-        else:
-            plain = get_origin(kind) is not Annotated
-            found[prefix + name] = (kind,) if plain else get_args(kind)
-    return found
+def with_metadata(kind):
+    """(type, its Range, INPUT, OUTPUT, FREE) of a field."""
+    return get_args(kind) if get_origin(kind) is Annotated else (kind,)
 
 
-KEYS = all_keys(Config)
-SECTIONS = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+SECTIONS = {field.name: field.type for field in fields(Config) if field.name != "task"}
+KEYS = {"task": with_metadata(Task)}
+KEYS |= {f"{section}.{field.name}": with_metadata(field.type)
+         for section, kind in SECTIONS.items() for field in fields(kind)}  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
 
 def located(path):
     """A path as given if it is there, else beside act.py: shipped configs run from anywhere."""
-    path = os.path.expanduser(path)
-    beside = path and not os.path.exists(path) and os.path.exists(HERE / path)
-    return str(HERE / path) if beside else path
-
-
-def output_of(config):
-    return Path(config.training_config.output_dir)
+    elsewhere = path and not os.path.exists(path) and os.path.exists(HERE / path)
+    return str(HERE / path) if elsewhere else path
 
 
 def load_config(path, overrides=None):
@@ -1062,31 +1004,31 @@ def load_config(path, overrides=None):
     is JSON. Raises InputError for a key that nothing reads, naming the nearest known one, and for a
     value of another type or out of its range.
     """
-    overrides = {} if overrides is None else overrides
+    overrides = overrides or {}
     if not isinstance(overrides, dict):
         raise InputError(f"overrides are {overrides!r}, expected a dictionary like {{'beta': 0.1}}")
     places = Path(path).expanduser(), HERE / path, HERE / "configs" / path
     path = next((place for place in places if place.is_file()), places[0])
-    values = flat(read_json(path))
-    where = {key: f"{path}: {ascii(key)[1:-1]}" for key in values}  # how errors call a key
+    values = {}
+    for key, value in flat(read_json(path)).items():
+        values[key] = checked(key, value, f"{path}: {ascii(key)[1:-1]}")
     for name, value in overrides.items():
-        values[full_key(name)] = value
-        where[full_key(name)] = f"--{name}"
+        key = full_key(name)
+        values[key] = checked(key, value, f"--{name}")
     for key in [key for key in values if key.startswith("helper_config.")]:
         for role in ROLES:
-            inherited = key.replace("helper_config", role)
-            values.setdefault(inherited, values[key])
-            where.setdefault(inherited, where[key])
-    sections = {"": {}}
+            values.setdefault(key.replace("helper_config", role), values[key])
+    config = Config()
     for key, value in values.items():
-        if key not in KEYS:
-            raise InputError(f"{where[key]}: {unknown(key)}")
         section, _, name = key.rpartition(".")
-        sections.setdefault(section, {})[name] = checked(key, value, where[key])
-    top = sections.pop("")
-    config = Config(**top, **{name: SECTIONS[name](**found) for name, found in sections.items()})
-    given = ", ".join(f"--{name}" for name in overrides)
-    check_config(config, f"{path} with {given}" if given else path)
+        if section:
+            value = replace(getattr(config, section), **{name: value})
+        config = replace(config, **{section or name: value})
+    try:
+        check_config(config)
+    except InputError as error:
+        given = f" with --{', --'.join(overrides)}" if overrides else ""
+        raise InputError(f"{path}{given}: {error}") from None
     return config
 
 
@@ -1103,109 +1045,92 @@ def flat(config):
 
 def full_key(name):
     """The key that a flag means, with its section, which may be left out where that is clear."""
-    found = [name] if name in KEYS else [key for key in KEYS if key.endswith(f".{name}")]
-    if not found:
-        raise InputError(f"--{name}: {unknown(name)}")
+    found = [key for key in KEYS if f".{key}".endswith(f".{name}")]
     if len(found) > 1:
         raise InputError(f"--{name}: expected one of --{', --'.join(found)}")
-    return found[0]
-
-
-def unknown(key):
-    if key in SECTIONS:
-        return "not a key but a section, expected an object"
-    known = {name.rpartition(".")[2]: name for name in KEYS}
-    known |= {name: name for name in (*KEYS, *SECTIONS)}
-    return f"unknown key, the nearest known one is {known[get_close_matches(key, known, 1, 0)[0]]}"
+    return found[0] if found else name
 
 
 def parse_value(text):
-    """A number, a truth value, null, a list or an object from the command line, else the text."""
-    number = re.fullmatch(r"[+-]?(\d{1,300}\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.I | re.A)
-    if number:
-        return float(text) if re.search("[.eE]", text) else int(text)
-    try:
-        return json.loads(text, parse_constant=str)  # NaN and Infinity stay texts
-    except (ValueError, RecursionError):
-        return {"True": True, "False": False, "None": None}.get(text, text)
+    """What a text from the command line means in JSON or in Python, else the text itself."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return parse(text)
+    return text
 
 
 def checked(key, value, at):
     """A value of a key, of its type and in its range. Raises InputError, which begins with `at`."""
+    if key in SECTIONS:
+        raise InputError(f"{at}: not a key but a section, expected an object")
+    if key not in KEYS:
+        names = (*KEYS, *SECTIONS)
+        known = {near: name for name in names for near in (name, name.rpartition(".")[2])}
+        [near] = get_close_matches(key, known, 1, 0)
+        raise InputError(f"{at}: unknown key, the nearest known one is {known[near]}")
     kind, *about = KEYS[key]
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    kind = str if choices else kind
     is_path = INPUT in about or OUTPUT in about
-    if is_path and value in (None, "null", "None"):
+    if is_path and value is None:
         value = ""
     if isinstance(value, str) and kind is not str:
         value = parse_value(value)
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{at} is {value!r}, expected {getattr(kind, '__name__', kind)}")
-    if choices and value not in choices:
-        near = get_close_matches(value, choices, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        expected = ", ".join(filter(None, choices))
-        raise InputError(f"{at} is {value!r}, expected one of {expected}{hint}")
-    limits = next((each for each in about if isinstance(each, Range)), Range())
-    if kind in (int, float) and value not in limits:
-        raise InputError(f"{at} is {value}, expected {limits}")
-    if kind is str:
-        odd = re.search("[\0\ud800-\udfff]" + "|://" * is_path, value)
-        if odd or value == "" and key == "training_config.output_dir":
-            expected = "a path on this machine" if is_path else "text in UTF-8"
-            raise InputError(f"{at} is {value!r}, expected {expected}")
-    for name, number in value.items() if isinstance(value, dict) else ():
-        right = type(number) in (int, float) and 0 <= number <= 1000
-        if name not in data.OTHER or not right:
-            expected = "CLARIFY and ANSWER with numbers from 0 to 1000"
-            raise InputError(f"{at} has {name!r}: {number!r}, expected {expected}")
+    if get_origin(kind) is Literal:
+        right = value in get_args(kind)
+        expected = f"one of {', '.join(filter(None, get_args(kind)))}"
+    elif kind in (int, float):
+        low, high = next((limits for limits in about if isinstance(limits, Range)), Range())
+        right = type(value) in (int, kind) and low <= value <= high
+        expected = f"{kind.__name__} from {low} to {high}"
+    elif kind is str:
+        unfit = "[\0\ud800-\udfff]" + "|://" * is_path
+        right = isinstance(value, str) and not re.search(unfit, value)
+        expected = "a path on this machine" if is_path else "text in UTF-8"
+    else:
+        right = isinstance(value, kind)
+        expected = getattr(kind, "__name__", kind)
+    if not right:
+        raise InputError(f"{at} is {value!r}, expected {expected}")
+    if is_path:
+        value = os.path.expanduser(value)
     if INPUT in about:
-        return located(value)
-    return os.path.expanduser(value) if is_path else value
+        value = located(value)
+    return float(value) if kind is float else value
 
 
-def check_config(config, path):
+def check_config(config):
     """The rules that concern more than one key. Raises InputError."""
     training, files, policy = config.training_config, config.data_config, config.policy_model_config
-    task, longest, shorter = config.task, training.max_length, training.max_prompt_length
-    trains = task in ("act", "sft", "dpo")
+    task = config.task
     validates = files.validation_path or files.validation_split
     evaluations = (training.save_steps or math.nan) % (training.eval_steps or math.nan)
-    needs = f"is missing, task '{task}' needs it"
-    not_random = "class_balance" if training.class_balance else f"task {task!r}"
+    data.balance([], training.class_balance, training.seed)  # raises InputError
     rules = (
-        (shorter >= longest,
-         f"max_prompt_length {shorter} leaves no room below max_length {longest} for a response"),
+        (training.max_prompt_length >= training.max_length,
+         f"max_prompt_length {training.max_prompt_length} leaves no room below max_length "
+         f"{training.max_length} for a response"),
         (training.is_preference and training.action_labels == "classifier",
          "action_labels is 'classifier', but files of pairs (is_preference) hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
-         f"action_labels 'random' changes pairs, not gold replies: not with {not_random}"),
-        (training.load_best_model_at_end and evaluations,
-         "load_best_model_at_end expects eval_steps, and save_steps to be a multiple of them"),
-        (training.load_best_model_at_end and not validates,
-         "load_best_model_at_end expects a validation_path or validation_split to choose by"),
+         "action_labels 'random' changes pairs: not with class_balance, nor with task 'sft'"),
+        (training.load_best_model_at_end and (evaluations or not validates),
+         "load_best_model_at_end expects validation turns, and save_steps that are a multiple of "
+         "eval_steps"),
         ([name for name in policy.lora_target_modules or () if name not in gemma.PROJECTIONS],
          f"lora_target_modules has {policy.lora_target_modules}, not of {gemma.PROJECTIONS}"),
         (training.label_smoothing and training.loss_type != "sigmoid",
          f"label_smoothing is set, which loss_type '{training.loss_type}' does not read"),
-        ((trains or task == "evaluate") and not policy.model_path,
-         f"policy_model_config.model_path {needs}"),
-        (task == "evaluate" and not files.validation_path and not (validates and files.train_path),
-         f"data_config.validation_path {needs}"),
-        (task != "evaluate" and files.validation_path and files.validation_split,
-         "validation_split and validation_path are both set, expected one of them"),
-        (task != "evaluate" and not files.train_path, f"data_config.train_path {needs}"),
+        (task not in ("generate_preference", "check") and not policy.model_path,
+         f"policy_model_config.model_path is missing, task '{task}' needs it"),
+        (task == "evaluate" and not validates,
+         "data_config.validation_path is missing, task 'evaluate' needs it"),
+        (not files.train_path and (task != "evaluate" or not files.validation_path),
+         f"data_config.train_path is missing, task '{task}' needs it"),
         (files.heuristic == "judge" and backend_of(config.judge_model_config) == "rule",
          "heuristic is 'judge', expected a judge_model_config.backend that is a model"),
-        (task == "generate_preference" and training.is_preference,
-         "task 'generate_preference' makes pairs from conversations, but is_preference is set"),
     )  # fmt: skip
     for broken, message in rules:
         if broken:
-            raise InputError(f"{path}: {message}")
+            raise InputError(message)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1226,17 +1151,19 @@ def start_processes():
 
     Returns the device. Raises InputError where the environment describes half of a group.
     """
-    alone = "RANK" not in os.environ
-    for name in () if alone else ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ.get(name, "").isdecimal():
-            raise InputError(f"{name} is {os.environ.get(name)!r}, expected what torchrun sets")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not dist.is_initialized():
-        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=hours, **group)
+    cuda, group = torch.cuda.is_available(), {}
+    if "RANK" not in os.environ:
+        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
+    try:
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=hours, **group)
+    except (ValueError, RuntimeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise InputError(f"expected RANK and what else torchrun sets: {problem}") from None
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -1244,38 +1171,40 @@ def is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text, file=None, end="\n"):
+def say(text, file=None):
     """Print. A reader that is gone, a full disk or a closed stream never ends a run."""
     with suppress(OSError, ValueError):
-        print(text, file=file or sys.stdout, end=end, flush=True)
+        print(text, file=file or sys.stdout, flush=True)
 
 
-def print0(text):
-    if is_main():
-        say(("\r\033[K" if sys.stdout.isatty() else "") + text)  # not behind a line of progress
+CLEAR = "\r\033[K"  # the line that a terminal is on
 
 
-class Progress:
-    """One line that says how far a stage is: in place on a terminal, else every ten seconds."""
+def print0(*lines):
+    for line in lines if is_main() else ():
+        say(CLEAR * sys.stdout.isatty() + line)  # not behind a line of progress
 
-    def __init__(self, label, total, quiet=False):
-        """quiet: nothing is said of a stage that is short."""
-        self.label, self.total, self.quiet = label, total, quiet
-        self.tty = sys.stdout.isatty()
-        self.start = self.last = time.monotonic()
-        self.first = None  # (seconds, done) of the first call: compilation is behind it
 
-    def __call__(self, done, text=""):
-        now, ended = time.monotonic(), done == self.total
-        self.first = self.first or (now, done)
-        due = now - self.last >= (0.1 if self.tty else 10)
-        if not is_main() or not (due or ended and not self.quiet):
-            return
-        self.last = now
-        pace = (now - self.first[0]) / max(1, done - self.first[1])
-        left = f", {pace * (self.total - done):.0f} s left" if pace and not ended else ""
-        line = f"{self.label} {done}/{self.total}  {now - self.start:.0f} s{left}  {text}".rstrip()
-        say("\r\033[K" * self.tty + line, end="" if self.tty and not ended else "\n")
+def meter(label, total):
+    """A function of how much is done, which says how far a long stage is: one line, in place on a
+    terminal, else every ten seconds."""
+    tty = sys.stdout.isatty()
+    start = last = time.monotonic()
+    first = None  # (seconds, done) of the first call: compilation is behind it
+
+    def show(done, text=""):
+        nonlocal first, last
+        now, ended = time.monotonic(), done == total
+        first = first or (now, done)
+        due = now - last >= (0.1 if tty else 10) or (ended and last > start)
+        if due and is_main():
+            last = now
+            pace = (now - first[0]) / max(1, done - first[1])
+            left = f", {pace * (total - done):.0f} s left" if pace and not ended else ""
+            line = f"{label} {done}/{total}  {now - start:.0f} s{left}  {text}".rstrip()
+            say(CLEAR * tty + line, end="" if tty and not ended else "\n")
+
+    return show
 
 
 def all_sum(values, device="cpu"):
@@ -1305,10 +1234,21 @@ def on_main(function, *arguments):
     return on_all(lambda: function(*arguments) if is_main() else None)[0]
 
 
-def share_of(count):
-    """The part of range(count) that this rank works on: the turns of a dialogue stay together."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return range(count * rank // world, count * (rank + 1) // world)
+def divided(label, work, items, size=64):
+    """work(batch), a list, for all items: each rank does its share of them, all get the whole."""
+    rank, world, done = dist.get_rank(), dist.get_world_size(), []
+    # the turns of a dialogue stay together
+    mine = items[len(items) * rank // world : len(items) * (rank + 1) // world]
+    progress = meter(label, len(mine))
+
+    def work_on_share():
+        for start in range(0, len(mine), size):
+            stop_if_asked()
+            done.extend(work(mine[start : start + size]))
+            progress(len(done))
+        return done
+
+    return sum(on_all(work_on_share), [])
 
 
 ASKED = []  # the signal that asks this run to save and stop
@@ -1325,7 +1265,7 @@ def heed_signals(heed=True):
             os.write(2, said * is_main())
 
     ASKED.clear()
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGINT, note if heed else signal.default_int_handler)
         signal.signal(signal.SIGTERM, note if heed else signal.SIG_DFL)
 
@@ -1337,8 +1277,8 @@ def stop_if_asked():
 
 def require_finite(values):
     """Raises NotANumber for an infinity or NaN among numbers or tensors by name."""
-    tensors = [torch.as_tensor(value) for value in values.values()]
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()  # one wait
+    finite = [torch.as_tensor(value).isfinite().all() for value in values.values()]
+    finite = torch.stack(finite).tolist()  # one wait for the device
     for name, right in zip(values, finite, strict=True):
         if not right:
             raise NotANumber(f"{name} is not a finite number")
@@ -1349,31 +1289,42 @@ def require_finite(values):
 # Sharded over the ranks to train, whole on each of them to sample.
 
 
-def make_mesh(device, replicas):
+def make_mesh(device, copies):
     """The ranks as [copies, shards]: parameters are sharded along the second dimension."""
     world = dist.get_world_size()
-    if world % replicas:
-        expected = f"a divisor of the number of processes, {world}"
-        raise InputError(f"dp_replicate_size is {replicas}, expected {expected}")
-    names, sizes = ("replicate", "shard"), (replicas, world // replicas)
+    if world % copies:
+        raise InputError(f"dp_replicate_size is {copies}, expected a divisor of {world} processes")
+    names, sizes = ("replicate", "shard"), (copies, world // copies)
     return init_device_mesh(device.type, sizes, mesh_dim_names=names)
 
 
-def build_model(directory, mesh, dtype, bf16=False, trainable=True, lora=None):
-    """A Gemma sharded over a mesh, each rank of which reads only its part of the checkpoint.
+def build_model(config, mesh, trained=True):
+    """The policy of a configuration, sharded over a mesh; a rank reads only its part of the files.
 
-    lora: LoraConfig of adapters to add, empty as they are.
+    trained: in float32, or with LoRA adapters in float32 beside what is frozen. Else as a reference
+    is, all of it frozen.
     """
+    policy, training = config.policy_model_config, config.training_config
+    source, lora = Path(policy.model_path), trained and policy.lora_r
+    dtype = getattr(torch, policy.dtype)
+    if trained and not lora:
+        dtype = torch.float32
+    elif training.bf16 and not trained:
+        dtype = torch.bfloat16
     with torch.device("meta"):
-        model = Gemma(GemmaConfig.from_json(Path(directory) / "config.json")).to(dtype)
-        model.requires_grad_(trainable)
+        model = Gemma(GemmaConfig.from_json(source / "config.json")).to(dtype)
+        model.requires_grad_(trained)
         if lora:
-            gemma.add_adapters(model, lora)
-    model.compute_dtype = torch.bfloat16 if bf16 else dtype
+            targets = policy.lora_target_modules or gemma.PROJECTIONS
+            gemma.add_adapters(model, gemma.LoraConfig(lora, policy.lora_alpha, targets))
+        gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")  # shapes
+    model.compute_dtype = torch.bfloat16 if training.bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
         shard(model, mesh)
     model.to_empty(device=mesh.device_type)
-    gemma.load_safetensors(gemma.base_weights(model), directory, prefix="model.")
+    gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")
+    gemma.init_adapters(model, training.seed)
+    model.set_checkpointing(training.gradient_checkpointing)
     return model
 
 
@@ -1386,26 +1337,12 @@ def shard(model, mesh):
     register_fsdp_forward_method(model, "logps")
 
 
-def build_models(config, mesh, checkpoint):
-    """(policy, reference). The second is None in task sft, and with LoRA: see `reference_logps`."""
-    training, policy = config.training_config, config.policy_model_config
-    source, bf16, reference = policy.model_path, training.bf16, None
-    frozen = getattr(torch, policy.dtype)
-    if policy.lora_r:  # a checkpoint holds adapters only
-        targets = policy.lora_target_modules or gemma.PROJECTIONS
-        lora = gemma.LoraConfig(policy.lora_r, policy.lora_alpha, targets)
-        model = build_model(source, mesh, frozen, bf16, lora=lora)
-        if checkpoint:
-            gemma.load_safetensors(gemma.adapters(model), checkpoint, "adapter_model")
-        else:
-            gemma.init_adapters(model, training.seed)
+def load_checkpoint(model, checkpoint):
+    """Give a policy the weights of a checkpoint, which with LoRA are those of its adapters."""
+    if model.lora:
+        gemma.load_safetensors(gemma.adapters(model), checkpoint, "adapter_model")
     else:
-        if config.task != "sft":
-            dtype = torch.bfloat16 if bf16 else frozen
-            reference = build_model(source, mesh, dtype, trainable=False)
-        model = build_model(checkpoint or source, mesh, torch.float32, bf16)
-    model.set_checkpointing(training.gradient_checkpointing)
-    return model, reference
+        gemma.load_safetensors(gemma.base_weights(model), checkpoint, prefix="model.")
 
 
 @torch.no_grad()
@@ -1416,36 +1353,40 @@ def unsharded(model, bf16=False):
         if model.lora:
             gemma.add_adapters(whole, model.lora)
     dtype = torch.bfloat16 if bf16 else model.embed_tokens.weight.dtype
-    weights = {}
-    for name, p in model.named_parameters():
-        p = p.detach().to(dtype)
-        weights[name] = p.full_tensor() if isinstance(p, DTensor) else p
+    parameters = model.named_parameters()
+    weights = {name: gemma.whole_tensor(p.detach().to(dtype)) for name, p in parameters}
     require_finite(weights)
     whole.load_state_dict(weights, assign=True)
     return whole
 
 
 def make_optimizer(model, training):
-    """The optimiser with its state in place from the start, so that loading is no special case."""
-    cls, moments, options = torch.optim.RMSprop, ("square_avg",), {}
-    if training.optim == "adamw":
-        cls, moments, options = torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"fused": True}
+    """The optimiser with its state in place from the start, so that loading is no special case.
+
+    Its learning rate is that of each step: see `clip_and_step`.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options |= {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    optimizer = cls(parameters, **options)
+    decay = training.weight_decay
+    if training.optim == "adamw":
+        optimizer = torch.optim.AdamW(parameters, weight_decay=decay, fused=True)
+        moments = ("exp_avg", "exp_avg_sq")
+    else:
+        optimizer = torch.optim.RMSprop(parameters, weight_decay=decay)
+        moments = ("square_avg",)
     for parameter in parameters:
-        state = {key: torch.zeros_like(parameter) for key in moments}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0, device=parameter.device), **state}
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(0.0, device=parameter.device)
+        state |= {moment: torch.zeros_like(parameter) for moment in moments}
     return optimizer
 
 
 def optimizer_tensors(model, optimizer):
     """The optimiser's state by name, e.g. "square_avg.layers.0.mlp.up_proj.weight"."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value
-    return tensors
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1454,55 +1395,46 @@ def optimizer_tensors(model, optimizer):
 
 
 @dataclass
-class Start:
-    """What every task begins with."""
+class Run:
+    """What every task begins with (`begin`), and what training needs beside it (`prepare`)."""
 
     config: Config
+    output: Path
     device: torch.device
     checkpoint: Path | None  # that a resumed run goes on from
-    state: dict  # fingerprints of all files that decide what is learnt
-    tokenizer: Tokenizer | None
+    state: dict  # what decides what is learnt: keys, fingerprints of files
     template: Template | None
     helpers: Any  # Helpers
     pairs: list  # of the training turns
     validation: list  # of the validation turns
-
-
-@dataclass
-class Run(Start):
-    """What a training run consists of."""
-
-    policy: Gemma
-    reference: Gemma | None
-    optimizer: torch.optim.Optimizer
-    order: DataOrder
-    log: Log
-    start: int  # optimiser steps that a resumed run has behind it
-    steps: int  # and how many it shall have at its end
-    local: int  # examples of a step on this rank
+    policy: Gemma = None
+    reference: Gemma = None
+    optimizer: torch.optim.Optimizer = None
+    order: DataOrder = None
+    log: Log = None
+    steps: int = 0  # optimiser steps at its end
+    saved: int = 0  # and at its newest checkpoint, which a resumed run goes on from
 
 
 def begin(config, overwrite=False, resume=False):
-    """Decide about the output directory, read and check the files. Nothing there is changed."""
-    device, source = start_processes(), config.policy_model_config.model_path
+    """A Run: read the files, decide about the output directory, check. It changes nothing there."""
+    device, checkpoint = start_processes(), None
     print0(machine(device))
-    writes = config.task in WRITES
-    checkpoint = on_main(open_output, config, resume, overwrite) if writes else None
     contents = {key: data.read_bytes(path) for key, path in input_files(config).items()}
-    state = {key: digest([raw]) for key, raw in contents.items()} | model_fingerprints(config)
+    state = learnt(config) | fingerprints(config, contents)
     ranks = on_all(lambda: flat(asdict(config)) | state)
     for rank, found in enumerate(ranks):
-        for key, value in found.items():
-            if value != ranks[0].get(key):
-                expected = f"expected {ranks[0].get(key)} as on rank 0"
-                raise InputError(f"rank {rank}: {key} is {value}, {expected}")
-    tokenizer = template = None
-    if source and config.task != "generate_preference":  # whose pairs are for any model
-        tokenizer = Tokenizer(Path(source) / "tokenizer.model")
-        template = Template(tokenizer, prompt_format(config, tokenizer))
+        require_equal(found, ranks[0], f"rank {rank}", "on rank 0")
+    if config.task in WRITES:
+        checkpoint = on_main(open_output, config, resume, overwrite)
+    if checkpoint:
+        on_main(require_same_run, checkpoint, state)
+    template = None
+    if config.policy_model_config.model_path and config.task != "generate_preference":
+        template = make_template(config)  # pairs that are generated are for any model
     helpers = Helpers(config, contents)
-    pairs, validation = load_pairs(config, helpers, template, contents)
-    return Start(config, device, checkpoint, state, tokenizer, template, helpers, pairs, validation)
+    turns = load_pairs(config, helpers, template, contents)
+    return Run(config, output_of(config), device, checkpoint, state, template, helpers, *turns)
 
 
 def machine(device):
@@ -1511,72 +1443,71 @@ def machine(device):
         kind = torch.cuda.get_device_name(device)
     else:
         cpus = Path("/proc/cpuinfo")  # of Linux; on ARM it does not name a model
-        named = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+        named = re.search(r"model name\s*:\s*(.+)", cpus.read_text() if cpus.exists() else "")
         name = named[1] if named else platform.machine()
         kind = f"{name} ({torch.backends.cpu.get_cpu_capability()})"
     processes = f"processes: {dist.get_world_size()}, threads each: {torch.get_num_threads()}"
     return f"{kind}, {processes}, torch {torch.__version__}: on these the last bits depend"
 
 
-def prompt_format(config, tokenizer):
-    """As configured; "auto": Gemma's chat template where the checkpoint's files say so."""
-    chosen, source = config.data_config.prompt_format, config.policy_model_config.model_path
-    model = GemmaConfig.from_json(Path(source) / "config.json")
+def make_template(config):
+    """The policy's Template; "auto" is Gemma's chat format where the checkpoint says so."""
+    chosen, source = config.data_config.prompt_format, Path(config.policy_model_config.model_path)
+    tokenizer = Tokenizer(source / "tokenizer.model")
+    model = GemmaConfig.from_json(source / "config.json")
+    gemma.check_vocabulary(tokenizer, model)
     chat = gemma.is_chat(tokenizer, model)
     if chosen == "auto":
         chosen = "gemma" if chat else "plain"
-        says = "" if chat else "do not "
-        print0(f"prompt_format {chosen!r}: {source}'s files {says}say that it talks as Gemma does")
+        print0(f"{source}: its files speak for prompt_format {chosen!r}")
     for line in gemma.foreign(tokenizer, model):
         if chosen == "gemma":
             raise InputError(f"{line}, expected prompt_format 'plain'")
         print0(line)
     if chosen == "gemma" and not chat and config.policy_model_config.lora_r:
         print0(f"{source} does not talk in this format yet: with LoRA it will hardly learn to stop")
-    return chosen
+    return Template(tokenizer, chosen)
 
 
 def prepare(config, overwrite, resume):
-    """All that a run needs; only then is its output directory changed. None: nothing to do."""
-    training, output = config.training_config, output_of(config)
-    begun = begin(config, overwrite, resume)
-    checkpoint = begun.checkpoint
-    if not begun.pairs:
+    """A Run to train; only now is its output directory changed. None: it is done already."""
+    training, run = config.training_config, begin(config, overwrite, resume)
+    if not run.pairs:
         expected = "expected complete answers that fit into max_length, not all held out"
         raise InputError(f"{config.data_config.train_path}: no turn to train on, {expected}")
-    local = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    size = local * dist.get_world_size()
-    steps = math.ceil(training.num_train_epochs * len(begun.pairs) / size)
-    steps = training.max_steps if training.max_steps > 0 else steps
-    require_reachable(training, steps, begun.validation)
-    begun.state |= {"examples_per_step": size, "steps": steps}
-    start = on_main(step_of, checkpoint, begun.state) if checkpoint else 0
-    if resume and on_main(nothing_to_resume, output, checkpoint, steps):
-        return print0(f"{output}: this run is finished, nothing to resume")
-    mesh = make_mesh(begun.device, training.dp_replicate_size)
-    policy, reference = build_models(config, mesh, checkpoint)
-    gemma.check_vocabulary(begun.tokenizer, policy)
-    begun.template.mark_stops(policy.config)
-    optimizer = make_optimizer(policy, training)
-    if checkpoint:
-        tensors = optimizer_tensors(policy, optimizer)
-        gemma.load_safetensors(tensors, checkpoint, stem="optimizer")
-    on_main(clear_output, config, checkpoint)
-    log, order = Log(config, start), DataOrder(begun.pairs, training.seed)
+    run.steps = training.max_steps
+    if run.steps <= 0:
+        turns = training.num_train_epochs * len(run.pairs)
+        run.steps = math.ceil(turns / run.state["examples_per_step"])
+    require_reachable(run)
+    if resume:
+        run.saved = on_main(resumed_step, run)
+        if run.saved is None:
+            return print0(f"{run.output}: this run is finished, nothing to resume")
+    mesh = make_mesh(run.device, training.dp_replicate_size)
+    run.policy = build_model(config, mesh)
+    if config.task != "sft" and not run.policy.lora:  # its base is what LoRA starts from
+        run.reference = build_model(config, mesh, trained=False)
+    run.template.mark_stops(run.policy.config)
+    run.optimizer = make_optimizer(run.policy, training)
+    if run.checkpoint:
+        load_checkpoint(run.policy, run.checkpoint)
+        tensors = optimizer_tensors(run.policy, run.optimizer)
+        gemma.load_safetensors(tensors, run.checkpoint, stem="optimizer")
+    on_main(clear_output, run)
+    run.log, run.order = Log(config), DataOrder(run.pairs, training.seed)
     heed_signals()
-    return Run(
-        **vars(begun), policy=policy, reference=reference, optimizer=optimizer, order=order,
-        log=log, start=start, steps=steps, local=local,
-    )  # fmt: skip
+    return run
 
 
-def require_reachable(training, steps, validation):
+def require_reachable(run):
     """What can be checked only when the number of steps and the turns are known."""
-    if training.warmup_steps >= steps:
+    training = run.config.training_config
+    if training.warmup_steps >= run.steps:
         problem = f"warmup_steps is {training.warmup_steps}, expected fewer than the run's"
-        raise InputError(f"{problem} {steps} steps")
+        raise InputError(f"{problem} {run.steps} steps")
     action = training.metric_for_best_model.partition(" Turns:")[0]
-    none = action in data.OTHER and all(pair.action != action for pair in validation)
+    none = action in data.OTHER and all(pair.action != action for pair in run.validation)
     if training.load_best_model_at_end and none:
         problem = f"no validation turn has the action {action}"
         raise InputError(f"metric_for_best_model: {problem}, expected another metric or some")
@@ -1584,7 +1515,10 @@ def require_reachable(training, steps, validation):
 
 def input_files(config):
     """{key: path} of the files beside the models that decide what is learnt."""
-    paths = {f"data_config.{key}": getattr(config.data_config, key) for key in DATA_FILES}
+    files, paths = config.data_config, {}
+    if config.task != "evaluate" or not files.validation_path:
+        paths["data_config.train_path"] = files.train_path
+    paths["data_config.validation_path"] = files.validation_path
     for name, role in ROLES.items():
         helper = getattr(config, name)
         if backend_of(helper) != "rule":
@@ -1593,37 +1527,35 @@ def input_files(config):
     return {key: path for key, path in paths.items() if path}
 
 
-DATA_FILES = ("train_path", "validation_path")
+def learnt(config):
+    """What decides what is learnt, but for the files: those are known by their content."""
+    training, values = config.training_config, flat(asdict(config))
+    state = {key: x for key, x in values.items() if {FREE, INPUT}.isdisjoint(KEYS[key])}
+    local = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return {**state, "examples_per_step": local * dist.get_world_size()}
 
 
-def digest(parts):
-    """Size and hash of the bytes in `parts`."""
-    sha, size = hashlib.sha256(), 0
-    for part in parts:
-        sha.update(part)
-        size += len(part)
-    return f"{size} bytes, sha256 {sha.hexdigest()}"
+def fingerprints(config, contents):
+    """Size and hash of what is learnt from: the files read, all weights and tokenizers."""
+    found = {}
+    for key, raw in contents.items():
+        found[key] = f"{len(raw)} bytes, sha256 {hashlib.sha256(raw).hexdigest()}"
+    for key, path in flat(asdict(config)).items():
+        if key.endswith("model_path") and path:
+            for file in sorted(Path(path).glob("*")):
+                if OURS.fullmatch(file.name) and file.is_file():
+                    found[f"{key}/{file.name}"] = fingerprint(file)
+    return found
 
 
 def fingerprint(path, block=2**18, blocks=1024):
     """Size and hash of a file; where that is above 256 MB, of 1,024 blocks spread over it."""
-    size, parts = os.path.getsize(path), []
+    size, sha = os.path.getsize(path), hashlib.sha256()
     with open(path, "rb") as file:
         for start in range(0, size, max(block, size // blocks)):
             file.seek(start)
-            parts.append(hashlib.sha256(file.read(block)).digest())
-    return f"{size} bytes, blocks of {digest(parts)}"
-
-
-def model_fingerprints(config):
-    """{key/file: fingerprint} of the weights and tokenizers that the configuration names."""
-    found = {}
-    for key, path in flat(asdict(config)).items():
-        if key.endswith("model_path") and path and os.path.isdir(path):
-            for name in sorted(filter(OURS.fullmatch, os.listdir(path))):
-                if name != "trainer_state.json" and os.path.isfile(Path(path, name)):
-                    found[f"{key}/{name}"] = fingerprint(Path(path, name))
-    return found
+            sha.update(file.read(block))
+    return f"{size} bytes, blocks of sha256 {sha.hexdigest()}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1632,8 +1564,7 @@ def model_fingerprints(config):
 # uses. A checkpoint is a model in Hugging Face's layout with the optimiser's tensors beside it.
 
 PART, OLD = ".act-part", ".act-old"  # what is being written, and what is going
-VOID = ".act-config.json"  # the configuration of a run that is being overwritten
-STEP = re.compile(r"step-(\d{1,15})", re.ASCII)
+STEP = re.compile(r"step-\d{1,15}", re.ASCII)
 OURS = re.compile(
     r"((generation_|adapter_|tokenizer_)?config|trainer_state|tokenizer|special_tokens_map)\.json"
     r"|tokenizer\.model|chat_template\.jinja"
@@ -1644,11 +1575,17 @@ EVALUATION_FILES = ("eval_metrics.json", "eval_samples.jsonl", "report.html")
 TRAINING_FILES = ("checkpoints", "model", "adapter", "metrics.jsonl", "rollouts.jsonl",
                   *EVALUATION_FILES)  # fmt: skip
 WRITES = {  # what a task writes into output_dir beside config.json
-    **dict.fromkeys(("act", "sft", "dpo"), TRAINING_FILES),
+    "act": TRAINING_FILES,
+    "sft": TRAINING_FILES,
+    "dpo": TRAINING_FILES,
     "evaluate": EVALUATION_FILES,
     "generate_preference": [f"{name}{ending}" for ending in PAIR_FILES.values()
                             for name in ("train", "validation")],
 }  # fmt: skip
+
+
+def output_of(config):
+    return Path(config.training_config.output_dir)
 
 
 def open_output(config, resume=False, overwrite=False):
@@ -1657,131 +1594,127 @@ def open_output(config, resume=False, overwrite=False):
     Takes its lock and changes nothing else. Raises InputError where what is there may not go.
     """
     output, names = output_of(config), [*WRITES[config.task], "config.json"]
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: output_dir is a file, expected a directory")
-    written = [Path(os.path.realpath(output / name)) for name in names]
+    written = {Path(os.path.realpath(output / name)) for name in names}
     for key, path in flat(asdict(config)).items():
-        at = Path(os.path.realpath(path)) if INPUT in KEYS[key] and path else None
-        if at and any(name in (at, at / "config.json", *at.parents) for name in written):
-            problem = f"this run would write over it, expected another output_dir than {output}"
-            raise InputError(f"{key} {at}: {problem}")
+        if INPUT in KEYS[key] and path:
+            at = Path(os.path.realpath(path))
+            if not written.isdisjoint((at, at / "config.json", *at.parents)):
+                expected = f"expected another output_dir than {output}"
+                raise InputError(f"{key} {at}: this run would write over it, {expected}")
     take_lock(output)
-    former, present = former_run(output), [n for n in names if os.path.lexists(output / n)]
-    for name in present:
-        require_ours(output / name)
+    former, present = former_task(output), [n for n in names if os.path.lexists(output / n)]
     trains = WRITES[config.task] is TRAINING_FILES
-    if former and not trains and former["task"] != config.task or present and not former:
-        found = f"a run of task {former['task']!r}" if former else f"{present[0]} of no run"
-        raise InputError(f"{output}: holds {found}, expected another output_dir")
-    if overwrite or not former or not trains:
+    if present and not former:
+        raise InputError(f"{output}: holds {present[0]} of no run, expected another output_dir")
+    if former not in (None, config.task) and not (trains and overwrite):
+        raise InputError(f"{output}: holds a run of task {former!r}, expected another output_dir")
+    if not trains:
         return None
-    killed = not (output / "config.json").exists()  # while it was overwritten
-    if killed or not resume:
-        way = "--overwrite to restart" if killed else "--resume to continue it or --overwrite"
-        raise InputError(f"{output}: already holds a run, expected {way}")
-    require_same_run(config, former)
+    require_ours(output)
+    if overwrite or not former:
+        return None
+    if not resume:
+        way = "expected --resume to continue it or --overwrite to start again"
+        raise InputError(f"{output}: already holds a run, {way}")
     return next(reversed(checkpoints(output).values()), None)
 
 
-def former_run(output):
-    """The configuration of the run in a directory; None where no config.json is a run's."""
-    for path in (output / "config.json", output / VOID):
-        with suppress(InputError):
-            found = read_json(path)
-            if isinstance(found.get("training_config"), dict) and "task" in found:
-                return found
-    return None
+def former_task(output):
+    """The task of the run in a directory; None where its config.json is no run's."""
+    with suppress(InputError):
+        found = read_json(output / "config.json")
+        return found["task"] if isinstance(found.get("training_config"), dict) else None
 
 
-def require_ours(path):
+def require_ours(output):
     """Raises InputError where a directory that may have to go holds what no run writes."""
-    for entry in () if path.is_symlink() or not path.is_dir() else path.iterdir():
-        if path.name == "checkpoints":
-            require_ours(entry) if STEP.fullmatch(entry.name) else None
-        elif entry.is_dir() or not OURS.fullmatch(entry.name):
-            raise InputError(f"{entry}: of no run, expected another output_dir, or this elsewhere")
+    for folder in (output / "model", output / "adapter", *step_folders(output)):
+        for entry in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+            if entry.is_dir() or not OURS.fullmatch(entry.name):
+                expected = "expected another output_dir, or this elsewhere"
+                raise InputError(f"{entry}: of no run, {expected}")
 
 
-def require_same_run(config, former):
-    """Raises InputError where a configuration would learn other than the former run did."""
-    now, then = flat(asdict(config)), flat(asdict(Config())) | flat(former)
-    for key in then.keys() - now.keys():
-        expected = "no key of this version, expected --overwrite to start again"
-        raise InputError(f"--resume: the former run has {key}, {expected}")
-    for key, value in now.items():
-        old = then[key]
-        if INPUT in KEYS[key] and old and os.path.abspath(located(old)) == os.path.abspath(value):
-            continue  # from another working directory
-        if old != value and FREE not in KEYS[key]:
-            raise InputError(f"--resume: {key} is {value!r}, expected {old!r} as in the former run")
-
-
-def nothing_to_resume(output, checkpoint, steps):
-    """Whether model/ is that of all steps. Raises InputError where it cannot be extended."""
-    state = output / "model" / "trainer_state.json"
-    finished = read_json(state).get("step") if state.exists() else None
-    if not checkpoint and (output / "model").exists() and finished != steps:
-        problem = "holds a model but no checkpoint, expected --overwrite to start again"
-        raise InputError(f"--resume: {output} {problem}")
-    if not checkpoint and not finished:
-        print0(f"{output}: no checkpoint yet, starting from the beginning")
-    return finished == steps
-
-
-def step_of(checkpoint, state):
-    """The step of a checkpoint. Raises InputError where it is damaged, or not of these files."""
-    path, step = checkpoint / "trainer_state.json", int(checkpoint.name[5:])
+def require_same_run(checkpoint, state):
+    """Raises InputError where a checkpoint is damaged, or of a run that learns otherwise."""
+    path = checkpoint / "trainer_state.json"
     then = read_json(path)
-    then |= then.get("files", {})
-    files = {path.name: fingerprint(path) for path in checkpoint.iterdir() if path.name in then}
-    for key, value in {"step": step, **state, **files}.items():
-        if key != "steps" and then.get(key, value) != value:
-            raise InputError(f"--resume: {key} is {value}, expected {then[key]} as in {path}")
-    if step > state["steps"]:
-        raise InputError(f"--resume: {checkpoint} is beyond the {state['steps']} steps of this run")
-    if then.get("steps", state["steps"]) != state["steps"]:
-        jumps = f"the learning rate jumps to that of step {step} of {state['steps']}"
-        print0(f"--resume: {then['steps']} steps were planned; {jumps}")
+    now = {"step": int(checkpoint.name[5:]), "steps": then.get("steps"), **state}
+    now |= {file.name: fingerprint(file) for file in checkpoint.iterdir() if file != path}
+    require_equal(now, learnt(Config()) | then, "--resume", f"in {path}")
+
+
+def require_equal(found, expected, who, where):
+    for key in found | expected:
+        if found.get(key) != expected.get(key):
+            wanted = f"expected {expected.get(key)} as {where}"
+            raise InputError(f"{who}: {key} is {found.get(key)}, {wanted}")
+
+
+def resumed_step(run):
+    """How many steps a resumed run has behind it; None where model/ is that of all.
+
+    Raises InputError where it cannot go on.
+    """
+    model = run.output / "model"
+    done = model / "trainer_state.json"
+    if done.exists() and read_json(done).get("step") == run.steps:
+        return None
+    if not run.checkpoint:
+        if model.exists():
+            problem = "holds a model but no checkpoint, expected --overwrite to start again"
+            raise InputError(f"--resume: {run.output} {problem}")
+        print0(f"{run.output}: no checkpoint yet, starting from the beginning")
+        return 0
+    then = read_json(run.checkpoint / "trainer_state.json")
+    step, planned = then["step"], then["steps"]
+    if step > run.steps:
+        problem = f"is beyond the {run.steps} steps of this run"
+        raise InputError(f"--resume: {run.checkpoint} {problem}")
+    if planned != run.steps:
+        jumps = f"the learning rate jumps to that of step {step} of {run.steps}"
+        print0(f"--resume: {planned} steps were planned; {jumps}")
     return step
 
 
-def clear_output(config, checkpoint):
-    """Remove what a former run wrote and this one will write again: the first change on disk."""
-    output = output_of(config)
-    require_lock(output)
-    if checkpoint:  # what was logged after it will be logged again
-        logs = [output / name for name in ("metrics.jsonl", "eval_samples.jsonl", "rollouts.jsonl")]
-        rows = {path: logged_rows(path) for path in logs if path.exists()}
-        for path, found in rows.items():
-            step = int(checkpoint.name[5:])
-            data.write_jsonl(path, [row for row in found if row["step"] <= step])
+def clear_output(run):
+    """Remove what a former run wrote and this one will write again: the first change on disk.
+
+    Checkpoints go first: whenever the process is killed, one that is left has its logs.
+    """
+    require_lock(run.output)
+    if run.checkpoint:  # what was logged after it will be logged again
+        logs = [run.output / name for name in TRAINING_FILES if name.endswith(".jsonl")]
+        kept = {}
+        for path in filter(Path.exists, logs):
+            kept[path] = [
+                row for row in logged_rows(path)
+                if data.require(row, "step", f"{path}: ", int) <= run.saved
+            ]  # fmt: skip
+        for path, rows in kept.items():
+            data.write_jsonl(path, rows)
     else:
-        if (output / "config.json").exists():  # without it the rest is no run to be resumed
-            (output / "config.json").replace(output / VOID)
         for name in TRAINING_FILES:
-            remove(output / name)
-    write_json(output / "config.json", asdict(config))
-    (output / VOID).unlink(missing_ok=True)
+            remove(run.output / name)
+    write_json(run.output / "config.json", asdict(run.config))
 
 
 def remove(path):
-    """Remove a file, a link or a directory of ours; of checkpoints/ only its checkpoints.
+    """Remove a file, a link or a directory of ours; of checkpoints/ only the checkpoints.
 
-    It is renamed first: whenever the process is killed, all of it is there or nothing.
+    A directory is renamed first: whenever the process is killed, all of it is there or nothing.
     """
-    if path.name == "checkpoints" and path.is_dir() and not path.is_symlink():
-        for entry in path.iterdir():
-            if STEP.fullmatch(entry.name) or entry.name in (PART, OLD):
-                remove(entry)
-    elif os.path.lexists(path):
-        aside = path.with_name(OLD)
-        if path != aside:
-            remove(aside)  # left where a run was killed
-            path.rename(aside)
-        if aside.is_symlink() or aside.is_file():
-            aside.unlink()
-        else:
+    aside = path.with_name(OLD)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif path.name == "checkpoints":
+        for folder in (*step_folders(path.parent), path / PART):
+            remove(folder)
+    else:
+        if aside.exists():  # left where a run was killed
             shutil.rmtree(aside)
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
 LOCK = []  # the file whose lock says that output_dir is this process's, and whether it made that
@@ -1789,13 +1722,12 @@ LOCK = []  # the file whose lock says that output_dir is this process's, and whe
 
 def take_lock(output):
     """Claim an output directory. Raises InputError where another process has it."""
-    new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    path, flags = output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    new, flags = not output.exists(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
-        LOCK[:] = [os.fdopen(os.open(path, flags, 0o666)), new]
+        output.mkdir(parents=True, exist_ok=True)
+        LOCK[:] = [os.fdopen(os.open(output / ".lock", flags, 0o666)), new]
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened, expected a file ({error.strerror})") from None
+        raise InputError(f"{error}, expected a directory that can have a file .lock") from None
     try:
         fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1828,24 +1760,21 @@ def release_lock(output):
 
 def save_trained(run):
     """What a run was for: model/, and with LoRA also adapter/, which is merged into that model."""
-    policy, output = run.policy, output_of(run.config)
+    output = run.output
     if run.config.training_config.load_best_model_at_end:
-        saved = on_main(checkpoints, output)
-        best = next((n for n in run.log.best_first() if n in saved or n == run.steps), run.steps)
+        saved = on_main(checkpoints, output)  # that of the last step among them
+        best = next((step for step in run.log.best_first() if step in saved), run.steps)
         if best != run.steps:
             print0(f"load_best_model_at_end: the model is that of step {best}")
-            if policy.lora:
-                gemma.load_safetensors(gemma.adapters(policy), saved[best], "adapter_model")
-            else:
-                gemma.load_safetensors(gemma.base_weights(policy), saved[best], prefix="model.")
-    if policy.lora:
-        save(run, output / "adapter", {"step": run.steps}, adapters=True)
-        gemma.merge_adapters(policy)
-    save(run, output / "model", {"step": run.steps})
+            load_checkpoint(run.policy, saved[best])
+    if run.policy.lora:
+        save(run, output / "adapter", run.steps)
+        gemma.merge_adapters(run.policy)
+    save(run, output / "model", run.steps)
     heed_signals(False)
 
 
-def save(run, directory, state, adapters=False, optimizer=False):
+def save(run, directory, step, optimizer=False):
     """The model, or its adapters, with the tokenizer; of a checkpoint also the optimiser.
 
     The directory appears when it is complete. Every rank calls this. RunStopped where a parameter
@@ -1854,46 +1783,51 @@ def save(run, directory, state, adapters=False, optimizer=False):
     model, part = run.policy, directory.with_name(PART)
     parts = {name: gemma.local_slice(p)[0] for name, p in model.named_parameters()}
     on_all(require_finite, parts)
-    on_main(make_part, output_of(run.config), part)
-    if adapters:
+    on_main(clear_part, run, part)
+    if model.lora:
         gemma.save_adapters(model, part, run.config.policy_model_config.model_path)
     else:
         model.save_pretrained(part)
     if optimizer:
         tensors = optimizer_tensors(model, run.optimizer)
         gemma.save_safetensors(tensors, part if is_main() else None, "optimizer")
-    on_main(take_place, run, part, directory, state)
+    on_main(take_place, run, part, directory, step)
 
 
-def make_part(output, part):
-    require_lock(output)
+def clear_part(run, part):
+    require_lock(run.output)
     remove(part)
-    part.mkdir(parents=True)
 
 
-def take_place(run, part, directory, state):
+def take_place(run, part, directory, step):
     """What names the files of a checkpoint is written last; then it takes its place."""
-    save_tokenizer(run.tokenizer, run.template, part)
+    save_tokenizer(run.template, part)
     files = {path.name: fingerprint(path) for path in sorted(part.iterdir())}
-    write_json(part / "trainer_state.json", {**state, "files": files})
+    state = {"step": step, "steps": run.steps, **run.state, **files}
+    write_json(part / "trainer_state.json", state)
     remove(directory)
     part.rename(directory)
 
 
-def save_tokenizer(tokenizer, template, directory):
+def save_tokenizer(template, directory):
     """What transformers and vLLM look for beside tokenizer.model, with the format trained in."""
-    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-    chat, settings = "chat_template.jinja", dict(tokenizer.config)
-    for name in ("tokenizer.json", "special_tokens_map.json", *[chat] * (not template.plain)):
+    tokenizer, chat = template.tokenizer, "chat_template.jinja"
+    kept = [] if template.plain else [chat]
+    for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", *kept):
         if tokenizer.path.with_name(name).is_file():
             shutil.copyfile(tokenizer.path.with_name(name), directory / name)
+    settings = dict(tokenizer.config)
     if not settings:
-        ids = {f"{name}_token": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-        turns = (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id)
+        turns = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+        ids = {
+            "bos_token": tokenizer.bos_id,
+            "eos_token": tokenizer.eos_id,
+            "pad_token": tokenizer.pad_id,
+        }
         piece = tokenizer.sp.id_to_piece
         # transformers 5 then follows tokenizer.model; its GemmaTokenizer takes a unigram for a BPE
         settings = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
-        settings |= {key: piece(i) for key, i in ids.items() if i is not None}
+        settings |= {name: piece(i) for name, i in ids.items() if i is not None}
         settings["extra_special_tokens"] = [piece(i) for i in turns if i is not None]
     if template.plain:
         settings.pop("chat_template", None)
@@ -1905,35 +1839,31 @@ def save_tokenizer(tokenizer, template, directory):
 
 def save_checkpoint(run, step):
     """All random draws are keyed by seed and step: parameters, optimiser and step are the state."""
-    output = output_of(run.config)
-    directory = output / "checkpoints" / f"step-{step}"
-    if step not in on_main(checkpoints, output):  # else it is this very state
-        save(run, directory, {"step": step, **run.state}, bool(run.policy.lora), optimizer=True)
-    on_main(prune, run.config.training_config, run.log.best_first())
+    if step != run.saved:
+        save(run, run.output / "checkpoints" / f"step-{step}", step, optimizer=True)
+        run.saved = step
+        on_main(prune, run)
 
 
-def prune(training, best_first):
+def prune(run):
     """Keep the last `save_total_limit` checkpoints, and the best of those that were evaluated."""
-    saved = checkpoints(training.output_dir)
-    kept = list(saved)[-training.save_total_limit :] + [n for n in best_first if n in saved][:1]
-    for step in saved.keys() - kept:
+    saved, limit = checkpoints(run.output), run.config.training_config.save_total_limit
+    best = [step for step in run.log.best_first() if step in saved][:1]
+    for step in saved.keys() - (list(saved)[-limit:] + best):
         remove(saved[step])
 
 
-def checkpoints(output_dir):
-    """{step: directory} of complete checkpoints, oldest first: those with what is written last.
+def step_folders(output):
+    """All checkpoints/step-N, complete or not. Raises OSError for what cannot be read."""
+    folder = output / "checkpoints"
+    entries = folder.iterdir() if os.path.lexists(folder) else ()
+    return [path for path in entries if STEP.fullmatch(path.name)]
 
-    Raises InputError for what cannot be read.
-    """
-    folder, found = Path(output_dir) / "checkpoints", {}
-    try:
-        for path in folder.iterdir() if os.path.lexists(folder) else ():
-            name = STEP.fullmatch(path.name)
-            if name and (path / "trainer_state.json").exists():
-                found[int(name[1])] = path
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return dict(sorted(found.items()))
+
+def checkpoints(output):
+    """{step: directory} of complete checkpoints, oldest first: those with what is written last."""
+    complete = [path for path in step_folders(output) if (path / "trainer_state.json").exists()]
+    return dict(sorted((int(path.name[5:]), path) for path in complete))
 
 
 def stopped(run, done, error):
@@ -1943,17 +1873,14 @@ def stopped(run, done, error):
         sizes = "per_device_train_batch_size, per_device_eval_batch_size or max_length"
         said = f"out of memory, lower {sizes}"
     if isinstance(error, NotANumber):
-        size = run.local * dist.get_world_size()
+        size = run.state["examples_per_step"]
         turns = (run.pairs[run.order[i]].where for i in range(done * size, (done + 1) * size))
         said += f" in step {done + 1}, on {', '.join(dict.fromkeys(turns))}"
     try:
-        if done > run.start:
-            save_checkpoint(run, done)
-            said += "; saved"
+        save_checkpoint(run, done)
     except (RunStopped, InputError, OSError) as unsound:
         said += f"; step {done} is not saved, since {unsound}"
-    step = max(on_main(checkpoints, output_of(run.config)), default=0)
-    return RunStopped(f"{said}, --resume goes on from step {step}")
+    return RunStopped(f"{said}, --resume goes on from step {run.saved}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2121,8 +2048,9 @@ def undressed(text):
     """An answer without an announcement, a code fence, quotes around it or a template's marks."""
     text = next(filter(str.strip, MARKS.split(text)), "").strip()
     text = ANNOUNCED.sub("", text).strip()
-    while wrapped := WRAPPED.fullmatch(text):
-        text = wrapped[wrapped.lastindex].strip()
+    for _ in range(4):  # one in another
+        wrapped = WRAPPED.fullmatch(text)
+        text = wrapped[wrapped.lastindex].strip() if wrapped else text
     return text
 
 
@@ -2231,27 +2159,14 @@ class Helpers:
 
         return {"classify": classify, "simulate": simulate, "score": judge}
 
-    def divided(self, name, label, requests, chunk=64):
-        """Results of requests that are the same on all ranks: each rank asks for its share."""
-        mine = share_of(len(requests))
-        progress = Progress(label, len(mine), quiet=True)
-
-        def ask():
-            results = []
-            for start in range(0, len(mine), chunk):
-                results += self.roles[name]([requests[i] for i in mine[start : start + chunk]])
-                progress(len(results))
-            return results
-
-        return sum(on_all(ask), [])
-
     def report(self, consequence):
         """How many requests each model had so far, and how many brought nothing."""
         for helper in self.models:
             asked, failed = all_sum([helper.requests, helper.failures])
             if asked:
                 said = f"{failed:.0f} of {asked:.0f} requests brought nothing of use"
-                print0(f"{helper.name}: {said}" + f"; {consequence}" * (failed > 0))
+                why = f", {helper.why}" if helper.why else ""
+                print0(f"{helper.name}: {said}{why}" + f"; {consequence}" * (failed > 0))
 
 
 def backend_of(helper):
@@ -2279,7 +2194,7 @@ def load_helper(config, path):
     tokenizer = Tokenizer(directory / "tokenizer.model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(directory, dtype, device)
-    gemma.check_vocabulary(tokenizer, model)
+    gemma.check_vocabulary(tokenizer, model.config)
     return model.requires_grad_(False), tokenizer
 
 
@@ -2395,6 +2310,7 @@ class Client:
         except CallFailed as failure:
             if failure.final or failure.absent:
                 raise InputError(f"{self.url}: {failure}") from None
+            print0(f"{self.url}: no answer yet, going on ({failure})")
 
     def answer(self, prompt):
         """The answer to one prompt, stored as soon as it is there, or None; in its own thread."""
@@ -2406,6 +2322,7 @@ class Client:
             except CallFailed as failure:
                 self.why = str(failure)
                 if failure.final:
+                    self.spent.set()
                     raise RunStopped(f"{self.config.model_id}: {failure}") from None
                 if not failure.again:
                     return None
@@ -2650,18 +2567,14 @@ def evaluate(config, overwrite=False, resume=False):
     if not begun.validation:
         path = files.validation_path or files.train_path
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
-    policy, heuristic = config.policy_model_config, files.heuristic
     mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
-    model = build_model(policy.model_path, mesh, getattr(torch, policy.dtype), trainable=False)
-    gemma.check_vocabulary(begun.tokenizer, model)
+    model = build_model(config, mesh, trained=False)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
     on_main(require_lock, output_of(config))
     on_main(write_json, output_of(config) / "config.json", asdict(config))
     on_main(write_evaluation, output_of(config), metrics, samples)
-    for name in metrics:
-        print0("{:50} {:>8}".format(*shown(name, metrics, heuristic)))
-    say_unended(samples)
+    print0(*table(metrics, files.heuristic, metrics))
     begun.helpers.report("these turns are left out of the means")
     return metrics
 

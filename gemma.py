@@ -925,13 +925,14 @@ def save_adapters(model, directory, base):
 @torch.no_grad()
 def merge_adapters(model):
     """W becomes W + scale B A, computed in float32 and rounded once. The adapters must not be used
-    afterwards.
+    afterwards: for the model there are none.
     """
     for module in adapted(model):
         A = whole_tensor(module.lora_A)
         weight, _ = local_slice(module.weight)
         B, _ = local_slice(module.lora_B)  # the same rows
         weight.copy_(weight.float() + module.scale * B.float() @ A.float())
+    model.lora = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1178,9 +1179,9 @@ def foreign(tokenizer, config):
     return lines
 
 
-def check_vocabulary(tokenizer, model):
-    if len(tokenizer) > model.config.vocab_size:
-        limit = f"at most the model's vocab_size {model.config.vocab_size}"
+def check_vocabulary(tokenizer, config):
+    if len(tokenizer) > config.vocab_size:
+        limit = f"at most the model's vocab_size {config.vocab_size}"
         raise InputError(f"{tokenizer.path}: {len(tokenizer)} pieces, expected {limit}")
 
 
@@ -1544,10 +1545,10 @@ def generate(
     A row was cut, rather than stopping by itself, exactly if it has max_new_tokens tokens (one
     whose stop token would have come next counts as cut). temperature 0 is greedy; top_k 0 and top_p
     1 keep the whole distribution. A row's result does not depend on the other rows: each draws its
-    own noise, from `generator[i]` if that is a list, else all in turn from `generator` (None: seed
-    0). A `kv_cache` of an earlier call (KVCache() at first) is continued: of prompt i, only the
-    tokens that its row does not hold yet are processed. Finished rows leave the batch. Raises
-    InputError.
+    own noise, from `generator[i]` if that is a list, else from a stream made for row i from
+    `generator` (None: seed 0). A `kv_cache` of an earlier call (KVCache() at first) is continued:
+    of prompt i, only the tokens that its row does not hold yet are processed. Finished rows leave
+    the batch. Raises InputError.
     """
     outputs = [[] for _ in prompts]
     settings = temperature, top_k, top_p, stop_ids, generator, kv_cache or KVCache()
@@ -1590,10 +1591,11 @@ def draw_noise(generator, rows, steps):
     """Uniform numbers, float64 [rows, steps], from each of which a token is found by inverting the
     distribution.
     """
-    if isinstance(generator, list):
-        return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
-    generator = generator or torch.Generator().manual_seed(0)
-    return torch.rand(rows, steps, generator=generator, dtype=torch.float64)
+    if not isinstance(generator, list | tuple):
+        generator = generator or torch.Generator().manual_seed(0)
+        seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generator])
 
 
 def sample(logits, u, temperature, top_k, top_p):
@@ -1689,7 +1691,7 @@ def talk(args):
     tokenizer = Tokenizer(Path(args.model_dir) / "tokenizer.model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(args.model_dir, getattr(torch, args.dtype), device)
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model.config)
     for line in foreign(tokenizer, model.config):
         print(line, file=sys.stderr)
     if args.prompt is None:

@@ -99,6 +99,12 @@ def both_sides(pairs, template, training):
     ]
 
 
+def model_config(world, lora_r=0, **training):
+    """As much of a configuration as a model needs."""
+    policy = act.PolicyModelConfig(model_path=str(world / "model"), lora_r=lora_r)
+    return act.Config(policy_model_config=policy, training_config=training_of(**training))
+
+
 def run_of(policy, reference, template, training, device="cpu", **values):
     """As much of an act.Run as a step needs."""
     config = SimpleNamespace(training_config=training)

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from common import THREADS, TINY, pairs_from, random_model, write_lines
 
 import act
-from act import Template
-from gemma import Tokenizer
+from gemma import Template, Tokenizer
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     config = json.loads((ROOT / "configs" / "tiny.json").read_text(encoding="utf-8"))
     config["policy_model_config"]["model_path"] = str(TINY / "sft")
     config["data_config"] = {"train_path": str(TINY / "train.jsonl")}
-    config["training_config"] |= {"max_steps": 6, "sample_frequency": 3, "save_steps": 3, "optim": "adamw"}
+    config["training_config"] |= {"max_steps": 6, "sample_frequency": 3, "save_steps": 3, "save_total_limit": 0, "optim": "adamw"}
     for folder in folders:
         config["training_config"]["output_dir"] = str(folder / "out")
         (folder / "run.json").write_text(json.dumps(config))

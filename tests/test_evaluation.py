@@ -1,12 +1,10 @@
 """Evaluation: the simulated user by rule, what a turn scores, the metrics of written-out samples, and their table."""
 
 import pytest
-import torch
-from common import a_pair, pairs_of, prompted, training_of
+from common import a_pair, model_config, pairs_of, prompted
 
 import act
 import data
-from act import Config
 from data import ANSWER, CLARIFY
 
 GOLD = [
@@ -63,21 +61,23 @@ def test_the_better_matching_gold_question_is_answered():
 
 
 def judged(action, trajectory, actions, gold=None, target="get stock", answered=True):
-    """A scored turn; `trajectory`: what model and user say in turns."""
-    messages = [("model" if i % 2 == 0 else "user", text) for i, text in enumerate(trajectory)]
+    """A turn that was played; `trajectory`: what model and user say in turns."""
     pair = a_pair(action, gold=gold or [("model", target)], target=target, context="a table", path="x", line=1)
-    answer = trajectory[-1] if answered and actions[-1] == ANSWER else None
-    exact, f1 = data.exact_match(answer, target) if answer is not None else (0.0, 0.0)
-    turn = {"trajectory": messages, "final_answer": answer, "inferred_action": actions[0],
-            "questions": actions.count(CLARIFY), "exact_match": exact, "f1": f1, "ended": answered}  # fmt: skip
-    return act.sample_row("exact_match", pair, turn)
+    replies, users, taken = iter(trajectory[::2]), iter(trajectory[1::2]), iter(actions)
+    answers = {
+        "respond": lambda *_: [(next(replies), answered)], "simulate": lambda *_: [next(users)],
+        "classify": lambda *_: [next(taken)], "score": lambda _, said: [data.exact_match(said[0][-1][1], target)],
+    }  # fmt: skip
+    [turn] = act.in_lockstep([act.play_turn(pair, len(actions), data.exact_match)], answers)
+    assert not [*replies, *users, *taken], "all was said"
+    return turn
 
 
 def failed_turn():
-    """A scored turn in which a helper gave no answer, to the policy's first reply."""
+    """One in which a helper gave no answer, to the policy's first reply."""
     conversation = act.play_turn(a_pair(CLARIFY), 3)
     [turn] = act.in_lockstep([conversation], {"respond": lambda *_: [("what", True)], "classify": lambda *_: [None]})
-    return act.sample_row("exact_match", a_pair(CLARIFY), turn)
+    return turn
 
 
 ASKED = [("model", "Which item?"), ("user", "stock"), ("model", "get stock")]
@@ -154,7 +154,7 @@ RIGHT = judged(CLARIFY, ["Which\nitem?", "stock", "get stock"], [CLARIFY, ANSWER
 def table_of(before, after, heuristic="drop_f1"):
     """{metric: [before, after]} of the comparison, as it is shown."""
     lines = act.comparison(before, after, heuristic)
-    return {line[:44].strip(): line[44:].split() for line in lines[1 : lines.index("")]}
+    return {line[:46].strip(): line[46:].split() for line in lines[1 : lines.index("")]}
 
 
 def test_metrics_are_shown_in_percent_and_what_is_a_mean_over_nothing_as_a_dash():
@@ -223,8 +223,8 @@ def validation(world, plain):
 
 
 def evaluated(world, mesh, plain, pairs, **training):
-    model = act.build_model(world / "model", mesh, torch.float32, trainable=False)
-    config = Config(training_config=training_of(**training))
+    config = model_config(world, **training)
+    model = act.build_model(config, mesh, trained=False)
     return act.evaluate_pairs(model, plain, pairs, act.Helpers(config, {}), config)
 
 
@@ -239,20 +239,16 @@ def test_evaluation_does_not_depend_on_the_batch_size(world, mesh, plain, valida
     assert {sample["questions"] for sample in samples} > {0}, "the random model should ask here and there"
 
 
-def test_a_response_cut_at_max_new_tokens_is_no_answer(world, mesh, plain, validation):
-    """One token is never enough: whatever the model says is cut, or empty."""
+def test_a_response_cut_at_max_new_tokens_is_no_answer(world, mesh, plain, validation, capsys):
+    """One token is never enough: whatever the model says is cut, or empty.
+
+    A base model in Gemma's chat format with adapters may never learn to stop: it is said how many replies never end.
+    """
     _, samples = evaluated(world, mesh, plain, validation, max_new_tokens=1, max_turns=3)
     spoken = [sample for sample in samples if sample["trajectory"][-1][1]]
     assert spoken
+    cut = sum(not sample["ended"] for sample in samples)
+    assert capsys.readouterr().out == f"{cut} of {len(samples)} turns end in a reply that is cut at max_new_tokens\n"
     for sample in spoken:
         assert len(sample["trajectory"]) == 1 and not sample["ended"], "nobody replies to half a question"
         assert (sample["final_answer"], sample["exact_match"], sample["f1"]) == (None, 0.0, 0.0)
-
-
-def test_replies_that_never_end_are_counted(capsys):
-    """A base model in Gemma's chat format with adapters may never learn to stop."""
-    cut = judged(ANSWER, ["get stock"], [ANSWER], answered=False)
-    act.say_unended([RIGHT, WRONG])
-    assert capsys.readouterr().out == ""
-    act.say_unended([RIGHT, cut, cut])
-    assert capsys.readouterr().out == "2 of 3 turns end in a reply that is cut at max_new_tokens\n"

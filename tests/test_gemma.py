@@ -888,9 +888,13 @@ def test_steps_on_a_gpu_are_recorded_for_few_numbers_of_rows(model, golden, gpu_
     generate(model, prompts[:1], 1, kv_cache=tight)
     grown = generate(model, longer[:1], 6, temperature=0, kv_cache=tight)
     assert gpu_steps.rows == [24, 16, 4, 4, 2, 1], "a cache that must grow grows once a reply"
+    longest = [longer[0] + grown[0] + [7] * 9]
+    again = generate(model, longest, 6, temperature=0, kv_cache=tight)
+    assert gpu_steps.rows == [24, 16, 4, 4, 2, 1, 1], "what was recorded with the old tensors is recorded anew"
     monkeypatch.undo()
     assert replies == generate(model, later, 6, generator=seeded(1))
     assert grown == generate(model, longer[:1], 6, temperature=0)
+    assert again == generate(model, longest, 6, temperature=0)
     assert ended == generate(model, longer, 6, temperature=0, stop_ids=[stop]) and not ended[0] and ended[1]
 
 

@@ -11,6 +11,7 @@ from common import (
     assert_same_gradients,
     both_sides,
     gradients_of,
+    model_config,
     oracle_logps,
     pairs_from,
     prompted,
@@ -19,6 +20,7 @@ from common import (
     training_of,
     words,
 )
+from torch.distributed.tensor import DTensor
 
 import act
 import data
@@ -139,15 +141,15 @@ SHARDED = pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "who
 
 
 def built(world, mesh, sharded, **options):
-    model = act.build_model(world / "model", mesh, torch.float32, **options)
-    assert not any(isinstance(parameter, act.DTensor) for parameter in model.parameters()), "one rank has all of it"
+    model = act.build_model(model_config(world, **options), mesh)
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters()), "one rank has all of it"
     if sharded:
         act.shard(model, mesh)
     return model
 
 
 def whole_of(tensor):
-    return tensor.full_tensor() if isinstance(tensor, act.DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def test_fully_sharded_gradients_equal_plain_ones(world, mesh, one_process, plain, pairs):
@@ -194,7 +196,7 @@ def test_bfloat16_is_close_and_checkpointing_changes_nothing(world, mesh, plain,
         torch.manual_seed(0)
         policy = built(world, mesh, sharded, bf16=bf16)
         policy.set_checkpointing(checkpointing)
-        reference = act.build_model(world / "model", mesh, torch.float32, trainable=False)
+        reference = act.build_model(model_config(world), mesh, trained=False)
         some_run = run_of(policy, reference, plain, training_of(rpo_alpha=1.0))
         sums = act.preference_step(some_run, prompted(pairs[:4], plain), 0.25)
         return sums, {name: whole_of(parameter.grad) for name, parameter in policy.named_parameters()}
@@ -214,7 +216,7 @@ def test_checkpointing_recomputes_every_layer(world, mesh, plain, pairs, monkeyp
     calls, forward = [], act.gemma.Layer._forward
     monkeypatch.setattr(act.gemma.Layer, "_forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
     for checkpointing in (False, True):
-        policy = act.build_model(world / "model", mesh, torch.float32)
+        policy = act.build_model(model_config(world), mesh)
         policy.set_checkpointing(checkpointing)
         act.sft_step(run_of(policy, None, plain, training_of()), prompted(pairs[:1], plain), 1.0)
         assert len(calls) == (9 if checkpointing else 3)
@@ -224,7 +226,7 @@ def test_checkpointing_recomputes_every_layer(world, mesh, plain, pairs, monkeyp
 def test_the_unsharded_copy_is_the_model(world, mesh, sharded):
     model = built(world, mesh, sharded)
     whole, tokens = act.unsharded(model), torch.tensor([words(0, 20)])
-    assert not any(isinstance(parameter, act.DTensor) for parameter in whole.parameters())
+    assert not any(isinstance(parameter, DTensor) for parameter in whole.parameters())
     assert torch.equal(whole(tokens), Gemma.from_pretrained(world / "model")(tokens))
     assert {parameter.dtype for parameter in act.unsharded(model, bf16=True).parameters()} == {torch.bfloat16}
 
@@ -282,9 +284,10 @@ def test_shares_of_ranks_cover_everything_once(monkeypatch):
     for count in (0, 1, 5, 7, 8):
         for world_size in (1, 2, 3, 8):
             monkeypatch.setattr(act.dist, "get_world_size", lambda size=world_size: size)
+            monkeypatch.setattr(act, "on_all", lambda work: [work()])
             parts = []
             for rank in range(world_size):
                 monkeypatch.setattr(act.dist, "get_rank", lambda rank=rank: rank)
-                parts.append(list(act.share_of(count)))
+                parts.append(act.divided("", list, list(range(count)), size=3))
             assert sum(parts, []) == list(range(count))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1

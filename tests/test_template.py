@@ -166,7 +166,7 @@ AUTO = json.loads((ROOT / "tests" / "golden" / "auto_tokenizer.json").read_text(
 def saved_tokenizer(folder, prompt_format, source=TINY):
     tokenizer = Tokenizer(source / "tokenizer.model")
     folder.mkdir()
-    act.save_tokenizer(tokenizer, Template(tokenizer, prompt_format), folder)
+    act.save_tokenizer(Template(tokenizer, prompt_format), folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files.pop("tokenizer.model") == (TINY / "tokenizer.model").read_bytes()
     return {name: content.decode() for name, content in files.items()}
@@ -543,7 +543,7 @@ def test_nothing_that_is_sampled_from_or_scored_is_longer_than_max_length(templa
     reply = [("model", "Which?"), ("user", "sales in may " * 6_000), ("model", "get tax")]
     assert len(pair.prompt) == 150
     monkeypatch.setattr(act, "generate", lambda model, rows, limit, **_: prompts.extend(rows) or [[] for _ in rows])
-    sampler = act.Sampler(model, template, [pair], training)
+    sampler = act.sampler(model, template, [pair], training)
     sampler([0], [reply[:0]])
     sampler([0], [reply[:2]])
     assert [len(prompt) for prompt in prompts] == [150, 200]

@@ -34,10 +34,11 @@ def main():
     from gemma import GemmaConfig, Template, Tokenizer
 
     tokenizer, config = Tokenizer(TINY / "tokenizer.model"), GemmaConfig.from_json(TINY / "sft" / "config.json")
-    Template(tokenizer, "gemma").mark_stops(config)
+    template = Template(tokenizer, "gemma")
+    template.mark_stops(config)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        act.save_tokenizer(tokenizer, config, folder)
+        act.save_tokenizer(template, folder)
         files = {path.name: path.read_text() for path in folder.iterdir() if path.name != "tokenizer.model"}
         (folder / "config.json").write_text(json.dumps(config.to_json("float32")))
         theirs = AutoTokenizer.from_pretrained(folder)

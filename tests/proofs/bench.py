@@ -262,15 +262,14 @@ class Work:
         act, training, source = self.act, replace(self.training, **changes), self.folder / "model"
         act.start_processes()
         mesh = act.make_mesh(DEVICE, 1)
-        held = DTYPE if lora else torch.float32
-        policy, reference = act.build_model(source, mesh, held, training.bf16, lora=lora), None
-        policy.set_checkpointing(self.checkpointing)
+        model = act.PolicyModelConfig(str(source), str(DTYPE).removeprefix("torch."))
         if lora:
-            self.gemma.init_adapters(policy, 0)
-        else:
-            reference = act.build_model(source, mesh, DTYPE, trainable=False)
+            model = replace(model, lora_r=lora.r, lora_alpha=lora.lora_alpha, lora_target_modules=lora.target_modules)
+        config = act.Config(policy_model_config=model, training_config=training)
+        policy = act.build_model(config, mesh)
+        reference = None if lora else act.build_model(config, mesh, trained=False)
         return SimpleNamespace(
-            config=act.Config(training_config=training), device=DEVICE, template=self.template, helpers=self.helpers,
+            config=config, device=DEVICE, template=self.template, helpers=self.helpers,
             policy=policy, reference=reference,
             optimizer=act.make_optimizer(policy, training),
         )  # fmt: skip

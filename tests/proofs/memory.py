@@ -133,7 +133,7 @@ def watched():
 
 def held(tensors):
     """Bytes of this rank's part of some tensors."""
-    local = [tensor.to_local() if isinstance(tensor, act.DTensor) else tensor for tensor in tensors]
+    local = [tensor.to_local() if isinstance(tensor, act.gemma.DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
@@ -145,9 +145,11 @@ def load(directory):
     return seen
 
 
-def sharded(directory, **options):
+def sharded(directory, trained=True):
     mesh = act.make_mesh(torch.device("cpu"), 1)
-    return act.build_model(directory, mesh, torch.bfloat16, **options)
+    policy = act.PolicyModelConfig(str(directory), "bfloat16")
+    training = act.TrainingConfig(gradient_checkpointing=True)
+    return act.build_model(act.Config(policy_model_config=policy, training_config=training), mesh, trained)
 
 
 def step(directory):
@@ -155,7 +157,6 @@ def step(directory):
     training = act.TrainingConfig(optim="rmsprop", learning_rate=1e-3)
     with watched() as seen:
         model = sharded(directory)
-        model.set_checkpointing(True)
         tokens = torch.randint(model.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         half = TOKENS // 2
         forest = Forest([tokens], [[0] * half + [1] * half])
@@ -173,7 +174,7 @@ def step(directory):
 
 def save(directory):
     """A frozen model, as the reference is, written in shards as large as its largest tensor."""
-    model = sharded(directory, trainable=False)
+    model = sharded(directory, trained=False)
     largest = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with watched() as seen:
         model.save_pretrained(directory.parent / "saved", max_shard_bytes=largest)
