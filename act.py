@@ -5,7 +5,19 @@
                                                         on GPUs, sharded with fully_shard
     torchrun act.py --config tiny.json --beta 0.1       any key can be overridden
     python act.py --config tiny.json --task check       what is wrong with a run's data?
-    python act.py --help                                all tasks, flags and keys
+    python act.py --help                                all keys
+
+tasks (--task NAME, or a config's key "task"):
+  act                  train on pairs that are sampled from the policy as it is (Algorithm 2)
+  sft                  train on the gold replies
+  dpo                  train on the pairs of Algorithm 1, nothing sampled
+  evaluate             the metrics of policy_model_config.model_path on validation turns
+  generate_preference  write the pairs of Algorithm 1 as files
+  check                say what is wrong with the data, and what becomes of it
+
+flags:
+  --resume             go on from the newest checkpoint of output_dir
+  --overwrite          start again in an output_dir that holds a run
 
 Reading order: data.py to the end of Algorithm 1, this file to the end of `train`, gemma.py to the
 end of the decoder. That is the method. What comes after it here are rooms to enter when you change
@@ -51,9 +63,9 @@ import urllib.error
 import urllib.request
 from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache, partial
@@ -552,7 +564,8 @@ def tokenize(path, pairs, template, training, trained_on):
     Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
     too long to be sampled is said.
     """
-    kept, found = [], defaultdict(list)
+    kept = []
+    found = defaultdict(list)
     for group in data.dialogues(pairs):
         turns = [pairs[i] for i in group]
         first = turns[0]
@@ -591,7 +604,8 @@ def sampler(model, template, pairs, training, generators=None):
     generators: one for each pair; None: greedy. Returns a function (rows, trajectories) -> [(the
     policy's next message, whether it came to its end)].
     """
-    cache, most = KVCache(), training.max_new_tokens
+    most = training.max_new_tokens
+    cache = KVCache()
     cached = []  # the rows that the cache holds, in its order
 
     def next_messages(rows, trajectories):
@@ -771,14 +785,16 @@ class Log:
     """
 
     def __init__(self, config):
-        self.config, self.folder, self.problem = config, output_of(config), None
+        self.config = config
+        self.folder = output_of(config)
+        self.problem = None
         self.metric = config.training_config.metric_for_best_model
         rows = on_main(logged_rows, self.folder / "metrics.jsonl")  # of a run that is resumed
         key = f"eval/{self.metric}"
         self.evaluated = {row["step"]: row[key] or 0.0 for row in rows if key in row}  # by metric
         samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
-        self.first = [sample for sample in samples if sample["step"] == 0]
-        self.last = []  # samples of the evaluations before training and of now
+        self.first = [sample for sample in samples if sample["step"] == 0]  # before training
+        self.last = []  # of the last evaluation of this process
 
     def write(self, function, *arguments):
         try:
@@ -835,9 +851,10 @@ def logged_rows(path):
 
 def write_report(folder):
     """report.html: a template with what the folder's files hold as JSON in it, long texts once."""
-    template, found, texts = HERE / "configs" / "report.html", {}, {}
+    found = {}
+    texts = {}
     try:
-        page = template.read_text(encoding="utf-8")
+        page = (HERE / "configs" / "report.html").read_text(encoding="utf-8")
         for name in ("config", "eval_metrics"):
             if (folder / f"{name}.json").exists():
                 found[name] = read_json(folder / f"{name}.json")
@@ -1151,7 +1168,8 @@ def start_processes():
 
     Returns the device. Raises InputError where the environment describes half of a group.
     """
-    cuda, group = torch.cuda.is_available(), {}
+    cuda = torch.cuda.is_available()
+    group = {}
     if "RANK" not in os.environ:
         group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     hours = timedelta(hours=6)  # a rank may wait long for another whose helper is slow
@@ -1171,10 +1189,10 @@ def is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text, file=None):
+def say(text, file=None, end="\n"):
     """Print. A reader that is gone, a full disk or a closed stream never ends a run."""
     with suppress(OSError, ValueError):
-        print(text, file=file or sys.stdout, flush=True)
+        print(text, file=file or sys.stdout, end=end, flush=True)
 
 
 CLEAR = "\r\033[K"  # the line that a terminal is on
@@ -1194,7 +1212,8 @@ def meter(label, total):
 
     def show(done, text=""):
         nonlocal first, last
-        now, ended = time.monotonic(), done == total
+        now = time.monotonic()
+        ended = done == total
         first = first or (now, done)
         due = now - last >= (0.1 if tty else 10) or (ended and last > start)
         if due and is_main():
@@ -1236,12 +1255,14 @@ def on_main(function, *arguments):
 
 def divided(label, work, items, size=64):
     """work(batch), a list, for all items: each rank does its share of them, all get the whole."""
-    rank, world, done = dist.get_rank(), dist.get_world_size(), []
-    # the turns of a dialogue stay together
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    # in their order: the turns of a dialogue stay together
     mine = items[len(items) * rank // world : len(items) * (rank + 1) // world]
     progress = meter(label, len(mine))
 
     def work_on_share():
+        done = []
         for start in range(0, len(mine), size):
             stop_if_asked()
             done.extend(work(mine[start : start + size]))
@@ -1887,7 +1908,8 @@ def stopped(run, done, error):
 # Helper models
 # Who answers for ACT's roles: a rule (data.py), a local Gemma, or a model behind a server. What a
 # model is told stands in configs/prompts/, or in the file that `prompt_path` names. A back end is a
-# function ask(prompts) -> answers, each a text or None; a new one goes into `Helpers.build`.
+# function ask(prompts) -> answers, each a text or the CallFailed that says why there is none; a new
+# one goes into `Helpers`.
 
 
 def indented(messages):
@@ -1895,9 +1917,9 @@ def indented(messages):
     return "".join(f"{data.SPEAKERS[role]}: {in_prompt(text)}\n" for role, text in messages)
 
 
-def in_prompt(text, longest=20_000):
+def in_prompt(text):
     """A text for a helper's prompt, of a longer one the end."""
-    return text[-longest:].replace("\n", "\n  ")
+    return text[-20_000:].replace("\n", "\n  ")
 
 
 def action_fields(reply):
@@ -1932,20 +1954,24 @@ def judge_fields(request):
     return {"conversation": indented(pair.history + pair.gold[:-1]), **fields}
 
 
+def affirmed(answer, words):
+    """Those of the words that an answer says and does not deny, as it spells them."""
+    denied = r"(?:\bnot|n['’]t)[\s*_]+(?:an? |to )?"
+    found = re.findall(rf"(?i)({denied})?(?<![a-z])({words})", answer)
+    return [word for no, word in found if not no]
+
+
 def parse_verdict(answer):
-    """1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right" alone."""
-    answer = re.split(r"\n[ \t]*CONVERSATION:", answer.upper())[0]
-    found = re.findall(r"((?:NOT|N['’]T)[\s*_]+)?(?<![A-Z])(RIGHT|WRONG)(?![A-Z])", answer)
-    means = {(word == "RIGHT") != bool(denied) for denied, word in found}
-    told = any(not denied for denied, _ in found)
-    return float(means.pop()) if told and len(means) == 1 else None
+    """(exact, score), 1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right" alone."""
+    said = affirmed(re.split(r"\n[ \t]*Conversation:", answer)[0], r"(?:right|wrong)(?![a-z])")
+    rights = {float(word.upper() == "RIGHT") for word in said}
+    return (*rights, *rights) if len(rights) == 1 else None
 
 
 def parse_action(answer):
     """The first of the two words that is not denied, in capitals if there is one."""
-    denied = r"(?i:\bnot |n['’]t )(?i:an? |to )?"
-    words = re.findall(rf"({denied})?(?i:(clarify|(?<![a-z])answer))", unlabelled(answer, "Answer"))
-    return max((word for no, word in words if not no), key=str.isupper, default="").upper() or None
+    found = affirmed(unlabelled(answer, "Answer"), "clarify|answer")
+    return max(found, key=str.isupper, default="").upper() or None
 
 
 def parse_intent(answer):
@@ -1963,7 +1989,7 @@ def parse_question(answer):
     """The first line that is a question, before anybody else speaks; None without one."""
     lines = re.split(r"\n[ \t]*User:", answer)[0].split("\n")
     lines = (unlabelled(line, "Assistant") for line in lines)
-    return next((line for line in lines if data.is_question(line)), None)
+    return next(filter(data.is_question, lines), None)
 
 
 LABELS = r"(?:(?:final|next|clarifying) )*(?:answer|reply|response|message|question)"
@@ -1982,30 +2008,30 @@ class Role(NamedTuple):
     names: tuple  # what its prompt must have in {}
     fields: Any  # request -> {name: text} for them
     parse: Any  # a model's answer -> result, or None where it cannot be used
-    stop: tuple  # texts at which an answer may be cut short
+    stop: str  # where an answer may be cut short
     prompt: str  # the file of its prompt in configs/prompts/
 
 
 ROLES = {
     "action_model_config": Role(
         data.rule_actions, ("response",), action_fields, parse_action,
-        ("\nMessage:",), "action.txt",
+        "\nMessage:", "action.txt",
     ),
     "user_simulator_config": Role(
         data.rule_users, ("intent", "conversation"), user_fields, parse_user,
-        ("\nAssistant:",), "user.txt",
+        "\nAssistant:", "user.txt",
     ),
     "intent_model_config": Role(
         data.rule_intents, ("conversation",), intent_fields, parse_intent,
-        ("\nConversation:",), "intent.txt",
+        "\nConversation:", "intent.txt",
     ),
     "preference_model_config": Role(
         data.rule_questions, ("examples",), question_fields, parse_question,
-        ("\nUser:",), "question.txt",
+        "\nUser:", "question.txt",
     ),
     "judge_model_config": Role(  # no rule: a heuristic is one
         None, ("conversation", "gold", "answer"), judge_fields, parse_verdict,
-        ("\nConversation:",), "judge.txt",
+        "\nConversation:", "judge.txt",
     ),
 }  # fmt: skip
 
@@ -2054,81 +2080,74 @@ def undressed(text):
     return text
 
 
+@dataclass
 class Helper:
     """A role that a model has: requests in, results out, None where it gave nothing of use."""
 
-    def __init__(self, name, config, prompt):
-        self.name, self.role, self.config, self.prompt = name, ROLES[name], config, prompt
-        self.ask = None  # the back end
-        self.requests = self.failures = self.in_a_row = 0
-        self.why = ""  # of the last failure
+    name: str
+    config: HelperConfig
+    prompt: str
+    ask: Any = None  # the back end: prompts in, answers out
+    failed: list = field(default_factory=list)  # of each request, whether it brought nothing of use
+    why: str = ""  # of the last that did
 
     def __call__(self, requests):
-        """Raises RunStopped when max_failures in a row brought nothing."""
-        answers = self.ask([self.filled(request) for request in requests])
-        results = [None if answer is None else self.understood(answer) for answer in answers]
-        self.requests += len(results)
-        self.failures += results.count(None)
-        for result, answer in zip(results, answers, strict=True):
-            self.in_a_row = self.in_a_row + 1 if result is None else 0
+        """Raises RunStopped when max_failures in a row brought nothing. Asks the same only once."""
+        prompts = [self.filled(request) for request in requests]
+        new = list(dict.fromkeys(prompts))
+        answers = dict(zip(new, self.ask(new), strict=True))
+        results = [self.understood(answers[prompt]) for prompt in prompts]
+        self.failed += [result is None for result in results]
+        for prompt, result in zip(prompts, results, strict=True):
             if result is None:
-                self.why = self.reason(answer)
-            if self.in_a_row >= self.config.max_failures:
-                raise RunStopped(f"{self.name}: {self.in_a_row} failures in a row, {self.why}")
+                limit = f"max_new_tokens {self.config.max_new_tokens}"
+                self.why = f"{str(answers[prompt])[:200]!r} ({limit})"
+        most = self.config.max_failures
+        if sum(self.failed[-most:]) == most:
+            raise RunStopped(f"{self.name}: {most} failures in a row, at last {self.why}")
         return results
 
-    def reason(self, answer):
-        """Why there is no result."""
-        if answer is None:
-            return f"the last one with: {self.ask.why}"
-        cut = without_reasoning(answer) is None
-        return f"the last one of use to nobody: {answer[:80]!r}" + REASONING_CUT * cut
-
     def filled(self, request):
-        texts = self.role.fields(request)  # in one pass: a text may hold {}
+        texts = ROLES[self.name].fields(request)  # in one pass: a text may hold {}
         return re.sub(r"\{(\w+)\}", lambda name: texts.get(name[1], name[0]), self.prompt)
 
     def understood(self, answer):
         """The result that an answer means, of at most 16 characters a token; or None."""
+        if isinstance(answer, CallFailed):
+            return None
         answer = without_reasoning(answer[: 16 * self.config.max_new_tokens])
-        return None if answer is None else self.role.parse(undressed(answer))
-
-
-REASONING_CUT = " (its reasoning was cut off: a larger max_new_tokens may do)"
+        return None if answer is None else ROLES[self.name].parse(undressed(answer))
 
 
 class Helpers:
     """ACT's helpers as the configuration has them: functions from lists of requests to results."""
 
     def __init__(self, config, contents):
-        self.config, self.contents = config, contents
-        self.load = cache(partial(load_helper, config))  # a checkpoint that several share, once
-        self.roles = {name: self.build(name) for name in ROLES}
-        if backend_of(config.user_simulator_config) == "rule":  # it knows the gold trajectory
-            self.roles["intent_model_config"] = data.rule_intents
-        self.models = [role for role in self.roles.values() if isinstance(role, Helper)]
-        clients = [helper.ask for helper in self.models if isinstance(helper.ask, Client)]
-        for client in {(client.url, client.config.model_id): client for client in clients}.values():
+        """contents: {"role.prompt_path": the bytes of that file}. Raises InputError."""
+        load = cache(partial(load_helper, config))  # a checkpoint that several share, once
+        clients = {}  # (url, model) -> one of those that ask it
+        self.roles = {name: role.rule for name, role in ROLES.items()}
+        self.models = []  # the Helpers among them
+        by_rule = backend_of(config.user_simulator_config) == "rule"  # who needs no intent
+        for name, role in ROLES.items():
+            helper = getattr(config, name)
+            backend = backend_of(helper)
+            if backend == "rule" or (by_rule and name == "intent_model_config"):
+                continue
+            needed = "model_path" if backend == "gemma" else "model_id"
+            if not getattr(helper, needed):
+                raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
+            raw = contents[f"{name}.prompt_path"]
+            model = Helper(name, helper, read_prompt(raw, helper.prompt_path or role.prompt, role))
+            if backend == "gemma":
+                model.ask = gemma_backend(*load(helper.model_path), helper)
+            else:
+                model.ask = Client(helper, DIALECTS[backend], role.stop, model.understood)
+                clients[model.ask.url, helper.model_id] = model.ask
+            self.roles[name] = model
+            self.models.append(model)
+        for client in clients.values():
             on_main(client.try_once)
-
-    def build(self, name):
-        """The function for a role."""
-        config, role = getattr(self.config, name), ROLES[name]
-        backend = backend_of(config)
-        labels = name in ("action_model_config", "preference_model_config")
-        needless = self.config.task in ("generate_preference", "check") and not labels
-        if backend == "rule" or needless:
-            return role.rule
-        needed = "model_path" if backend == "gemma" else "model_id"
-        if not getattr(config, needed):
-            raise InputError(f"{name}.{needed} is missing, backend '{backend}' needs it")
-        raw = self.contents[f"{name}.prompt_path"]
-        helper = Helper(name, config, read_prompt(raw, config.prompt_path or role.prompt, role))
-        if backend == "gemma":
-            helper.ask = gemma_backend(*self.load(config.model_path), config)
-        else:
-            helper.ask = Client(config, DIALECTS[backend], role.stop, helper.understood)
-        return helper
 
     def answers(self, pairs, heuristic):
         """What `in_lockstep` may ask for besides the policy's responses, about these pairs."""
@@ -2139,22 +2158,17 @@ class Helpers:
 
         def simulate(rows, trajectories):
             new = [row for row in rows if row not in intents]
-            found = self.roles["intent_model_config"]([pairs[row] for row in new]) if new else []
+            found = self.roles["intent_model_config"]([pairs[row] for row in new])
             intents.update(zip(new, found, strict=True))
-            known = {
-                row: (pairs[row], trajectory, intents[row])
-                for row, trajectory in zip(rows, trajectories, strict=True)
-                if intents[row] is not None
-            }
-            users = self.roles["user_simulator_config"]
-            replies = dict(zip(known, users(list(known.values())) if known else [], strict=True))
-            return [replies.get(row) for row in rows]
+            said = zip(rows, trajectories, strict=True)
+            requests = [(pairs[row], trajectory, intents[row] or "") for row, trajectory in said]
+            replies = zip(rows, self.roles["user_simulator_config"](requests), strict=True)
+            return [None if intents[row] is None else reply for row, reply in replies]
 
         def judge(rows, trajectories):
             ends = [(pairs[row], said[-1][1]) for row, said in zip(rows, trajectories, strict=True)]
             if heuristic == "judge":
-                verdicts = self.roles["judge_model_config"](ends)
-                return [None if verdict is None else (verdict, verdict) for verdict in verdicts]
+                return self.roles["judge_model_config"](ends)
             return [score(HEURISTICS[heuristic], pair, said, pair.target) for pair, said in ends]
 
         return {"classify": classify, "simulate": simulate, "score": judge}
@@ -2162,11 +2176,11 @@ class Helpers:
     def report(self, consequence):
         """How many requests each model had so far, and how many brought nothing."""
         for helper in self.models:
-            asked, failed = all_sum([helper.requests, helper.failures])
+            asked, failed = all_sum([len(helper.failed), sum(helper.failed)])
             if asked:
                 said = f"{failed:.0f} of {asked:.0f} requests brought nothing of use"
-                why = f", {helper.why}" if helper.why else ""
-                print0(f"{helper.name}: {said}{why}" + f"; {consequence}" * (failed > 0))
+                why = f"; the last one: {helper.why}; {consequence}" if failed else ""
+                print0(f"{helper.name}: {said}{why}")
 
 
 def backend_of(helper):
@@ -2179,18 +2193,17 @@ def read_prompt(raw, path, role):
         prompt = raw.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8, expected the text of a prompt") from None
-    missing = [name for name in role.names if f"{{{name}}}" not in prompt]
-    if missing:
-        names = ", ".join(map(repr, role.names))
-        raise InputError(f"{path}: lacks {{{missing[0]}}}, expected a prompt with {names}")
+    for name in role.names:
+        if f"{{{name}}}" not in prompt:
+            raise InputError(f"{path}: lacks {{{name}}}, expected a prompt with {role.names}")
     return prompt
 
 
 def load_helper(config, path):
     """(model, tokenizer) of a checkpoint, whole on this rank's device, as the policy computes."""
-    directory = Path(config.policy_model_config.model_path if path == "reference" else path)
-    dtype = getattr(torch, config.policy_model_config.dtype)
-    dtype = torch.bfloat16 if config.training_config.bf16 else dtype
+    policy, training = config.policy_model_config, config.training_config
+    directory = Path(policy.model_path if path == "reference" else path)
+    dtype = torch.bfloat16 if training.bf16 else getattr(torch, policy.dtype)
     tokenizer = Tokenizer(directory / "tokenizer.model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Gemma.from_pretrained(directory, dtype, device)
@@ -2204,29 +2217,28 @@ def gemma_backend(model, tokenizer, config):
     An answer depends on its prompt alone, not on the batch: its noise is keyed by the prompt.
     """
     template = Template(tokenizer, "plain" if tokenizer.end_of_turn_id is None else "gemma")
-    before, after = [tokenizer.bos_id], []
-    if not template.plain:
-        before = before + template.turn("user")
-        after = template.end + template.newline + template.opening
-    markers = config.max_new_tokens + len(before) + len(after)
-    room = max(1, model.config.max_position_embeddings - markers)
+    longest = max(2, model.config.max_position_embeddings - config.max_new_tokens)
 
-    def continued(prompts):
-        seeds = [hashlib.sha256(prompt.encode()).digest()[:7] for prompt in prompts]
-        seeds = [int.from_bytes(seed, "big") for seed in seeds]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        tokens = [before + tokenizer.encode(prompt)[-room:] + after for prompt in prompts]
-        sampling = {"stop_ids": template.stop_ids, "generator": generators}
-        answers = generate(model, tokens, config.max_new_tokens, config.temperature, **sampling)
-        return [tokenizer.decode(answer).strip() for answer in answers]
+    def tokens_of(prompt):
+        if template.plain:
+            return [tokenizer.bos_id, *tokenizer.encode(prompt)[1 - longest :]]
+        return template.prompt("", [("user", prompt)], longest)
+
+    def noise(prompt):
+        seed = int(hashlib.sha256(prompt.encode()).hexdigest()[:14], 16)
+        return torch.Generator().manual_seed(seed)
 
     def ask(prompts):
-        new, answers = list(dict.fromkeys(prompts)), {}
-        for start in range(0, len(new), config.batch_size):
+        answers = []
+        for start in range(0, len(prompts), config.batch_size):
             stop_if_asked()
-            batch = new[start : start + config.batch_size]
-            answers.update(zip(batch, continued(batch), strict=True))
-        return [answers[prompt] for prompt in prompts]
+            batch = prompts[start : start + config.batch_size]
+            found = generate(
+                model, list(map(tokens_of, batch)), config.max_new_tokens, config.temperature,
+                stop_ids=template.stop_ids, generator=list(map(noise, batch)),
+            )  # fmt: skip
+            answers += map(tokenizer.decode, found)
+        return answers
 
     return ask
 
@@ -2235,184 +2247,172 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is tried again: at
 FIRST_TIMEOUT = 10.0  # seconds of the call that only asks whether the server is there
 LONGEST_REPLY = 4_000_000  # bytes
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:[1-9]\d{0,4})?(/[^?#@\s]*)?", re.I | re.A)
-THIS_MACHINE = re.compile(r"https?://(localhost|127\.|\[::1\])", re.I)  # no proxy leads there
+ADDRESS = r"(?ia)https?://([\w.-]+|\[[\da-f:.]+\])(:[1-9]\d{0,4})?(/[^?#@\s]*)?"
+THIS_MACHINE = r"(?i)https?://(localhost|127\.|\[::1\])"  # no proxy leads there
 RENAMED = {"max_tokens": "max_completion_tokens", "temperature": None, "stop": None}  # None: gone
-TOO_LONG = re.compile("(?i)context|too l(?:ong|arge)")  # of one prompt, whatever else is named
+TOO_LONG = "(?i)context|too l(?:ong|arge)"  # of one prompt, whatever else is named
 
 
 class CallFailed(Exception):
-    """One call brought no answer.
+    """One call brought no answer. code: the HTTP status that says why, 0 where nobody was reached.
 
-    again: whether the same call may do later, after `wait` seconds; final: whether all would fail;
-    absent: whether nobody could be reached.
+    again: whether the same call may do later, after `wait` seconds; final: whether all would fail.
     """
 
-    def __init__(self, message, again=True, final=False, wait=0.0, absent=False):
-        super().__init__(message)
-        self.again, self.final, self.wait, self.absent = again, final, wait, absent
+    def __init__(self, why, code=500, wait=0.0):
+        words = " ".join(str(why).split())
+        super().__init__(repr(words)[1:-1][:300])  # what a server says, and no terminal obeys
+        self.code, self.wait = code, wait
+        self.again = code in (0, 408, 429) or code >= 500
+        self.final = not self.again and code not in (400, 413, 422)
 
 
 class Client:
     """ask(prompts) over HTTP: calls run side by side, are tried again and are paid for only once.
 
-    None stands for an answer that was blocked, empty, or not to be had in max_retries + 1 calls;
-    `why` is then the reason of the last. Raises RunStopped where the server refuses all calls.
+    CallFailed stands for an answer that was blocked, empty, or not to be had in max_retries + 1
+    calls. Raises RunStopped where the server refuses all calls.
     understood: answer -> None where it is not worth keeping.
     """
 
     def __init__(self, config, dialect, stop, understood):
-        self.config, self.dialect, self.understood = config, dialect, understood
-        self.stop, self.why = list(stop), ""
+        self.config = config
+        self.understood = understood
         base = config.base_url or dialect.home
-        if not ADDRESS.fullmatch(base):
+        if not re.fullmatch(ADDRESS, base):
             expected = "expected http(s)://HOST, with none of '?', '#' and '@'"
             raise InputError(f"base_url of a helper model: {expected}")
         self.key = os.environ.get(dialect.key_name, "").strip()
-        optional = config.base_url and dialect.key_is_optional
-        if not re.fullmatch("[!-~]*", self.key) or not (self.key or optional):
-            problem = "holds a blank or a character beyond ASCII" if self.key else "is not set"
+        optional = config.base_url and config.backend == "openai"
+        if not re.fullmatch("[!-~]*" if optional else "[!-~]+", self.key):
+            problem = "is not set, or has a blank or a character beyond ASCII"
             expected = f"expected the key for helper model {config.model_id!r} at {base}"
             raise InputError(f"{dialect.key_name} {problem}, {expected}")
-        self.url = base.rstrip("/") + dialect.path(config.model_id)
-        direct = [urllib.request.ProxyHandler({})] if THIS_MACHINE.match(base) else []
-        self.opener = urllib.request.build_opener(Replies, *direct)
-        self.cache, self.spent = answer_cache(config.cache_path), threading.Event()
+        self.url = base.rstrip("/") + dialect.path.format(quote(config.model_id))
+        self.headers = {"Content-Type": "application/json"}
+        if self.key:
+            self.headers[dialect.header] = dialect.scheme + self.key
+        self.body = partial(dialect.body, config, stop)
+        self.text = dialect.text
+        proxies = {} if re.match(THIS_MACHINE, base) else None  # None: those of the environment
+        self.opener = urllib.request.build_opener(Replies, urllib.request.ProxyHandler(proxies))
+        self.cached = cached_answers(config.cache_path)
         self.refused = refused_by(self.url, config.model_id)
+        self.spent = threading.Event()  # set: nothing is tried again
 
     def __call__(self, prompts):
-        answers = {prompt: self.cache.get(self.cache_key(prompt)) for prompt in prompts}
-        missing = [prompt for prompt, answer in answers.items() if answer is None]
+        self.spent.clear()
         pool = ThreadPoolExecutor(self.config.concurrency)
         try:
-            waiting = {pool.submit(self.answer, prompt): prompt for prompt in missing}
-            while waiting:
+            calls = [pool.submit(self.answer, prompt) for prompt in prompts]
+            while wait(calls, 0.5).not_done:
                 stop_if_asked()
-                for future in wait(waiting, 0.5, FIRST_COMPLETED).done:
-                    answers[waiting.pop(future)] = future.result()
-        except BaseException:  # whatever it is, the calls that still run shall not try again
-            self.spent.set()
-            raise
+            return [call.result() for call in calls]
         finally:
+            self.spent.set()  # calls that still run, after a RunStopped, shall not try again
             pool.shutdown(wait=False, cancel_futures=True)
-        return [answers[prompt] for prompt in prompts]
-
-    def cache_key(self, prompt):
-        body = self.dialect.body(self.config, self.stop, prompt)
-        request = json.dumps([self.url, body], sort_keys=True)
-        return hashlib.sha256(request.encode()).hexdigest()
 
     def try_once(self):
         """Raises InputError where the server is not there or refuses us; a slow one may wake up."""
         print0(f"helper model {self.config.model_id}: conversations go to {self.url}")
         try:
-            self.call("Say yes.", min(FIRST_TIMEOUT, self.config.timeout))
+            self.call(self.body("Say yes."), FIRST_TIMEOUT)
         except CallFailed as failure:
-            if failure.final or failure.absent:
+            if failure.final or not failure.code:
                 raise InputError(f"{self.url}: {failure}") from None
             print0(f"{self.url}: no answer yet, going on ({failure})")
 
     def answer(self, prompt):
-        """The answer to one prompt, stored as soon as it is there, or None; in its own thread."""
-        for attempt in range(self.config.max_retries + 1):
-            if self.spent.is_set():
-                return None
+        """The answer to one prompt, kept as soon as it is there; in its own thread."""
+        config, body = self.config, self.body(prompt)
+        request = json.dumps([self.url, body], sort_keys=True)
+        key = hashlib.sha256(request.encode()).hexdigest()
+        if key in self.cached:
+            return self.cached[key]
+        failed = CallFailed("not called")
+        for attempt in range(config.max_retries + 1):
+            if self.spent.wait(min(failed.wait, LONGEST_WAIT)):
+                break
             try:
-                text = self.call(prompt, self.config.timeout)
-            except CallFailed as failure:
-                self.why = str(failure)
-                if failure.final:
+                text = self.call(body, config.timeout)
+                if config.cache_path and self.understood(text) is not None:
+                    data.append_jsonl(config.cache_path, [[key, text]])
+                    self.cached[key] = text
+                return text
+            except InputError as error:  # a full disk: the run saves
+                raise RunStopped(str(error)) from None
+            except CallFailed as error:
+                failed = error
+                if failed.final:
                     self.spent.set()
-                    raise RunStopped(f"{self.config.model_id}: {failure}") from None
-                if not failure.again:
-                    return None
-                back_off = random.uniform(0, FIRST_WAIT * 2**attempt)
-                if attempt < self.config.max_retries:
-                    self.spent.wait(min(failure.wait + back_off, LONGEST_WAIT))
-                continue
-            if self.understood(text) is not None:
-                self.cache.put(self.cache_key(prompt), text)
-            return text
-        return None
+                    raise RunStopped(f"{config.model_id}: {failed}") from None
+                if not failed.again:
+                    break
+                failed.wait += random.uniform(0, FIRST_WAIT * 2**attempt)
+        return failed
 
-    def call(self, prompt, timeout):
-        """One POST: its text. Raises CallFailed."""
-        body = self.dialect.body(self.config, self.stop, prompt)
+    def call(self, body, timeout):
+        """One POST: the text that it brings. Raises CallFailed."""
         for name in self.refused & body.keys():
             value = body.pop(name)
             if RENAMED[name]:
                 body[RENAMED[name]] = value
-        headers = {"Content-Type": "application/json", **self.dialect.headers(self.key)}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         deadline = time.monotonic() + timeout
         try:
             with self.opener.open(request, timeout=timeout) as response:
-                reply = read_reply(response, deadline)
-        except urllib.error.HTTPError as error:
-            failure = self.http_failure(error, deadline)
-            words = re.findall(r"\w+", str(failure))
-            named = [name for name in RENAMED if name in body and name in words]
-            if error.code != 400 or not named or TOO_LONG.search(str(failure)):
-                raise failure from None
-            known = named[0] in self.refused  # from another call that was in flight
-            self.refused.add(named[0])
-            if not known:
-                print0(f"{self.url}: going on without {named[0]!r}, which it refuses ({failure})")
-            return self.call(prompt, timeout)
+                raw = read_reply(response, deadline)
+        except urllib.error.URLError as error:  # the request was not even sent
+            raise CallFailed(error.reason, 0) from None
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: odd headers
-            reason = getattr(error, "reason", error) or type(error).__name__
-            absent = isinstance(error, urllib.error.URLError)  # the request was not even sent
-            raise CallFailed(self.one_line(reason), absent=absent) from None
+            raise CallFailed(type(error).__name__) from None
+        if self.key:  # which a server may echo
+            raw = raw.replace(self.key.encode(), b"[key]")
+        if raw.lstrip().startswith((b"data:", b"event:")):
+            raise CallFailed("its reply is streamed, expected one JSON object", 422)
+        reply = report = None
+        with suppress(*UNREADABLE):
+            reply = json.loads(raw)
+            report = reply.get("error")
+        if response.status // 100 != 2:
+            report = report or reply or http.client.responses.get(response.status)
+        if report:
+            failure = failure_of(report, response)
+            named = RENAMED.keys() & body.keys() & set(re.findall(r"\w+", str(report)))
+            if response.status != 400 or not named or re.search(TOO_LONG, str(failure)):
+                raise failure
+            if named - self.refused:
+                print0(f"{self.url}: going on without {', '.join(named)} ({failure})")
+            self.refused |= named
+            return self.call(body, timeout)
         try:
-            if reply.lstrip().startswith((b"data:", b"event:")):
-                raise CallFailed("its reply is streamed, expected one JSON object", again=False)
-            reply = json.loads(reply)
-            report = reply.get("error") or (reply.get("choices") or [{}])[0].get("error")
-            if report:
-                raise self.failure(report, 200)
-            text, why = self.dialect.text_of(reply)
-            text = text.encode("utf-8", "replace").decode()  # half of a character becomes "?"
+            text = self.text(reply).encode("utf-8", "replace").decode()  # half a character: "?"
+        except LookupError:
+            text = ""
         except UNREADABLE:
             raise CallFailed("its reply is not the JSON of an answer") from None
         if not text.strip():
-            why += REASONING_CUT * why.endswith(("MAX_TOKENS)", "length)"))
-            raise CallFailed(self.one_line(why), again=False)
-        return self.masked(text)
+            limit = f"max_new_tokens {self.config.max_new_tokens}"
+            raise CallFailed(f"no text ({limit}) in {reply}", 422)
+        return text
 
-    def http_failure(self, error, deadline):
-        """CallFailed for an HTTP status, with the server's words and the wait that it asks for."""
-        report, wait = error.reason, retry_after(error.headers.get("Retry-After", ""))
-        with suppress(OSError, http.client.HTTPException, CallFailed, *UNREADABLE), error:
-            report = json.loads(read_reply(error, deadline)) or report
-            report = report.get("error") or report
-        return self.failure(report, error.code, wait)
 
-    def failure(self, report, status, wait=0.0):
-        """CallFailed for what a server calls an error; 400, 413 and 422 concern one prompt."""
-        words, code = report, status if status != 200 else 500
-        if isinstance(report, dict):
-            words, named = str(report.get("message") or report), str(report.get("param"))
-            words += f" ({named})" * (named in RENAMED and named not in words)
-            code = report.get("code") if isinstance(report.get("code"), int) else code
-        again = code in (408, 429) or code >= 500
-        final = "insufficient_quota" in str(report) or not (again or code in (400, 413, 422))
-        return CallFailed(self.one_line(f"HTTP {status}: {words}"), again, final, wait)
-
-    def one_line(self, message):
-        """What a server said, without what a terminal would obey."""
-        words = "".join(c if c.isprintable() else " " for c in self.masked(str(message))).split()
-        return " ".join(words)[:300]
-
-    def masked(self, text):
-        """Without the key, which a server may echo."""
-        return text.replace(self.key, "[key]") if self.key else text
+def failure_of(report, response):
+    """CallFailed for what a server calls an error."""
+    fields = report if isinstance(report, dict) else {}
+    code = response.status if response.status != 200 else fields.get("code")
+    if "insufficient_quota" in str(report):
+        code = 402
+    words = f"HTTP {response.status}: {fields.get('message') or report}"
+    wait = retry_after(response.headers.get("Retry-After", ""))
+    return CallFailed(words, code if isinstance(code, int) else 500, wait)
 
 
 def retry_after(text):
     """Seconds of a Retry-After header: a number, or a date."""
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
-        return float(text)
     with suppress(ValueError, TypeError, OverflowError):
+        if re.fullmatch(r"[\d.]+", text, re.ASCII):
+            return float(text)
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return 0.0
 
@@ -2422,132 +2422,101 @@ def read_reply(response, deadline):
     body = b""
     while chunk := response.read1(65536):
         body += chunk
-        if len(body) > LONGEST_REPLY:
-            raise CallFailed("its reply is too long")
-        if time.monotonic() > deadline:
-            raise CallFailed("timed out")
-    if getattr(response, "length", None):  # what Content-Length promised and did not come
-        raise CallFailed("its reply breaks off")
+        if len(body) > LONGEST_REPLY or time.monotonic() > deadline:
+            raise CallFailed("its reply is too long, or too long on its way")
     return body
 
 
 class Replies(urllib.request.HTTPErrorProcessor):
-    """Passes over what only announces a reply; whatever is no success is an error, redirects too:
-    urllib would send the key on to wherever one points."""
+    """Passes every reply on, errors and redirects too: urllib would send the key on to wherever one
+    points. What only announces a reply is passed over."""
 
     def http_response(self, request, reply):
         for _ in range(10):
             if reply.status in (102, 103):
                 reply.headers = None
                 reply.begin()
-        if reply.status // 100 != 2:
-            status, headers = reply.status, reply.headers
-            raise urllib.error.HTTPError(request.full_url, status, reply.reason, headers, reply)
         return reply
 
     https_response = http_response
 
 
-class Gemini:
-    """Google's generateContent: where it is, what is sent and what comes back."""
+class Dialect(NamedTuple):
+    """How a kind of server is spoken to."""
 
-    home = "https://generativelanguage.googleapis.com"
-    key_name, key_is_optional = "GOOGLE_API_KEY", False
-
-    def path(self, model_id):
-        return f"/v1beta/models/{quote(model_id)}:generateContent"
-
-    def headers(self, key):
-        return {"x-goog-api-key": key}
-
-    def body(self, config, stop, prompt):
-        harms = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
-        return {
-            "contents": [{"role": "user", "parts": [{"text": prompt}]}],
-            "generationConfig": {
-                "temperature": config.temperature, "topP": 1.0,
-                "topK": 40 if config.temperature else 1,
-                "maxOutputTokens": config.max_new_tokens, "stopSequences": stop,
-            },
-            "safetySettings": [
-                {"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in harms
-            ],
-        }  # fmt: skip
-
-    def text_of(self, reply):
-        """(text, why there is none) of a reply's JSON."""
-        blocked = (reply.get("promptFeedback") or {}).get("blockReason")
-        if blocked or not reply.get("candidates"):
-            return "", f"prompt blocked ({blocked})" if blocked else "no candidates"
-        candidate = reply["candidates"][0]
-        finish = candidate.get("finishReason", "STOP")
-        parts = (candidate.get("content") or {}).get("parts") or []
-        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-        return text * (finish in ("STOP", "MAX_TOKENS")), f"no text (finishReason {finish})"
+    home: str  # where it is, if no base_url says otherwise
+    path: str  # of a model there
+    key_name: str  # of the environment's variable with the key
+    header: str  # that the key is sent in
+    scheme: str  # before the key
+    body: Any  # (HelperConfig, where to stop, prompt) -> what is sent
+    text: Any  # what comes back -> its text, "" or a LookupError where it has none
 
 
-class OpenAI:
-    """OpenAI's chat completions, which vLLM, Ollama and others speak too, these without a key."""
-
-    home = "https://api.openai.com/v1"
-    key_name, key_is_optional = "OPENAI_API_KEY", True
-
-    def path(self, model_id):
-        return "/chat/completions"
-
-    def headers(self, key):
-        return {"Authorization": f"Bearer {key}"} if key else {}
-
-    def body(self, config, stop, prompt):
-        messages = [{"role": "user", "content": prompt}]
-        return {
-            "model": config.model_id, "messages": messages, "temperature": config.temperature,
-            "max_tokens": config.max_new_tokens, "stop": stop,
-        }  # fmt: skip
-
-    def text_of(self, reply):
-        """(text, why there is none) of a reply's JSON."""
-        choice = reply["choices"][0] if reply.get("choices") else {}
-        finish = choice.get("finish_reason")
-        content = (choice.get("message") or {}).get("content") or ""
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content)
-        withheld = finish in ("content_filter", "tool_calls")
-        return content * (not withheld), f"no text (finish_reason {finish})"
+def gemini_body(config, stop, prompt):
+    harms = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
+    return {
+        "contents": [{"role": "user", "parts": [{"text": prompt}]}],
+        "generationConfig": {
+            "temperature": config.temperature, "topP": 1.0,
+            "topK": 40 if config.temperature else 1,
+            "maxOutputTokens": config.max_new_tokens, "stopSequences": [stop],
+        },
+        "safetySettings": [
+            {"category": f"HARM_CATEGORY_{harm}", "threshold": "BLOCK_NONE"} for harm in harms
+        ],
+    }  # fmt: skip
 
 
-DIALECTS = {"gemini": Gemini(), "openai": OpenAI()}
+def gemini_text(reply):
+    candidate = reply["candidates"][0]
+    if candidate.get("finishReason", "STOP") not in ("STOP", "MAX_TOKENS"):
+        return ""
+    parts = candidate["content"]["parts"]
+    return "".join(part.get("text", "") for part in parts if not part.get("thought"))
 
 
-class AnswerCache:
-    """Answers in a file of JSON lines [key, answer], for any number of threads and processes."""
-
-    def __init__(self, path):
-        self.path, self.lock, self.answers = path, threading.Lock(), {}
-        raw = data.read_bytes(path) if path and os.path.exists(path) else b""
-        for line in raw.split(b"\n"):
-            with suppress(*UNREADABLE):  # half a line, which a killed run has left
-                key, answer = json.loads(line)
-                if re.fullmatch("[0-9a-f]{64}", key):
-                    self.answers[key] = answer + ""
-        first = raw.startswith(b'["') and b"\n" not in raw  # killed while it wrote the first one
-        if raw.strip() and not self.answers and not first:
-            raise InputError(f"{path}: not a cache of helper models' answers")
-
-    def get(self, key):
-        return self.answers.get(key)
-
-    def put(self, key, answer):
-        with self.lock:
-            try:
-                if self.path:
-                    data.append_jsonl(self.path, [[key, answer]])
-                    self.answers[key] = answer
-            except InputError as error:  # a full disk: the run saves
-                raise RunStopped(str(error)) from None
+def openai_body(config, stop, prompt):
+    messages = [{"role": "user", "content": prompt}]
+    return {
+        "model": config.model_id, "messages": messages, "temperature": config.temperature,
+        "max_tokens": config.max_new_tokens, "stop": [stop],
+    }  # fmt: skip
 
 
-answer_cache = cache(AnswerCache)  # one for each file, whichever roles share it
+def openai_text(reply):
+    choice = reply["choices"][0]
+    if choice.get("finish_reason") in ("content_filter", "tool_calls"):
+        return ""
+    content = choice["message"]["content"] or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    return content
+
+
+DIALECTS = {
+    "gemini": Dialect(  # Google's generateContent
+        "https://generativelanguage.googleapis.com", "/v1beta/models/{}:generateContent",
+        "GOOGLE_API_KEY", "x-goog-api-key", "", gemini_body, gemini_text,
+    ),
+    "openai": Dialect(  # chat completions, which vLLM, Ollama and others speak too, without a key
+        "https://api.openai.com/v1", "/chat/completions",
+        "OPENAI_API_KEY", "Authorization", "Bearer ", openai_body, openai_text,
+    ),
+}  # fmt: skip
+
+
+@cache  # one for each file, whichever roles share it
+def cached_answers(path):
+    """{key: answer} of a file of JSON lines [key, answer], to which any number of runs may add."""
+    raw = data.read_bytes(path) if path and os.path.exists(path) else b""
+    answers = {}
+    if raw and not re.match(rb'\["([0-9a-f]{64}|[0-9a-f]*\Z)', raw):
+        raise InputError(f"{path}: not a cache of helper models' answers")
+    for line in raw.splitlines():
+        with suppress(*UNREADABLE):  # half a line, which a killed run has left
+            answers.update([json.loads(line)])
+    return answers
 
 
 @cache
@@ -2561,107 +2530,83 @@ def refused_by(url, model_id):
 # What `act.py` does besides training, and how it is told what to do.
 
 
-def evaluate(config, overwrite=False, resume=False):
+def evaluate(config, overwrite=False):
     """Task evaluate: the metrics of a model on the validation turns. Returns them."""
-    begun, files = begin(config, overwrite), config.data_config
+    begun = begin(config, overwrite)
     if not begun.validation:
-        path = files.validation_path or files.train_path
+        path = config.data_config.validation_path or config.data_config.train_path
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
     mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
     model = build_model(config, mesh, trained=False)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
-    on_main(require_lock, output_of(config))
-    on_main(write_json, output_of(config) / "config.json", asdict(config))
+    on_main(claim, config)
     on_main(write_evaluation, output_of(config), metrics, samples)
-    print0(*table(metrics, files.heuristic, metrics))
+    print0(*table(metrics, config.data_config.heuristic, metrics))
     begun.helpers.report("these turns are left out of the means")
     return metrics
 
 
-def generate_preference(config, overwrite=False, resume=False):
+def claim(config):
+    """Write the configuration into output_dir; first, since without it the rest is nobody's."""
+    require_lock(output_of(config))
+    write_json(output_of(config) / "config.json", asdict(config))
+
+
+def generate_preference(config, overwrite=False):
     """Task generate_preference: files of the pairs of Algorithm 1, in output_dir."""
     begun = begin(config, overwrite)
     found = {"train": begun.pairs, "validation": begun.validation}
     if not any(found.values()):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
+    on_main(claim, config)
+    on_main(write_pairs, output_of(config), found)
 
-    on_main(write_pairs, config, found)
 
-
-def write_pairs(config, found):
+def write_pairs(output, found):
     """Files of the pairs {name: pairs}, each in all forms, over those of a former run."""
-    output = output_of(config)
-    require_lock(output)
-    write_json(output / "config.json", asdict(config))  # first: without it the rest is nobody's
     for name, pairs in found.items():
-        paths = [output / f"{name}{ending}" for ending in PAIR_FILES.values()]
-        for form, path in zip(PAIR_FILES, paths, strict=True):
+        for form, ending in PAIR_FILES.items():
+            path = output / f"{name}{ending}"
             if pairs:
                 data.write_preferences(path, pairs, form)
+                print0(f"{path}: {len(pairs)} pairs, form {form!r}")
             else:
                 remove(path)
-        if pairs:
-            print0("{} pairs: {}; to tune Gemini {}; for TRL {}".format(len(pairs), *paths))
 
 
-def check(config, overwrite=False, resume=False):
+def check(config, overwrite=False):
     """Task check: what is wrong with a run's data, and what becomes of it. Writes nothing."""
-    begun, files = begin(config), config.data_config
-    paths = files.train_path, files.validation_path or files.train_path
-    for path, pairs in zip(paths, (begun.pairs, begun.validation), strict=True):
-        if pairs:
-            asks = sum(pair.action == CLARIFY for pair in pairs)
-            answers = f"{asks} {CLARIFY} and {len(pairs) - asks} {ANSWER}"
-            print0(f"{path}: {len(pairs)} turns, {answers}")
+    begun = begin(config)
+    for name, pairs in (("training", begun.pairs), ("validation", begun.validation)):
+        asks = sum(pair.action == CLARIFY for pair in pairs)
+        print0(f"{name}: {len(pairs)} turns, {asks} {CLARIFY} and {len(pairs) - asks} {ANSWER}")
 
 
-TASKS = {
-    "act": (train, "train on pairs that are sampled from the policy as it is (Algorithm 2)"),
-    "sft": (train, "train on the gold replies"),
-    "dpo": (train, "train on the pairs of Algorithm 1, nothing sampled"),
-    "evaluate": (evaluate, "the metrics of policy_model_config.model_path on validation turns"),
-    "generate_preference": (generate_preference, "write the pairs of Algorithm 1 as files"),
-    "check": (check, "say what is wrong with the data, and what becomes of it"),
-}
-USAGE = "expected --config FILE, --task NAME, --section.key VALUE, --resume or --overwrite"
+TASKS = {"evaluate": evaluate, "generate_preference": generate_preference, "check": check}
+USAGE = "expected --config FILE [--task NAME] [--KEY VALUE ...] [--resume | --overwrite]"
 
 
 def parse_arguments(arguments):
-    """(config path, overrides, flags) of --config FILE [--KEY VALUE ...] [--resume|--overwrite]."""
-    overrides, flags, rest = {}, set(), list(arguments)
-    while rest:
-        word = rest.pop(0)
+    """(config path, overrides, flags) of a command line as USAGE has it. Raises InputError."""
+    overrides, flags, words = {}, set(), iter(arguments)
+    for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        near = get_close_matches(name, ("resume", "overwrite"), 1, 0.75)
-        if not word.startswith("--"):
-            raise InputError(f"{word!r}: {USAGE}")
-        if near:
-            if word != f"--{near[0]}":
-                raise InputError(f"{word}: unknown, did you mean --{near[0]}, without a value?")
+        if word in ("--resume", "--overwrite"):
             flags.add(name)
             continue
-        if not equals and (not rest or rest[0].startswith("--")):
-            raise InputError(f"--{name}: a value is missing")
-        overrides[name] = value if equals else rest.pop(0)
-    if "config" not in overrides:
-        raise InputError("--config FILE is missing")
-    if len(flags) == 2:
-        raise InputError("--resume and --overwrite: expected one of them")
+        overrides[name] = value if equals else next(words, "--")  # "--": there is none
+        if not word.startswith("--") or overrides[name].startswith("--"):
+            raise InputError(f"{word!r} without a value: {USAGE}")
+    if "config" not in overrides or len(flags) == 2:
+        raise InputError(USAGE)
     return overrides.pop("config"), overrides, flags
 
 
 def help_text():
-    """The header's commands, the tasks, the flags, and every key as its dataclass has it."""
-    lines = [__doc__.partition("Reading order")[0].rstrip(), "", "tasks (--task NAME):"]
-    lines += [f"  {name:20} {about}" for name, (_, about) in TASKS.items()]
-    lines += ["", "flags:", "  --resume             go on from the newest checkpoint of output_dir"]
-    lines += ["  --overwrite          start again in an output_dir that holds a run"]
-    for kind in dict.fromkeys(SECTIONS.values()):
-        sections = [name for name, section in SECTIONS.items() if section is kind]
-        body = [line.removeprefix("  ") for line in inspect.getsource(kind).splitlines()[2:]]
-        lines += ["", f"--{', '.join(sections)}:", *body]
-    return "\n".join(lines)
+    """The head of this file, and every key as its dataclass has it."""
+    kinds = Config, *dict.fromkeys(SECTIONS.values())
+    return __doc__.partition("Reading order")[0] + "\n".join(map(inspect.getsource, kinds))
 
 
 def main(arguments=None):
@@ -2674,17 +2619,15 @@ def main(arguments=None):
     try:
         path, overrides, flags = parse_arguments(arguments)
         config = load_config(path, overrides)
-        task, _ = TASKS[config.task]
-        if "resume" in flags and task is not train:
+        if "resume" in flags and config.task in TASKS:
             raise InputError(f"--resume: task '{config.task}' has nothing to resume")
-        task(config, "overwrite" in flags, "resume" in flags)
+        TASKS.get(config.task, train)(config, **dict.fromkeys(flags, True))
         dist.destroy_process_group()
+        return 0
     except (InputError, OSError, SafetensorError, torch.OutOfMemoryError) as error:  # a full disk
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        if rank:  # mostly the same error on all ranks: the first says it, torchrun ends the others
-            time.sleep(2)
-        said = f"act.py: error: {error}" + f" (local rank {rank})" * bool(rank)
-        say(said, sys.stderr)
+        if not is_main():
+            time.sleep(2)  # mostly all ranks have this error: the first says it, torchrun ends all
+        say(f"act.py: error: {error}", sys.stderr)
         return 2
     except RunStopped as error:
         if is_main():
@@ -2696,11 +2639,11 @@ def main(arguments=None):
         return 130
     finally:
         heed_signals(False)
-        with suppress(OSError):
-            release_lock(output_of(config)) if config else None
+        if config:
+            with suppress(OSError):
+                release_lock(output_of(config))
         if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait for all
             dist.destroy_process_group()
-    return 0
 
 
 def run_as_program():
@@ -2713,14 +2656,6 @@ def run_as_program():
     except Exception:  # nobody foresaw it; Python's own way out could wait for other ranks
         say(traceback.format_exc(), sys.stderr)
         status = 1
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Calls in flight are paid for: their answers are kept, unless it was Ctrl-C that ended the run.
-    until = time.monotonic() + 15  # torchrun waits 30 seconds after SIGTERM
-    for thread in threading.enumerate() if status != 130 else ():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(max(0.0, until - time.monotonic()))
-    with suppress(OSError):
-        sys.stdout.flush()
     # Not sys.exit: gloo's threads can drop tensors while the interpreter shuts down, which aborts a
     # process that has finished (seen with torch 2.13 and a replicated mesh, in one run of three).
     os._exit(status)

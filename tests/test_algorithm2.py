@@ -493,7 +493,7 @@ def oracle_of_choice(group, pair):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_choosing_among_samples_equals_the_oracle(count):
     """One sample is Algorithm 2 itself; several are played side by side by the same script."""
-    pairs = random_pairs(1500, 7)
+    pairs = random_pairs(600, 7)
     examples = [pair for pair in pairs for _ in range(count)]
     rollouts, _ = lockstep([act.act_pair(pair, 0.5, 2) for pair in examples], Script(f"samples {count}"))
     seen = Counter()
@@ -509,7 +509,7 @@ def test_choosing_among_samples_equals_the_oracle(count):
         for k, (rollout, old) in enumerate(zip(group, before, strict=True)):
             assert rollout == replace(old, replaced=old.replaced if k in taken else None)
         seen[len(taken)] += 1
-    assert set(seen) == set(range(min(count, 2) + 1)) and min(seen.values()) > 20
+    assert set(seen) == set(range(min(count, 2) + 1)) and min(seen.values()) > 5
 
 
 @pytest.mark.parametrize(("simulated", "samples"), [(True, 1), (False, 1), (True, 3)], ids=["simulated", "alone", "three"])

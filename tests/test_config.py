@@ -345,29 +345,23 @@ def test_help_lists_every_task_flag_and_key_with_its_default(capsys):
     assert "torchrun act.py --config tiny.json" in said
     for word in (*get_args(get_type_hints(Config)["task"]), "--resume", "--overwrite"):
         assert re.search(rf"^  {word} +\S", said, re.MULTILINE), word
-    blocks = dict(zip(*[iter(re.split(r"^--(.*):$", said, flags=re.MULTILINE)[1:])] * 2, strict=True))
-    assert blocks.keys() == {"policy_model_config", ", ".join(("helper_config", *ROLES)), "data_config", "training_config"}
-    for names, block in blocks.items():
-        keys = fields(SECTIONS[names.split(", ")[0]])
-        lines = re.findall(r"^  (\w+): .*? = (.*?)(?:  # (.+))?$", block, re.MULTILINE)
-        assert [name for name, *_ in lines] == [key.name for key in keys], "all of them, in order"
-        for (name, default, about), key in zip(lines, keys, strict=True):
-            assert eval(default) == key.default, name
-            assert about or name in ("optim", "lr_scheduler_type", "metric_for_best_model"), f"{name}: not a word about it"
+    blocks = dict(zip(*[iter(re.split(r"^class (\w+):$", said, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    assert blocks.keys() == {kind.__name__ for kind in (Config, *SECTIONS.values())}
+    for kind in (Config, *SECTIONS.values()):
+        lines = re.findall(r"^    (\w+): .*? = (.*?)(?:  # (.+))?$", blocks[kind.__name__], re.MULTILINE)
+        assert [name for name, *_ in lines] == [key.name for key in fields(kind)], "all of them, in order"
+        for (name, default, about), key in zip(lines, fields(kind), strict=True):
+            assert eval(default, vars(act)) == key.default, name
+            named = kind is Config or name in ("optim", "lr_scheduler_type", "metric_for_best_model")
+            assert about or named, f"{name}: not a word about it"
 
 
 def test_command_line():
     given = ["--config", "a.json", "--task=sft", "--training_config.seed", "-1", "--resume"]
     path, overrides, flags = act.parse_arguments(given)
     assert (path, dict(overrides), flags) == ("a.json", {"task": "sft", "training_config.seed": "-1"}, {"resume"})
-    for wrong, said in (
-        ([], "--config FILE is missing"),
-        (["--config"], "--config: a value is missing"),
-        (["a.json"], "'a.json': expected --config FILE"),
-        (["--config", "a", "--resume", "--overwrite"], "expected one of them"),
-        (["--config", "a", "--overwrite=false"], "--overwrite=false: unknown, did you mean --overwrite, without a value?"),  # a flag that takes no value, and removes files
-    ):
-        with pytest.raises(data.InputError, match=re.escape(said)):
+    for wrong in ([], ["--config"], ["a.json"], ["--config", "a", "--resume", "--overwrite"]):
+        with pytest.raises(data.InputError, match="expected --config FILE .*--resume . --overwrite"):
             act.parse_arguments(wrong)
 
 
@@ -437,15 +431,14 @@ def test_readme_commands_parse():
             pytest.fail(f"{shlex.join(command)}: {error}")
 
 
-def test_a_misspelt_flag_names_the_nearest():
-    for words, said in (
-        (["--config", "a", "--overwritee"], "--overwritee: unknown, did you mean --overwrite, without a value?"),
-        (["--config", "a", "--resum"], "--resum: unknown, did you mean --resume, without a value?"),
-        (["--confg", "a"], "--config FILE is missing"),
-        (["--config", "a", "--task", "--resume"], "--task: a value is missing"),
-    ):
-        with pytest.raises(data.InputError, match=re.escape(said)):
-            act.parse_arguments(words)
+@pytest.mark.parametrize(("words", "said"), [
+    (["--overwritee"], "'--overwritee' without a value: expected --config FILE"),
+    (["--resum"], "'--resum' without a value: expected --config FILE"),
+    (["--task", "--resume"], "'--task' without a value: expected --config FILE"),
+    (["--overwrite=false"], "--overwrite: unknown key"),  # a flag that takes no value, and removes files
+])  # fmt: skip
+def test_a_misspelt_flag_is_refused_with_what_is_expected(tmp_path, capsys, words, said):
+    assert f"act.py: error: {said}" in error_of(capsys, "--config", config_file(tmp_path), *words)
 
 
 @pytest.mark.parametrize(("key", "said"), [
