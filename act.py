@@ -2099,9 +2099,11 @@ class Helper:
         results = [self.understood(answers[prompt]) for prompt in prompts]
         self.failed += [result is None for result in results]
         for prompt, result in zip(prompts, results, strict=True):
-            if result is None:
-                limit = f"max_new_tokens {self.config.max_new_tokens}"
-                self.why = f"{str(answers[prompt])[:200]!r} ({limit})"
+            answer = answers[prompt]
+            if isinstance(answer, CallFailed):
+                self.why = str(answer)
+            elif result is None:
+                self.why = f"{answer[:80]!r} (max_new_tokens {self.config.max_new_tokens})"
         most = self.config.max_failures
         if sum(self.failed[-most:]) == most:
             raise RunStopped(f"{self.name}: {most} failures in a row, at last {self.why}")
