@@ -2556,17 +2556,32 @@ def evaluate(config, overwrite=False):
     model = build_model(config, mesh, trained=False)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
-    on_main(claim, config)
-    on_main(write_evaluation, output_of(config), metrics, samples)
+    on_main(put, config, write_evaluation, metrics, samples)
     print0(*table(metrics, config.data_config.heuristic, metrics))
     begun.helpers.report("these turns are left out of the means")
     return metrics
 
 
-def claim(config):
-    """Write the configuration into output_dir; first, since without it the rest is nobody's."""
-    require_lock(output_of(config))
-    write_json(output_of(config) / "config.json", asdict(config))
+def put(config, write, *results):
+    """Let write(folder, ...) put a task's results beside those of a former run, then swap them.
+
+    The configuration comes first: without it the rest is nobody's.
+    """
+    output = output_of(config)
+    part = output / PART
+    require_lock(output)
+    remove(part)
+    part.mkdir()
+    try:
+        write_json(part / "config.json", asdict(config))
+        write(part, *results)
+        for name in ("config.json", *WRITES[config.task]):
+            if (part / name).exists():
+                (part / name).replace(output / name)
+            else:
+                remove(output / name)
+    finally:
+        remove(part)
 
 
 def generate_preference(config, overwrite=False):
@@ -2575,20 +2590,20 @@ def generate_preference(config, overwrite=False):
     found = {"train": begun.pairs, "validation": begun.validation}
     if not any(found.values()):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
-    on_main(claim, config)
-    on_main(write_pairs, output_of(config), found)
+    files = {
+        f"{name}{ending}": (form, pairs)
+        for name, pairs in found.items() if pairs
+        for form, ending in PAIR_FILES.items()
+    }  # fmt: skip
+    on_main(put, config, write_pairs, files)
+    for name, (form, pairs) in files.items():
+        print0(f"{output_of(config) / name}: {len(pairs)} pairs, form {form!r}")
 
 
-def write_pairs(output, found):
-    """Files of the pairs {name: pairs}, each in all forms, over those of a former run."""
-    for name, pairs in found.items():
-        for form, ending in PAIR_FILES.items():
-            path = output / f"{name}{ending}"
-            if pairs:
-                data.write_preferences(path, pairs, form)
-                print0(f"{path}: {len(pairs)} pairs, form {form!r}")
-            else:
-                remove(path)
+def write_pairs(folder, files):
+    """Files of pairs, {name: (form, pairs)}."""
+    for name, (form, pairs) in files.items():
+        data.write_preferences(folder / name, pairs, form)
 
 
 def check(config, overwrite=False):
