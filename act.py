@@ -478,7 +478,7 @@ def load_pairs(config, helpers, template, contents):
             pairs = data.balance(pairs, training.class_balance, training.seed)
         if trained_on and training.action_labels == "random":
             pairs = data.random_actions(pairs, training.seed)
-        return tokenize(path, pairs, template, training, trained_on) if template else pairs
+        return tokenize(path, pairs, template, config, trained_on) if template else pairs
 
     rows, held_out = read_rows(config, contents)
     pairs = prepared(files.train_path, rows, True)
@@ -551,17 +551,19 @@ def make_pairs(path, rows, config, helpers, trained_on=True):
     return pairs
 
 
-def tokenize(path, pairs, template, training, trained_on):
-    """Pairs with the tokens of their prompts; of those trained on the ones whose reply fits.
+def tokenize(path, pairs, template, config, trained_on):
+    """Pairs with the tokens of their prompts; of those trained on the ones whose good side fits.
 
     Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
     too long to be sampled is said.
     """
-    kept = []
+    training, kept = config.training_config, []
     found = defaultdict(list)
     for group in data.dialogues(pairs):
         turns = [pairs[i] for i in group]
         first = turns[0]
+        if not template.plain and first.messages[0][0] == "model":
+            found["greetings come first, which format 'gemma' leaves out"].append(first.line)
         lengths = [pair.length or len(first.messages) for pair in turns]
         prompts = template.prompts(
             first.context, first.messages, lengths, training.max_prompt_length, first.instruction
@@ -571,10 +573,14 @@ def tokenize(path, pairs, template, training, trained_on):
             pair.prompt = array("i", prompt)
             if lost:
                 found["prompts lose tokens to max_prompt_length"].append(f"{at} ({lost})")
-            reply, _ = template.reply(pair.chosen[:1])
-            if trained_on and len(prompt) + len(reply) > training.max_length:
+            room = training.max_length - len(prompt)
+            sides = pair.chosen, pair.rejected
+            taught, other = (pair.gold[:1], []) if config.task == "sft" else sides
+            if trained_on and len(template.reply(taught)[0]) > room:
                 found["turns whose reply does not fit into max_length are left out"].append(at)
                 continue
+            if trained_on and len(template.reply(other)[0]) > room:
+                found["turns have a losing side that max_length cuts"].append(at)
             kept.append(pair)
             said = first.messages[length - 1], pair.gold[0]
             if template.plain and any("\n" in text.strip() for _, text in said):
@@ -797,8 +803,9 @@ class Log:
     def write(self, function, *arguments):
         try:
             if is_main():
+                require_lock(self.folder)
                 function(*arguments)
-        except (InputError, OSError) as error:
+        except (RunStopped, InputError, OSError) as error:
             self.problem = str(error)
 
     def append(self, name, rows):
@@ -1635,7 +1642,10 @@ def open_output(config, resume=False, overwrite=False):
     if not resume:
         way = "expected --resume to continue it or --overwrite to start again"
         raise InputError(f"{output}: already holds a run, {way}")
-    return next(reversed(checkpoints(output).values()), None)
+    complete = checkpoints(output)
+    for folder in set(step_folders(output)) - set(complete.values()):
+        print0(f"{folder}: passed over, it has no trainer_state.json")
+    return next(reversed(complete.values()), None)
 
 
 def former_task(output):
@@ -1996,7 +2006,7 @@ LABELS = r"(?:(?:final|next|clarifying) )*(?:answer|reply|response|message|quest
 def unlabelled(answer, name):
     """Without a "User: ", "**Assistant:** ", "Assistant (asks): " or "Reply: " in front."""
     label = rf"(?i)\A[\s*]*(?:{name}(?:['’]s {LABELS})?|{LABELS})(?: \([^)\n]*\))?[\s*]*:[\s*]*"
-    return re.sub(label, "", answer.strip()).strip()
+    return undressed(re.sub(label, "", answer.strip()))
 
 
 class Role(NamedTuple):
@@ -2035,30 +2045,36 @@ ROLES = {
 
 THOUGHTS = (
     "think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad|inner_monologue"
-    "|internal_monologue|seed:think"
+    "|internal_monologue|seed:think|details"
 )
 OPENING = re.compile(  # where models of several makers begin to think aloud
     rf"(?i)<\|?\s?(?:{THOUGHTS}|(?:begin|start)_of_thought|start_thinking|inner_prefix)"
     r"(?:\s[^<>\n]{0,40})?\|?>|\[think\]|◁think▷|<\|channel\|?>(?:analysis|thought)"
+    r"|\A\W{0,4}(?:here is my thought process|reasoning|thoughts?|thinking(?: process)?)\W{0,2}:"
 )
 CLOSING = re.compile(  # and where they have come to the answer
     rf"(?i)<\|?/\s?(?:{THOUGHTS})\s?\|?>|<\|(?:end_of_thought|end_thinking|inner_suffix)\|>"
     r"|\[/think\]|◁/think▷|<\|channel\|>final<\|message\|>|<channel\|>"
     r"|(?<!\w )(?<!`)<(?:answer|response|output)>"
+    r"|(?:\n|\A)[*#> ]{0,4}(?:here is my response|final answer)\W{0,2}:[*_ ]*"
+    r"|\A\W{0,4}(?:reasoning|thoughts?|thinking(?: process)?)\W{0,2}:(?s:.*)"
+    r"\n[*#> ]{0,4}(?:answer|response|action|verdict|reply|question|intent)\W{0,2}:[*_ ]*"
 )
 MARKS = re.compile(  # what a model's template puts around its answer
-    r"(?i)<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/INST\]"
+    r"(?i)(?:<\|(?:im_start|start_header_id)\|>assistant|<start_of_turn>model)\b"
+    r"|<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/INST\]"
     r"|</(?:answer|response|output)>"
 )
-ANNOUNCED = re.compile(  # a first line such as "Sure, here it is:", or "Here is the reply: "
-    r"(?i)\A[*_#]{0,3}(?:(?:here|sure|ok|okay|certainly|of course|the|this|based|below|summary)\b"
+ANNOUNCED = re.compile(  # a heading, "Sure, here it is:" as a first line, "Here is the reply: "
+    r"(?i)\A#{1,6} [^\n]{1,60}\n"
+    r"|\A[*_#]{0,3}(?:(?:here|sure|ok|okay|certainly|of course|the|this|based|below|summary)\b"
     r"[^\n]{0,100}:[*_ \t]*(?:\n|\Z)"
     r"|here(?:['’]s| is)\b[^\n:]{0,60}\b(?:message|question|reply|response|answer|summary|intent)"
     r"\b[^\n:]{0,20}:)"
 )
-WRAPPED = re.compile(  # in a code fence, in quotes of any kind, in bold or in \boxed{}
+WRAPPED = re.compile(  # in a code fence, quotes of any kind, bold, \boxed{} or {"key": ""}
     r"(?s)```[^\n]*\n(.*)```|(\*\*|[*\"'`”])((?:(?!\2).)*)\2"
-    r"|(?:[“„«‘「]|\\boxed\{)([^“”»’」}]*)[“”»’」}]"
+    r"|(?:[“„«‘「]|\\boxed\{)([^“”»’」}]*)[“”»’」}]|\{\s*\"\w+\":\s*\"([^\"]*)\"\s*\}"
 )
 
 
@@ -2318,7 +2334,7 @@ class Client:
         try:
             self.call(self.body("Say yes."), FIRST_TIMEOUT)
         except CallFailed as failure:
-            if failure.final or not failure.code:
+            if failure.final or failure.code in (0, 400):
                 raise InputError(f"{self.url}: {failure}") from None
             print0(f"{self.url}: no answer yet, going on ({failure})")
 
@@ -2373,7 +2389,7 @@ class Client:
         reply = report = None
         with suppress(*UNREADABLE):
             reply = json.loads(raw)
-            report = reply.get("error")
+            report = reply.get("error") or reply["choices"][0].get("error")
         if response.status // 100 != 2:
             report = report or reply or http.client.responses.get(response.status)
         if report:
@@ -2390,7 +2406,7 @@ class Client:
         except LookupError:
             text = ""
         except UNREADABLE:
-            raise CallFailed("its reply is not the JSON of an answer") from None
+            raise CallFailed("its reply is not the JSON of an answer", 0) from None
         if not text.strip():
             limit = f"max_new_tokens {self.config.max_new_tokens}"
             raise CallFailed(f"no text ({limit}) in {reply}", 422)
@@ -2540,17 +2556,32 @@ def evaluate(config, overwrite=False):
     model = build_model(config, mesh, trained=False)
     turns = begun.template, begun.validation, begun.helpers
     metrics, samples = evaluate_pairs(model, *turns, config)
-    on_main(claim, config)
-    on_main(write_evaluation, output_of(config), metrics, samples)
+    on_main(put, config, write_evaluation, metrics, samples)
     print0(*table(metrics, config.data_config.heuristic, metrics))
     begun.helpers.report("these turns are left out of the means")
     return metrics
 
 
-def claim(config):
-    """Write the configuration into output_dir; first, since without it the rest is nobody's."""
-    require_lock(output_of(config))
-    write_json(output_of(config) / "config.json", asdict(config))
+def put(config, write, *results):
+    """Let write(folder, ...) put a task's results beside those of a former run, then swap them.
+
+    The configuration comes first: without it the rest is nobody's.
+    """
+    output = output_of(config)
+    part = output / PART
+    require_lock(output)
+    remove(part)
+    part.mkdir()
+    try:
+        write_json(part / "config.json", asdict(config))
+        write(part, *results)
+        for name in ("config.json", *WRITES[config.task]):
+            if (part / name).exists():
+                (part / name).replace(output / name)
+            else:
+                remove(output / name)
+    finally:
+        remove(part)
 
 
 def generate_preference(config, overwrite=False):
@@ -2559,20 +2590,20 @@ def generate_preference(config, overwrite=False):
     found = {"train": begun.pairs, "validation": begun.validation}
     if not any(found.values()):
         raise InputError(f"{config.data_config.train_path}: holds no turn with a complete answer")
-    on_main(claim, config)
-    on_main(write_pairs, output_of(config), found)
+    files = {
+        f"{name}{ending}": (form, pairs)
+        for name, pairs in found.items() if pairs
+        for form, ending in PAIR_FILES.items()
+    }  # fmt: skip
+    on_main(put, config, write_pairs, files)
+    for name, (form, pairs) in files.items():
+        print0(f"{output_of(config) / name}: {len(pairs)} pairs, form {form!r}")
 
 
-def write_pairs(output, found):
-    """Files of the pairs {name: pairs}, each in all forms, over those of a former run."""
-    for name, pairs in found.items():
-        for form, ending in PAIR_FILES.items():
-            path = output / f"{name}{ending}"
-            if pairs:
-                data.write_preferences(path, pairs, form)
-                print0(f"{path}: {len(pairs)} pairs, form {form!r}")
-            else:
-                remove(path)
+def write_pairs(folder, files):
+    """Files of pairs, {name: (form, pairs)}."""
+    for name, (form, pairs) in files.items():
+        data.write_preferences(folder / name, pairs, form)
 
 
 def check(config, overwrite=False):

@@ -341,7 +341,7 @@ AGAIN = (
 )  # fmt: skip
 AGAIN = {
     "gemini": (*AGAIN, "null for a text"),
-    "openai": (*AGAIN, "null for choices", "a text in place of a message", "a list of texts", "a number for content"),
+    "openai": (*AGAIN, "an error in the choice", "null for choices", "a text in place of a message", "a list of texts", "a number for content"),
 }  # fmt: skip
 ALONE = {  # this prompt has no answer, others may
     **dict.fromkeys(("400", "400 for its length", "413", "422", "stream", "200 with a refusal")),
@@ -352,7 +352,7 @@ EMPTY = {
         "all thought", "key in the reason",
     ),
     "openai": (
-        *ALONE, "an error in the choice", "no choices", "odd choices", "empty object", "no message", "blocked prompt", "refusal", "tool calls",
+        *ALONE, "no choices", "odd choices", "empty object", "no message", "blocked prompt", "refusal", "tool calls",
         "tool calls that claim to stop", "all reasoning", "empty text", "blank text", "key in the reason",
         "null and reasoning",
     ),
@@ -382,7 +382,7 @@ FATAL = {  # what no call can get around: the server's words
 WHY = {  # behaviour -> what is said of the call that had no answer
     "stream": "its reply is streamed, expected one JSON object",
     "200 with an error": "HTTP 200: Rate limit exceeded",
-    "an error in the choice": "no text (max_new_tokens 128) in {'choices': [{'error': {'code': 502, 'message': 'Provider returned error'",
+    "an error in the choice": "HTTP 200: Provider returned error",
     "400": "HTTP 400: API key [key] is not valid. Pass a valid one.",
     "422": "HTTP 422: {'detail': [{'msg': 'field required'}]}",
     **dict.fromkeys(
@@ -876,14 +876,15 @@ def test_a_wrong_address_is_one_line_within_seconds(monkeypatch, server, world, 
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("behaviour", ["401", "404", "used-up quota"])
+@pytest.mark.parametrize("behaviour", ["401", "404", "used-up quota", "400", "invalid JSON"])
 def test_a_missing_key_or_model_or_quota_is_one_line_at_the_start(server, world, tmp_path, capsys, behaviour):
     server.always = behaviour
     line = error_of(capsys, "--config", run_config(world, tmp_path), *flags_for(server))
-    assert line == f"act.py: error: {server.address}/v1/chat/completions: {FATAL[behaviour]}\n" and len(server.requests) == 1
+    said = {**FATAL, **WHY}[behaviour]
+    assert line == f"act.py: error: {server.address}/v1/chat/completions: {said}\n" and len(server.requests) == 1
 
 
-@pytest.mark.parametrize("behaviour", ["503", "429 with Retry-After", "blocked prompt", "hang", "400"])
+@pytest.mark.parametrize("behaviour", ["503", "429 with Retry-After", "blocked prompt", "hang", "413"])
 def test_a_server_that_only_has_no_answer_yet_does_not_keep_a_run_from_beginning(monkeypatch, server, configured, behaviour):
     monkeypatch.setattr(act, "FIRST_TIMEOUT", 0.2)
     server.script = [behaviour]

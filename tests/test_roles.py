@@ -260,6 +260,8 @@ THINKING = {  # {} and {} become thoughts and answer
     "command": "<|START_THINKING|>{}<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>",
     "open thinker": "<|begin_of_thought|>\n{}\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n<|end_of_solution|>",
     "apertus": "<|inner_prefix|>{}<|inner_suffix|>{}", "hunyuan": "<think>\n{}\n</think>\n<answer>\n{}\n</answer>",
+    "granite": "Here is my thought process:\n{}\n\nHere is my response:\n{}", "details": '<details type="reasoning">{}</details>\n{}',
+    "labels": "Reasoning: {}\nAnswer: {}", "bold labels": "**Reasoning:** {}\n\n**Final Answer:** {}", "last line": "{}\n\n### Final answer: {}",
     "ernie": "{}\n</think>\n\n<response>\n{}\n</response>", "reflection": "<thinking>{}</thinking>\n<output>\n{}\n</output>",
 }  # fmt: skip
 
@@ -275,6 +277,7 @@ def test_what_stands_after_the_reasoning_is_the_answer(name, form):
 @pytest.mark.parametrize("opening", [
     "<think>\n", "<thinking>", "<think>{answer}</think>\n<think>", "[THINK]", "◁think▷", "<|channel|>analysis<|message|>",
     "<|channel>thought\n", "<reasoning>", "<|START_THINKING|>", "<think lang=en>",
+    "Here is my thought process:\n", "**Reasoning:** ", "Thinking Process: ", "<details type=\"reasoning\">",
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ROLES)
 def test_reasoning_that_was_cut_off_is_no_answer_and_max_new_tokens_is_named(name, opening):
@@ -291,7 +294,8 @@ DRESSED = (
     "{}<|im_end|>", "{}<end_of_turn>\n", "{}</s>", "{}<|eot_id|><|start_header_id|>user", "{}<｜end▁of▁sentence｜>", "</s>{}",
     "Here is the user's next message:\n\n\"{}\"", "Sure! Here is the question:\n\n{}", "**Here it is:**\n\n{}",
     "Here's the message: {}", "The answer:\n{}", "Certainly:\n```\n{}\n```\n", "**Answer:** {}", "Final answer: {}",
-    "\\boxed{{{}}}", "\n\n{}\n\n", '"{}"<|im_end|>\n',
+    "\\boxed{{{}}}", "\n\n{}\n\n", '"{}"<|im_end|>\n', '{{"answer": "{}"}}', "### Response\n{}", 'Answer: "{}"', "<|im_start|>assistant\n{}",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{}", "<start_of_turn>model\n{}",
 )  # fmt: skip
 
 
@@ -304,7 +308,7 @@ def test_what_a_model_puts_around_its_answer_is_not_part_of_it(name, form):
 
 @pytest.mark.parametrize("reply", [
     "It's the \"second\" one", "\"A\" and \"B\"", "The user: me", "a < b", "Here we go", "5*3*", "the `x` of `y`", "I think so",
-    "Which <output> do I mean", "2 ** 3", "[1]", "<b>bold</b>",
+    "Which <output> do I mean", "The final answer: 5", "# 5", "I have my reasons: none", '{"a": 1}', "2 ** 3", "[1]", "<b>bold</b>",
 ])  # fmt: skip
 def test_what_only_looks_like_dress_stays(reply):
     assert read("user_simulator_config", reply) == reply
@@ -327,7 +331,7 @@ LONG = (
     "\n", " ", "\n ", " \n", "*", "**", "(", ")", "\"", "`", "``` ", "<", "<think>", "</think>", "<think> </think>", "</s>", "<|im_end|>",
     "not ", "not\n", "RIGHT", "n't WRONG ", "Here is ", "the\n:", "User: ", "User", "Assistant (", "Assistant:", "\nUser:\n", "\n\n:",
     "Intent:", "?", "? ", "?)", "select ", "'", "--", "/*", "[", "http://", "www..", "&a", "<a ", "x", "which ", "please ", "\\boxed{", "answer ",
-    "<answer>", "\r", "\t", "\u3000", "＿", "。", "か。",
+    "<answer>", "Reasoning:", "\nAnswer:", "\n#", "Final answer", '{"a":"', "# ", "\r", "\t", "\u3000", "＿", "。", "か。",
 )  # fmt: skip
 
 

@@ -541,6 +541,15 @@ def test_a_run_from_before_a_key_existed_had_its_default(killed_run, tmp_path, c
     assert_resumes_exactly(killed_run[0], folder)
 
 
+def test_a_checkpoint_that_is_passed_over_is_said(killed_run, tmp_path, capsys):
+    folder = copy_of(killed_run[1], tmp_path)
+    newer = folder / "out" / "checkpoints" / "step-3"
+    newer.mkdir()
+    assert run("--config", folder / "run.json", "--resume") == 0
+    assert f"{newer}: passed over, it has no trainer_state.json" in capsys.readouterr().out.splitlines()
+    assert metrics_of(folder) == metrics_of(killed_run[0])
+
+
 @pytest.mark.parametrize("key", ["training_config.judge", "data_config.colour", "shape"])
 def test_a_run_with_a_key_that_this_version_lacks_is_not_resumed(killed_run, tmp_path, capsys, key):
     folder = copy_of(killed_run[1], tmp_path)
@@ -674,7 +683,7 @@ def test_an_evaluation_that_fails_leaves_the_last_one(world, tmp_path, monkeypat
 @pytest.mark.parametrize("task", ["evaluate", "generate_preference"])
 @pytest.mark.parametrize("written", [0, 1, 2])
 def test_results_stay_where_the_disk_has_no_room_for_new_ones(world, tmp_path, monkeypatch, capsys, task, written):
-    """Whichever file of the new ones finds no room: none is missing or half; and the next call is not in its way."""
+    """Whichever file of the new ones finds no room: all are the former ones; and the next call is not in its way."""
     config, write, calls = run_config(world, tmp_path, task), data.write_text, []
 
     def fills(path, parts):
@@ -688,17 +697,14 @@ def test_results_stay_where_the_disk_has_no_room_for_new_ones(world, tmp_path, m
             assert "No space left on device" in error_of(capsys, "--config", config, *words)
 
     with_a_full_disk()
-    assert len(names_in(tmp_path / "out") if written else []) == written
+    assert not (tmp_path / "out").exists()
     assert run("--config", config) == 0
     first = files_of(tmp_path / "out")
     changes = ["--training_config.max_new_tokens", 3, "--seed", 9]
     with_a_full_disk(*changes)
-    left = files_of(tmp_path / "out")
+    assert files_of(tmp_path / "out") == first
     assert run("--config", config, *changes) == 0
-    new = files_of(tmp_path / "out")
-    assert left.keys() == first.keys() == new.keys()
-    assert all(raw in (first[path], new[path]) for path, raw in left.items())
-    assert sum(left[path] != first[path] for path in left) <= written
+    assert files_of(tmp_path / "out").keys() == first.keys()
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]], ids=["", "overwrite"])
@@ -996,6 +1002,33 @@ def test_turns_that_do_not_fit_are_left_out_and_cut_prompts_said(world, tmp_path
     assert len(cut) == 2
     assert said.count(f"{path}: 2 turns whose reply does not fit into max_length are left out: 2.1, 2.2") == 1
     assert any(line.startswith("sft: 2 training turns, 4 for validation") for line in said)
+
+
+def test_a_good_side_that_is_cut_is_left_out_and_a_losing_one_said(world, tmp_path, capsys):
+    """Cut before its answer, a clarifying trajectory and another that asks the same would be equal: nothing to learn."""
+    prompt, asks, replies = ({"role": role, "content": text} for role, text in (
+        ("user", "How many?"), ("assistant", "Which month?"), ("user", "may")))  # fmt: skip
+    short, long = ({"role": "assistant", "content": text} for text in ("sales may", "sales " * 500))
+    sides = ([asks, replies, long], [asks, replies, short]), ([asks, replies, short], [short]), ([short], [long])
+    rows = [{"prompt": [prompt], "chosen": chosen, "rejected": rejected} for chosen, rejected in sides]
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=1, is_preference=True)
+    assert run("--config", config, "--data_config.train_path", path) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"{path}: 1 turns whose reply does not fit into max_length are left out: 1" in said
+    assert f"{path}: 1 turns have a losing side that max_length cuts: 3" in said
+    assert any(line.startswith("dpo: 2 training turns") for line in said)
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "gemma"])
+def test_a_greeting_that_is_left_out_is_said(world, tmp_path, capsys, prompt_format):
+    turns = data.exchange("How many?", "5")
+    rows = [{"messages": turns}, {"messages": [{"role": "model", "content": "Hello!"}, *turns]}]
+    path = write_lines(tmp_path / "greeting.jsonl", rows)
+    config = run_config(world, tmp_path, "check")
+    assert run("--config", config, "--data_config.train_path", path, "--prompt_format", prompt_format) == 0
+    line = f"{path}: 1 greetings come first, which format 'gemma' leaves out: 2"
+    assert (line in capsys.readouterr().out.splitlines()) == (prompt_format == "gemma")
 
 
 def test_a_classifier_that_costs_is_not_asked_about_labels(world, tmp_path, capsys, one_process):
@@ -1394,12 +1427,13 @@ def test_a_run_whose_directory_was_removed_and_made_anew_stops(world, tmp_path, 
         return result
 
     monkeypatch.setattr(act, "preference_step", counted("preference_step", 2, replaced))
-    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=3, save_steps=1)
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=9, save_steps=4)
     assert run("--config", config) == 1
     said = capsys.readouterr().err
     assert f"act.py: stopped: {out}: its .lock is not this run's any more, another may write there" in said
     assert len(said.splitlines()) == 1
     assert names_in(out / "checkpoints") == {"step-1"} and (out / ".lock").exists() and not (out / "model").exists()
+    assert not (out / "metrics.jsonl").exists()
 
 
 def test_a_run_that_ends_leaves_the_lock_of_another(world, tmp_path, monkeypatch, capsys):
