@@ -793,9 +793,11 @@ class Log:
         self.folder = output_of(config)
         self.problem = None
         self.metric = config.training_config.metric_for_best_model
-        rows = on_main(logged_rows, self.folder / "metrics.jsonl")  # of a run that is resumed
-        key = f"eval/{self.metric}"
-        self.evaluated = {row["step"]: row[key] or 0.0 for row in rows if key in row}  # by metric
+        path, key = self.folder / "metrics.jsonl", f"eval/{self.metric}"
+        self.evaluated = {  # by metric
+            row["step"]: data.require(row, key, f"{path}: ", int, float, type(None)) or 0.0
+            for row in on_main(logged_rows, path) if key in row  # of a run that is resumed
+        }  # fmt: skip
         samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
         self.first = [sample for sample in samples if sample["step"] == 0]  # before training
         self.last = []  # of the last evaluation of this process
@@ -828,7 +830,10 @@ class Log:
 
     def finish(self):
         if self.first and self.last:
-            print0("", *comparison(self.first, self.last, self.config.data_config.heuristic))
+            try:
+                print0("", *comparison(self.first, self.last, self.config.data_config.heuristic))
+            except (LookupError, TypeError, ValueError):  # what a resumed run has read
+                print0("eval_samples.jsonl is not as a run wrote it: nothing is compared")
         self.write(write_report, self.folder)
         report = self.folder / "report.html"
         print0("", f"The model is in {self.folder / 'model'}; to look at in a browser: {report}")
@@ -2531,7 +2536,8 @@ def cached_answers(path):
         raise InputError(f"{path}: not a cache of helper models' answers")
     for line in raw.splitlines():
         with suppress(*UNREADABLE):  # half a line, which a killed run has left
-            answers.update([json.loads(line)])
+            key, answer = json.loads(line)
+            answers[key] = answer + ""
     return answers
 
 

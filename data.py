@@ -1329,12 +1329,12 @@ def main(arguments=None):
             pairs, lines = read_preferences(files[0])
             write_preferences(target, pairs, command.removesuffix("_preferences"))
             lines += [f"{target}: {len(pairs)} pairs of {len(dialogues(pairs))} conversations"]
-    except (InputError, OSError) as error:
+        print("\n".join(lines), flush=True)
+    except (InputError, OSError) as error:  # of print: a full disk, a reader that is gone
         print(f"data.py: error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(lines))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # not sys.exit, which would write again what could not be written

@@ -1710,6 +1710,8 @@ def talk(args):
 
 def main(arguments=None):
     speak_plainly()
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description="Talk with a Gemma checkpoint, or try it.")
@@ -1722,11 +1724,12 @@ def main(arguments=None):
     option("--dtype", default="float32", choices=["float32", "bfloat16"])
     try:
         talk(parser.parse_args(arguments))
-    except InputError as error:
+        sys.stdout.flush()
+    except (InputError, OSError) as error:  # a full disk, a reader that is gone
         print(f"gemma.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # not sys.exit, which would write again what could not be written

@@ -785,6 +785,13 @@ def test_a_file_that_is_no_cache_is_refused_and_left_as_it_is(server, configured
     assert (tmp_path / "cache.jsonl").read_bytes() == content
 
 
+def test_only_texts_of_a_cache_are_answers(server, configured, tmp_path):
+    keys = [digit * 64 for digit in "abcd"]
+    rows = zip(keys, ["ok", 5, None, ["x"]], strict=True)
+    (tmp_path / "cache.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert act.cached_answers(str(tmp_path / "cache.jsonl")) == {keys[0]: "ok"}
+
+
 def test_a_cache_that_cannot_be_written_stops_the_run_which_saves(server, configured, tmp_path):
     ask = client(configured(cache_path=str(tmp_path / "nowhere" / "cache.jsonl")))
     with pytest.raises(act.RunStopped, match=r"cache\.jsonl: cannot be written \(No such file or directory\)"):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -1686,6 +1688,34 @@ def test_a_broken_state_or_log_is_refused_before_anything_is_rewritten(killed_ru
     words = ["--config", folder / "run.json", "--resume", "--training_config.max_steps", 7]
     assert f"{folder / 'out' / name}" in (found := error_of(capsys, *words)) and said in found
     assert files_of(folder / "out") == before
+
+
+def test_a_score_that_is_no_number_is_one_line(killed_run, tmp_path, capsys):
+    folder = copy_of(killed_run[1], tmp_path)
+    path = folder / "out" / "metrics.jsonl"
+    path.write_text(re.sub(r'("eval/Trajectory-level DROP F1": )[\d.]+', r'\1"x"', path.read_text()))
+    error = error_of(capsys, "--config", folder / "run.json", "--resume")
+    assert f"{path}: eval/Trajectory-level DROP F1 is a string, expected a number or null" in error
+
+
+@pytest.mark.parametrize("change", [lambda rows: [{"step": 0}], lambda rows: rows[1:], lambda rows: [{**row, "f1": "x"} for row in rows]])
+def test_samples_that_cannot_be_compared_cost_the_comparison_alone(killed_run, tmp_path, capsys, change):
+    folder = copy_of(killed_run[1], tmp_path)
+    path = folder / "out" / "eval_samples.jsonl"
+    write_lines(path, change([json.loads(line) for line in path.read_text().splitlines()]))
+    assert run("--config", folder / "run.json", "--resume") == 0
+    assert "eval_samples.jsonl is not as a run wrote it: nothing is compared" in capsys.readouterr().out
+    assert (folder / "out" / "model" / "config.json").exists() and metrics_of(folder) == metrics_of(killed_run[0])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("program", ["data.py", "gemma.py"])
+def test_a_stdout_that_is_full_or_closed_is_no_traceback(world, program):
+    words = {"data.py": ["check", world / "train.jsonl"], "gemma.py": [world / "model", "--prompt", "get"]}[program]
+    command = shlex.join(map(str, [sys.executable, ROOT / program, *words]))
+    for where, status in ((">/dev/full", 2), (">&-", 0), ("| true", 2)):
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {where}"], capture_output=True, text=True)
+        assert done.returncode in (0, status) and done.stderr.count("\n") == bool(done.returncode), done.stderr
 
 
 def test_a_checkpoint_counts_by_what_is_written_last(killed_run, tmp_path):
