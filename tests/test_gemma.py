@@ -1392,7 +1392,7 @@ def test_flex_attention_with_block_masks_equals_attention_in_blocks(monkeypatch,
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@both
+@pytest.mark.parametrize("folder", ["gemma2"], indirect=True)
 @torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True, specialize_float=False)
 def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
     """In the reference's pass and in generation. Beyond its limit torch would go on uncompiled, here it raises; and it is given no cap as
