@@ -1348,7 +1348,7 @@ def build_model(config, mesh, trained=True):
         if lora:
             targets = policy.lora_target_modules or gemma.PROJECTIONS
             gemma.add_adapters(model, gemma.LoraConfig(lora, policy.lora_alpha, targets))
-        gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")  # shapes
+    gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")  # shapes
     model.compute_dtype = torch.bfloat16 if training.bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
         shard(model, mesh)

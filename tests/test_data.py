@@ -484,7 +484,7 @@ def test_question_rule(text, asks):
     assert data.is_question(text) is asks
 
 
-@pytest.mark.parametrize("marker", ["<end_of_turn>", "</s>", "<br>", "<br/>\n", "&nbsp;", " <|im_end|>\n<|endoftext|>", "<eos>"])
+@pytest.mark.parametrize("marker", ["<end_of_turn>", "</s>", "<br>", "<br/>\n", "&nbsp;", "[/INST]", " <|im_end|>\n<|endoftext|>", "<eos>"])
 def test_a_marker_after_a_question_mark_does_not_hide_the_question(marker):
     assert data.is_question(f"For which month?{marker}") and not data.is_question(f"For May.{marker}")
 
@@ -822,6 +822,7 @@ OTHER_FORMS = {
     "a text as prompt, sides that repeat it": {"prompt": "Hi", "chosen": [HI, WHICH], "rejected": [HI, FOUR]},
     "sides that repeat the prompt": {"prompt": [HI], "chosen": [HI, WHICH], "rejected": [HI, FOUR]},
     "sides alone": {"chosen": [HI, WHICH], "rejected": [HI, FOUR]},
+    "a message alone": {"prompt": HI, "chosen": WHICH, "rejected": FOUR},
     "texts": {"prompt": "Hi", "chosen": "Which?", "rejected": "4"},
     "OpenAI's": {"input": {"messages": [HI]}, "preferred_output": [WHICH], "non_preferred_output": [FOUR]},
     "content as a list": {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],

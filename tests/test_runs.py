@@ -39,6 +39,7 @@ from common import (
     weights_of,
     write_lines,
 )
+from safetensors.torch import load_file, save_file
 
 import act
 import data
@@ -1031,6 +1032,15 @@ def test_a_greeting_that_is_left_out_is_said(world, tmp_path, capsys, prompt_for
     assert run("--config", config, "--data_config.train_path", path, "--prompt_format", prompt_format) == 0
     line = f"{path}: 1 greetings come first, which format 'gemma' leaves out: 2"
     assert (line in capsys.readouterr().out.splitlines()) == (prompt_format == "gemma")
+
+
+def test_weights_that_hold_the_tied_head_once_more_are_trained(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    weights = load_file(world / "model" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=1)
+    assert run("--config", config, "--policy_model_config.model_path", tmp_path / "model") == 0
 
 
 def test_a_classifier_that_costs_is_not_asked_about_labels(world, tmp_path, capsys, one_process):
