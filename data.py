@@ -967,7 +967,7 @@ SLOTS = {  # words that ask for the same kind of thing
     **dict.fromkeys("date day fiscal month period quarter time when year".split(), "time"),
     **dict.fromkeys("area country place region where".split(), "place"),
 }
-MARKER = re.compile(r"<[/|]?\w+\s*[/|]?>|\[/?INST\]|&\w+;")  # "</s>", "<|im_end|>", "<br/>", "&nbsp;"
+MARKER = re.compile(r"<[/|]?\w+\s*[/|]?>|\[/?INST\]|&\w+;")  # "</s>", "<|im_end|>", "&nbsp;"
 NOT_SAID = re.compile(r"""(?isx)```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w|<think.*?
     (?:</think|\Z)|[?？؟](?=["'”’»」』]\s*(?-i:[a-z,;]))""")  # and what is quoted within a sentence
 QUERY = re.compile(r"(?is)\s*(?:select|with)\b.*\b(?:from|select|where)\b")  # its quotes ask nobody
