@@ -1,6 +1,6 @@
 """ACT, Action-Based Contrastive Self-Training (arXiv 2406.00222): when to ask instead of guessing.
 
-    torchrun act.py --config tiny.json                  on a laptop: less than a minute
+    torchrun act.py --config tiny.json                  on a laptop: about a minute
     torchrun --nproc-per-node 8 act.py --config gemma2_2b_pacific.json
                                                         on GPUs, sharded with fully_shard
     torchrun act.py --config tiny.json --beta 0.1       any key can be overridden
@@ -134,7 +134,7 @@ def act_pair(pair, tolerance, max_turns, simulate_user=True):
         if ended and action != pair.action:                    # if A(y) != a:
             return contrast(pair, trajectory, WRONG_ACTION)    #     y_l = y
         while ended and action == CLARIFY and simulate_user:   # while A(y) != ANSWER:
-            if len(trajectory) == 2 * max_turns - 1:
+            if len(trajectory) == 2 * max_turns - 1:  # responses, and users between them
                 return contrast(pair, trajectory, NO_ANSWER)
             user = yield "simulate", trajectory                #     u = U(p, trajectory)
             trajectory.append(("user", user))                  #     trajectory += u
@@ -160,7 +160,7 @@ def respond(trajectory):
 def contrast(pair, trajectory, outcome, score=None):
     """A good trajectory becomes y_w, any other y_l; two sides of the same words tell nothing."""
     replaced = "chosen" if outcome == GOOD_OUTCOME else "rejected"
-    cut = outcome == CUT_OFF and bool(trajectory[-1][1])  # a reply of nothing has its end alone
+    cut = outcome == CUT_OFF and bool(trajectory[-1][1])  # else no token of it would be scored
     new = replace(pair, cut=cut, **{replaced: trajectory})
     if same_words(new):
         return Rollout(pair, pair, trajectory, SAME_TEXT)
@@ -321,7 +321,7 @@ def reference_logps(run, forest):
 
 
 def sft_step(run, pairs, weight):
-    """The same for gold replies: negative log-likelihood per token, a mean over each reply."""
+    """As `preference_step`, of gold replies: negative log-likelihood, a mean over each's tokens."""
     training = run.config.training_config
     golds = [sequence(pair, pair.gold[:1], True, run.template, training) for pair in pairs]
     forest = Forest(*zip(*golds, strict=True)).to(run.device)
@@ -341,7 +341,7 @@ def sequence(pair, messages, ended, template, training):
 
 
 def scored_tokens(forest):
-    """How many tokens of each sequence are scored, at least 1: float32 [sequences]."""
+    """How many tokens of each sequence are scored, at least 1: int64 [sequences]."""
     return torch.tensor(forest.counts, device=forest.tokens.device).clamp(min=1)
 
 
@@ -484,8 +484,10 @@ def load_pairs(config, helpers, template, contents):
     pairs = prepared(files.train_path, rows, True)
     validation = prepared(files.validation_path or files.train_path, held_out, False)
     if files.heuristic == "execution_match":
-        for pair in pairs + validation:  # a gold query that fails is named now
+        progress = meter("trying gold query", len(pairs + validation))
+        for i, pair in enumerate(pairs + validation):  # one that fails is named now
             score(data.execution_match, pair, pair.target, pair.target)
+            progress(i + 1)
     helpers.report("there the rule took its place")
     report_trust(files, (pairs + validation)[:500])
     return pairs, validation
@@ -545,7 +547,8 @@ def make_pairs(path, rows, config, helpers, trained_on=True):
     write = helpers.roles["preference_model_config"] if asks else data.rule_questions
     questions = divided("writing question", write, requests)
     data.reject_questions(requests, questions)
-    free = classify is data.rule_actions  # then the classifier is compared with the labels
+    # a rule costs nothing: it is compared with the labels
+    free = backend_of(config.action_model_config) == "rule"
     actions = classify([pair.gold[0][1] for pair in pairs]) if free else ()
     print0(*data.check_conversations(path, pairs, skipped, len(missing), actions))
     return pairs
@@ -558,7 +561,7 @@ def tokenize(path, pairs, template, config, trained_on):
     too long to be sampled is said.
     """
     training, kept = config.training_config, []
-    found = defaultdict(list)
+    found, done, progress = defaultdict(list), 0, meter("tokenising turn", len(pairs))
     for group in data.dialogues(pairs):
         turns = [pairs[i] for i in group]
         first = turns[0]
@@ -585,6 +588,8 @@ def tokenize(path, pairs, template, config, trained_on):
             said = first.messages[length - 1], pair.gold[0]
             if template.plain and any("\n" in text.strip() for _, text in said):
                 found["turns have line breaks, which format 'plain' makes spaces"].append(at)
+        done += len(group)
+        progress(done)
     print0(*data.noted(path, found))
     return kept
 
@@ -1135,6 +1140,9 @@ def check_config(config):
         (training.max_prompt_length >= training.max_length,
          f"max_prompt_length {training.max_prompt_length} leaves no room below max_length "
          f"{training.max_length} for a response"),
+        (training.max_new_tokens >= training.max_length,
+         f"max_new_tokens {training.max_new_tokens} do not fit into max_length "
+         f"{training.max_length}"),
         (training.is_preference and training.action_labels == "classifier",
          "action_labels is 'classifier', but files of pairs (is_preference) hold their actions"),
         (training.action_labels == "random" and (training.class_balance or task == "sft"),
@@ -1186,6 +1194,9 @@ def start_processes():
     try:
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        rank, world = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+        if rank and world and int(rank) >= int(world):  # which the others would wait for
+            raise ValueError(f"RANK is {rank}, expected less than WORLD_SIZE {world}")
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=hours, **group)
@@ -2181,10 +2192,11 @@ class Helpers:
             new = [row for row in rows if row not in intents]
             found = self.roles["intent_model_config"]([pairs[row] for row in new])
             intents.update(zip(new, found, strict=True))
-            said = zip(rows, trajectories, strict=True)
-            requests = [(pairs[row], trajectory, intents[row] or "") for row, trajectory in said]
-            replies = zip(rows, self.roles["user_simulator_config"](requests), strict=True)
-            return [None if intents[row] is None else reply for row, reply in replies]
+            said = dict(zip(rows, trajectories, strict=True))
+            known = [row for row in rows if intents[row] is not None]
+            requests = [(pairs[row], said[row], intents[row]) for row in known]
+            replies = dict(zip(known, self.roles["user_simulator_config"](requests), strict=True))
+            return [replies.get(row) for row in rows]
 
         def judge(rows, trajectories):
             ends = [(pairs[row], said[-1][1]) for row, said in zip(rows, trajectories, strict=True)]

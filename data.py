@@ -99,7 +99,9 @@ def parse_conversation(row, where, odd):
     messages, at = [], f"{where}: {forms[0]}"
     for key in ("systemInstruction", "system_instruction"):
         if key in row:
-            system = {**require(row, key, f"{where}: ", dict), "role": "system"}
+            system = require(row, key, f"{where}: ", dict, str)
+            system = {"content": system} if isinstance(system, str) else system
+            system = {**system, "role": "system"}
             messages.append(parse_turn(system, f"{where}: {key}", messages))
     messages = parse_messages(turns, at, odd, messages)
     if all(message["role"] != "user" for message in messages):
@@ -144,7 +146,7 @@ def parse_turn(turn, where, before=()):
     if name is None or (name == "system" and before):
         only_first = " (system only comes first)" if name else ""
         raise InputError(f"{where} has role {role!r}, expected {', '.join(ROLE_NAMES)}{only_first}")
-    text = require(turn, key, where, str, list)
+    text = require(turn, key, where, str, list, type(None)) or ""  # null: a message without text
     if isinstance(text, list):  # joined without a separator, as Vertex does
         text = "".join(part_text(part, f"{where}.{key}[{i}]") for i, part in enumerate(text))
     message = {"role": name, "content": text}
@@ -156,6 +158,10 @@ def parse_turn(turn, where, before=()):
 
 
 def part_text(part, where):
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("thought"):  # what a Gemini thought is not its reply
+        return ""
     if "text" not in expect(part, where, dict) and part:
         raise LeftOut(next((key for key in part if key != "type"), part.get("type")))
     return require(part, "text", where, str)
@@ -646,7 +652,7 @@ def read_preferences(path, raw=None):
     pairs, found = [], defaultdict(list)
     for line, pair in rows:
         before = pairs[-1] if pairs else pair
-        same = pair.context == before.context
+        same = (pair.context, pair.instruction) == (before.context, before.instruction)
         goes_on = same and pair.messages[: before.length] == before.history
         pair.path = str(path)
         pair.line = line

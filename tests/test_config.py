@@ -177,6 +177,7 @@ def test_overrides_that_are_no_dictionary_say_what_is_taken(tmp_path):
     ("training_config.top_p", 1.5, "top_p is 1.5, expected"),
     ("training_config.label_smoothing", 0.5, "expected float from 0 to 0.499"),
     ("training_config.max_prompt_length", 1024, "max_prompt_length 1024 leaves no room"),
+    ("training_config.max_new_tokens", 10**6, "max_new_tokens 1000000 do not fit into max_length 1024"),
     ("policy_model_config.model_path", "", "policy_model_config.model_path is missing"),
     ("data_config.train_path", "", "data_config.train_path is missing"),
 ])  # fmt: skip

@@ -137,8 +137,8 @@ BAD_LINES = [
      f"messages[1] has role 'system', {KNOWN} (system only comes first)"),
     (json.dumps({"systemInstruction": parts("x"), **conversation(user("Hi"), system="y")}),
      f"messages[0] has role 'system', {KNOWN} (system only comes first)"),
-    ('{"systemInstruction": "x", "contents": []}', "systemInstruction is a string, expected an object"),
-    ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content is null, expected a string or a list"),
+    ('{"systemInstruction": 5, "contents": []}', "systemInstruction is a number, expected an object or a string"),
+    ('{"messages": [{"role": "user", "content": 5}]}', "messages[0].content is a number, expected a string or a list"),
     ('{"messages": [{"role": "user"}]}', "messages[0].content is missing"),
     ('{"messages": [{"content": "Hi"}]}', f"messages[0] has role None, {KNOWN}"),
     ('{"messages": [{"role": 3, "content": "Hi"}]}', f"messages[0] has role 3, {KNOWN}"),
@@ -1383,3 +1383,28 @@ def test_how_far_a_heuristic_can_be_trusted():
     assert data.heuristic_check(pairs, data.number_match, 0.5) == (0, 8, 1, 5), "only the answer without a number loses"
     assert data.heuristic_check(pairs, lambda predicted, gold, context: 1, 0.5) == (8, 8, 0, 5)
     assert data.heuristic_check([], drop_f1, 0.3) == (0, 0, 0, 0)
+
+
+def test_exports_with_null_plain_parts_thoughts_and_a_system_text_are_read(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None},
+                      {"role": "assistant", "content": ["Hello", " there"]}]},
+        {"systemInstruction": "c", "contents": [
+            {"role": "user", "parts": [{"text": "Hi"}]},
+            {"role": "model", "parts": [{"text": "They greet me.", "thought": True}, {"text": "Hello"}]}]},
+    ]  # fmt: skip
+    conversations, lines = data.read_conversations(write(tmp_path, *rows))
+    said = [[(m["role"], m["content"]) for m in row["messages"]] for row in conversations]
+    assert said == [[("user", "Hi"), ("model", "Hello there")], [("system", "c"), ("user", "Hi"), ("model", "Hello")]]
+    assert [line.partition(": ")[2] for line in lines] == ["1 messages without text are left out: 1"]
+
+
+def test_pairs_with_another_instruction_are_another_dialogue(tmp_path):
+    """Prompts of a dialogue are made with one instruction for all of its turns."""
+    pair = data.Pair("c", [("user", "a")], ANSWER, [("model", "b")], [("model", "b?")], [("model", "b")], "b")
+    later = replace(pair, messages=[("user", "a"), ("model", "b"), ("user", "d")])
+    for instruction, numbers in ((pair.instruction, [1, 1]), ("Other words.", [1, 2])):
+        path = tmp_path / "pairs.jsonl"
+        data.write_preferences(path, [pair, replace(later, instruction=instruction)], "records")
+        pairs, _ = data.read_preferences(path)
+        assert [each.dialogue for each in pairs] == numbers and pairs[1].instruction == instruction

@@ -925,7 +925,8 @@ def test_a_typo_is_one_line_and_status_2(world, tmp_path, capsys):
     ({"RANK": "abc", "WORLD_SIZE": "1", "MASTER_PORT": "1"}, "'abc'"),
     ({"RANK": "0", "WORLD_SIZE": "1"}, "variable MASTER_ADDR expected"),
     ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, "variable MASTER_PORT expected"),
-    ({"RANK": "0", "WORLD_SIZE": "-1", "MASTER_PORT": "0", "MASTER_ADDR": "127.0.0.1"}, "0 vs -1"),
+    ({"RANK": "0", "WORLD_SIZE": "-1", "MASTER_PORT": "0", "MASTER_ADDR": "127.0.0.1"}, "RANK is 0, expected less than WORLD_SIZE -1"),
+    ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1"}, "RANK is 3, expected less than WORLD_SIZE 2"),
 ])  # fmt: skip
 def test_half_a_description_of_the_processes_is_refused(world, tmp_path, monkeypatch, capsys, variables, said):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
@@ -1048,9 +1049,12 @@ def test_a_classifier_that_costs_is_not_asked_about_labels(world, tmp_path, caps
     rows = [{"messages": data.exchange("How many?", "Which year?")}]  # labelled as an answer
     path, asked = write_lines(tmp_path / "odd.jsonl", rows), []
     config = load_config(run_config(world, tmp_path))
-    for classify, said in ((data.rule_actions, True), (lambda replies: asked.extend(replies) or [], False)):
+    model = replace(config, action_model_config=act.HelperConfig(backend="openai", model_id="m"))
+    for each, classify, said in (
+        (config, data.rule_actions, True), (model, lambda replies: asked.extend(replies) or [], False)
+    ):  # fmt: skip
         helpers = SimpleNamespace(roles={"action_model_config": classify})
-        act.make_pairs(path, data.read_vertex_jsonl(path), config, helpers, trained_on=False)
+        act.make_pairs(path, data.read_vertex_jsonl(path), each, helpers, trained_on=False)
         assert ("labelled ANSWER, but the classifier says CLARIFY" in capsys.readouterr().out) == said
     assert not asked
 
