@@ -1405,7 +1405,7 @@ def test_flex_attention_is_compiled_for_every_kind_of_batch(model, monkeypatch):
     monkeypatch.setattr(gemma, "compile_once", once)
     monkeypatch.setattr(gemma, "kernel_options", lambda *_: None)
     monkeypatch.setattr(gemma, "tree_blocks", gemma.flex_mask)
-    for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150)):
+    for rows, length in ((3, 20), (2, 140), (1, 90), (1, 150), (5, 170), (4, 12)):
         prompts = torch.randint(200, (rows, length), generator=seeded(length)).tolist()
         forest = gemma.Forest(prompts)
         assert forest.tokens.shape == (rows, length)

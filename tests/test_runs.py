@@ -933,6 +933,7 @@ def test_half_a_description_of_the_processes_is_refused(world, tmp_path, monkeyp
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(act.time, "sleep", lambda seconds: None)  # other ranks let the first speak
     found = error_of(capsys, "--config", run_config(world, tmp_path))
     assert found.startswith("act.py: error: expected RANK and what else torchrun sets: ") and said in found
     assert not (tmp_path / "out").exists()
@@ -1727,9 +1728,14 @@ def test_samples_that_cannot_be_compared_cost_the_comparison_alone(killed_run, t
 def test_a_stdout_that_is_full_or_closed_is_no_traceback(world, program):
     words = {"data.py": ["check", world / "train.jsonl"], "gemma.py": [world / "model", "--prompt", "get"]}[program]
     command = shlex.join(map(str, [sys.executable, ROOT / program, *words]))
-    for where, status in ((">/dev/full", 2), (">&-", 0), ("| true", 2)):
-        done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {where}"], capture_output=True, text=True)
-        assert done.returncode in (0, status) and done.stderr.count("\n") == bool(done.returncode), done.stderr
+    started = [
+        (status, subprocess.Popen(["bash", "-c", f"set -o pipefail; {command} {where}"], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        for where, status in ((">/dev/full", 2), (">&-", 0), ("| true", 2))
+    ]  # fmt: skip
+    for status, process in started:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode in (0, status) and said.count("\n") == bool(process.returncode), said
 
 
 def test_a_checkpoint_counts_by_what_is_written_last(killed_run, tmp_path):
