@@ -3,6 +3,7 @@
     python tests/proofs/claim.py --seeds 5           the table, on configs/tiny/test.jsonl: 12 minutes on two cores
     python tests/proofs/claim.py --seeds 5 --curve   and 25, 50 and 200 conversations, and the figure: 12 minutes more
     python tests/proofs/claim.py --search            how hyperparameters were chosen: validation.jsonl, seeds 100 to 102
+    python tests/proofs/claim.py --steps             how many steps each method gets, likewise
     python tests/proofs/claim.py --study rpo_alpha   one choice of the recipe in many values, likewise
 
 A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a
@@ -32,15 +33,17 @@ from make_tiny import conversations  # noqa: E402
 from act import load_config  # noqa: E402
 from data import write_json, write_jsonl  # noqa: E402
 
-METHODS = {  # method -> its config; SFT starts from the base model, the others from what SFT gives
-    "SFT": "tiny_sft.json",
-    "SFT continued": "tiny_sft_continued.json",
-    "offline DPO": "tiny_dpo.json",
-    "ACT, no simulation": "tiny_act_no_simulation.json",
-    "ACT, random actions": "tiny_act_random_actions.json",
-    "ACT, no labels": "tiny_act_no_labels.json",
-    "ACT": "tiny.json",
+METHODS = {  # method -> its config, and what differs; SFT starts from the base model, the others from what SFT gives
+    "SFT": ("tiny_sft.json", {}),
+    "SFT continued": ("tiny_sft_continued.json", {}),
+    "offline DPO": ("tiny_dpo.json", {}),
+    "ACT, no simulation": ("tiny_act_no_simulation.json", {}),
+    "ACT, random actions": ("tiny_act_random_actions.json", {}),
+    "ACT, no labels": ("tiny_act_no_labels.json", {}),
+    "ACT": ("tiny.json", {"num_generations": 1}),
+    "ACT, 4 samples": ("tiny.json", {"num_generations": 4}),
 }
+STEPS = (50, 100, 250, 500)
 COLUMNS = {  # title -> (metric, scale)
     "action macro F1": ("Macro F1", 100),
     "trajectory EM": ("Trajectory-level Exact Match", 100),
@@ -56,6 +59,7 @@ GRID = {
     "learning_rate": (5e-4, 1e-3),
     "rpo_alpha": (0.0, 0.3, 1.0),
 }  # six settings for each method; the classifier's labels get ACT's
+STEPPED = ("SFT continued", "offline DPO", "ACT", "ACT, 4 samples")
 SEARCH = {
     "SFT continued": {"learning_rate": (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)},
     "offline DPO": GRID,
@@ -94,7 +98,8 @@ class Bench:
 
     def run(self, method, seed, size=100, overrides=()):
         """Metrics of one method's model on the evaluation file. overrides: ((key of training_config, value), ...)"""
-        given = {f"training_config.{key}": value for key, value in overrides}
+        config, own = METHODS[method]
+        given = {f"training_config.{key}": value for key, value in {**own, **dict(overrides)}.items()}
         turns = given.pop("training_config.max_turns", 3)
         name = "-".join(
             [
@@ -113,11 +118,11 @@ class Bench:
                 "training_config.seed": seed, "training_config.max_turns": turns, "training_config.save_steps": 0,
                 **given,
             }  # fmt: skip
-            seconds = self.act(name, METHODS[method], settings)
+            seconds = self.act(name, config, settings)
             if turns != 3:
                 settings = {"policy_model_config.model_path": self.out / name / "model"}
                 name += "-evaluated"
-                seconds += self.act(name, METHODS[method], settings, "--task", "evaluate")
+                seconds += self.act(name, config, settings, "--task", "evaluate")
         return {**json.loads((self.out / name / "eval_metrics.json").read_text(encoding="utf-8")), "seconds": seconds}
 
     def model(self, method, seed, size):
@@ -251,8 +256,20 @@ def search(bench):
     write(bench.out, "search", found, table(rows, "setting"))
 
 
+def steps(bench):
+    """Every number of steps of every method; the one of the best mean trajectory exact match is in the table."""
+    found = bench.map(
+        [(method, seed, 100, (("max_steps", n),)) for seed in SEARCH_SEEDS for method in STEPPED for n in STEPS]
+    )
+    rows = {
+        f"{method}, {n}": [found[method, seed, 100, (("max_steps", n),)] for seed in SEARCH_SEEDS]
+        for method in STEPPED for n in STEPS
+    }  # fmt: skip
+    write(bench.out, "steps", found, table(rows, "steps"))
+
+
 def study(bench, name):
-    own = getattr(load_config(ROOT / "configs" / METHODS["ACT"]).training_config, name)
+    own = getattr(load_config(ROOT / "configs" / METHODS["ACT"][0]).training_config, name)
     settings = {value: () if value == own else ((name, value),) for value in STUDIES[name]}
     found = bench.map([("ACT", seed, 100, setting) for setting in settings.values() for seed in SEARCH_SEEDS])
     rows = {
@@ -353,6 +370,7 @@ def main():
         "--curve", action="store_true", help="also with other numbers of training conversations, and the figure"
     )
     what.add_argument("--search", action="store_true", help="choose hyperparameters on validation.jsonl instead")
+    what.add_argument("--steps", action="store_true", help="choose each method's number of steps instead")
     what.add_argument("--study", choices=STUDIES, help="vary one setting on validation.jsonl instead")
     parser.add_argument(
         "--jobs", type=int, choices=range(1, 100), metavar="N", default=2, help="runs at a time, of one thread each"
@@ -360,9 +378,9 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs/claim")
     args = parser.parse_args()
     began = time.monotonic()
-    if args.search or args.study:
+    if args.search or args.steps or args.study:
         bench = Bench((args.out / "validation").resolve(), args.jobs, ROOT / "configs/tiny/validation.jsonl")
-        search(bench) if args.search else study(bench, args.study)
+        search(bench) if args.search else steps(bench) if args.steps else study(bench, args.study)
     else:
         bench = Bench((args.out / "test").resolve(), args.jobs, ROOT / "configs/tiny/test.jsonl")
         claim(bench, range(args.seeds))
