@@ -70,6 +70,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import quote
 
@@ -482,7 +483,8 @@ def load_pairs(config, helpers, template, contents):
 
     rows, held_out = read_rows(config, contents)
     pairs = prepared(files.train_path, rows, True)
-    validation = prepared(files.validation_path or files.train_path, held_out, False)
+    held = files.validation_path or f"{files.train_path} (held out)"
+    validation = prepared(held, held_out, False)
     if files.heuristic == "execution_match":
         progress = meter("trying gold query", len(pairs + validation))
         for i, pair in enumerate(pairs + validation):  # one that fails is named now
@@ -572,22 +574,21 @@ def tokenize(path, pairs, template, config, trained_on):
             first.context, first.messages, lengths, training.max_prompt_length, first.instruction
         )
         for pair, length, (prompt, lost) in zip(turns, lengths, prompts, strict=True):
-            at = f"{pair.line}.{pair.turn}" if pair.turn else pair.line
             pair.prompt = array("i", prompt)
             if lost:
-                found["prompts lose tokens to max_prompt_length"].append(f"{at} ({lost})")
+                found["prompts lose tokens to max_prompt_length"].append(f"{pair.at} ({lost})")
             room = training.max_length - len(prompt)
             sides = pair.chosen, pair.rejected
             taught, other = (pair.gold[:1], []) if config.task == "sft" else sides
             if trained_on and len(template.reply(taught)[0]) > room:
-                found["turns whose reply does not fit into max_length are left out"].append(at)
+                found["turns whose reply does not fit into max_length are left out"].append(pair.at)
                 continue
             if trained_on and len(template.reply(other)[0]) > room:
-                found["turns have a losing side that max_length cuts"].append(at)
+                found["turns have a losing side that max_length cuts"].append(pair.at)
             kept.append(pair)
             said = first.messages[length - 1], pair.gold[0]
             if template.plain and any("\n" in text.strip() for _, text in said):
-                found["turns have line breaks, which format 'plain' makes spaces"].append(at)
+                found["turns have line breaks, which format 'plain' makes spaces"].append(pair.at)
         done += len(group)
         progress(done)
     print0(*data.noted(path, found))
@@ -691,6 +692,11 @@ def evaluate_pairs(model, template, pairs, helpers, config):
     unended = sum(not sample["ended"] for sample in samples)
     if unended:
         print0(f"{unended} of {len(samples)} turns end in a reply that is cut at max_new_tokens")
+    asked = [sample["trajectory"] for sample in samples if sample["target_action"] == CLARIFY]
+    replies = [trajectory[1][1] for trajectory in asked if len(trajectory) > 1]
+    if replies:
+        refused = replies.count(config.data_config.nothing_to_add)
+        print0(f"{CLARIFY} turns: the simulated user refused {refused} of {len(replies)} questions")
     return summarize(samples), samples
 
 
@@ -745,7 +751,7 @@ def table(names, heuristic, *columns):
     """Lines of metrics for people: in percent, DROP F1 only where that is the heuristic."""
     lines = []
     for name in names:
-        line = f"{name if heuristic == 'drop_f1' else name.replace('DROP F1', heuristic):46}"
+        line = f"{title(name, heuristic):46}"
         for metrics in columns:
             value = metrics[name]
             if isinstance(value, float):
@@ -753,6 +759,10 @@ def table(names, heuristic, *columns):
             line += f" {'-' if value is None else value:>8}"
         lines.append(line)
     return lines
+
+
+def title(name, heuristic):
+    return name if heuristic == "drop_f1" else name.replace("DROP F1", heuristic)
 
 
 def comparison(before, after, heuristic):
@@ -779,7 +789,9 @@ def comparison(before, after, heuristic):
 
 
 def one_line(messages):
-    return "  ".join(f"{data.SPEAKERS[role]}: {data.fold(text)}" for role, text in messages)
+    """Messages for people, of a long one the head."""
+    said = ((role, shorten(text, 240, placeholder=" ...")) for role, text in messages)
+    return "  ".join(f"{data.SPEAKERS[role]}: {text}" for role, text in said)
 
 
 def is_total(key):
@@ -842,9 +854,10 @@ class Log:
         self.write(write_report, self.folder)
         report = self.folder / "report.html"
         print0("", f"The model is in {self.folder / 'model'}; to look at in a browser: {report}")
-        best = [f"{self.evaluated[step]:.3f} after step {step}" for step in self.best_first()[:5]]
+        best = [f"{100 * self.evaluated[at]:.1f} after step {at}" for at in self.best_first()[:5]]
         if best:
-            print0(f"{self.metric}, the best first: {', '.join(best)}")
+            metric = title(self.metric, self.config.data_config.heuristic)
+            print0(f"{metric}, the best first: {', '.join(best)}")
         if self.problem:
             print0(f"Not all was written: {self.problem}")
 
@@ -947,6 +960,7 @@ class DataConfig:
     prompt_format: Literal["auto", "plain", "gemma"] = "auto"  # "auto": as the checkpoint says
     heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # how an answer is scored
     tolerance: Share = 0.9  # a trajectory wins if its score is above this
+    nothing_to_add: str = data.NOTHING_TO_ADD  # what a user by rule says to any other question
 
 
 @dataclass(frozen=True)
@@ -2159,6 +2173,8 @@ class Helpers:
         load = cache(partial(load_helper, config))  # a checkpoint that several share, once
         clients = {}  # (url, model) -> one of those that ask it
         self.roles = {name: role.rule for name, role in ROLES.items()}
+        user = partial(data.rule_users, nothing=config.data_config.nothing_to_add)
+        self.roles["user_simulator_config"] = user
         self.models = []  # the Helpers among them
         by_rule = backend_of(config.user_simulator_config) == "rule"  # who needs no intent
         for name, role in ROLES.items():
@@ -2628,8 +2644,10 @@ def check(config, overwrite=False):
     """Task check: what is wrong with a run's data, and what becomes of it. Writes nothing."""
     begun = begin(config)
     for name, pairs in (("training", begun.pairs), ("validation", begun.validation)):
-        asks = sum(pair.action == CLARIFY for pair in pairs)
-        print0(f"{name}: {len(pairs)} turns, {asks} {CLARIFY} and {len(pairs) - asks} {ANSWER}")
+        asks = [pair.at for pair in pairs if pair.action == CLARIFY]
+        places = f", which are {data.listed(asks)} (line.turn)" if asks else ""
+        answers = f"{len(pairs) - len(asks)} {ANSWER} and"
+        print0(f"{name}: {len(pairs)} turns, {answers} {len(asks)} {CLARIFY}{places}")
 
 
 TASKS = {"evaluate": evaluate, "generate_preference": generate_preference, "check": check}

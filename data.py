@@ -168,8 +168,12 @@ def part_text(part, where):
 
 
 def noted(path, found):
-    """Lines that say what was found how often and where, of {what: [where]}."""
-    return [f"{path}: {len(at)} {what}: {listed(dict.fromkeys(at))}" for what, at in found.items()]
+    """Lines that say what was found how often and where, of {what: [line, or "line.turn"]}."""
+    return [
+        f"{path}: {len(at)} {what}: {'line.turn ' * isinstance(at[0], str)}"
+        f"{listed(dict.fromkeys(at))}"
+        for what, at in found.items()
+    ]
 
 
 def listed(items, shown=10):
@@ -212,6 +216,11 @@ class Pair:
     @property
     def where(self):
         return self.path and f"{self.path}:{self.line}"
+
+    @property
+    def at(self):
+        """"line.turn" in its file, or the line alone."""
+        return f"{self.line}.{self.turn}" if self.turn else self.line
 
 
 def dialogues(pairs):
@@ -339,11 +348,11 @@ def question_requests(pairs, icl_examples, seed):
 
 def reject_questions(requests, questions):
     """Fills `rejected` of the pairs of `question_requests`; by rule where a question is useless."""
-    rules = rule_questions(requests)
-    for (pair, _), question, rule in zip(requests, questions, rules, strict=True):
+    for (pair, examples), question in zip(requests, questions, strict=True):
         useless = ([], pair.chosen[0][1].split())  # two equal sides would teach nothing
-        texts = (text for text in (question or "", rule) if text.split() not in useless)
-        pair.rejected = [("model", next(texts, FALLBACK_QUESTION))]
+        texts = (question or "", *rule_questions([(pair, examples), (pair, [])]))
+        texts = (text for text in texts if text.split() not in useless)
+        pair.rejected = [("model", next(texts, "??"))]
 
 
 def balance(pairs, class_balance, seed):
@@ -419,7 +428,7 @@ def check_conversations(path, pairs, skipped, labelled=0, actions=()):
     apart = [pair for pair, action in zip(pairs, actions, strict=False) if pair.action != action]
     for pair in apart:
         says = f"labelled {pair.action}, but the classifier says {OTHER[pair.action]}"
-        found[f"user turns are {says}"].append(f"{pair.line}.{pair.turn}")
+        found[f"user turns are {says}"].append(pair.at)
     lines = [f"{path}: the action classifier labelled {labelled} turns"] if labelled else []
     lines += noted(path, found)
     if len(apart) > 0.1 * len(pairs):
@@ -429,7 +438,21 @@ def check_conversations(path, pairs, skipped, labelled=0, actions=()):
             "can hardly win, and evaluations count against it: set training_config.action_labels "
             "to 'classifier', or cast another action_model_config"
         )
+    other, replies = not_english([pair.gold[0][1] for pair in pairs]) if actions else (0, 0)
+    if other > 0.25 * replies:
+        lines.append(
+            f"{path}: {other} of {replies} longer replies do not look English; the rule that says "
+            "whether a reply asks knows question marks, but requests without one in English alone: "
+            "cast a model as action_model_config where replies ask in other words"
+        )
     return lines
+
+
+def not_english(texts):
+    """(those without one of the commonest English words, all) of the texts of 6 words or more."""
+    words = [set(re.findall(r"[^\W\d_]+", text.lower())) for text in texts if not QUERY.match(text)]
+    longer = [found for found in words if len(found) >= 6]
+    return sum(not found & ENGLISH for found in longer), len(longer)
 
 
 def summary(path, conversations, pairs, skipped):
@@ -961,13 +984,15 @@ def mean_or_none(values):
 # Rules
 # The helpers that need no model: they know the gold trajectory, and work offline on any dataset.
 
-FALLBACK_QUESTION = "Could you say more precisely what you would like to know?"
 NOTHING_TO_ADD = "I have nothing to add."
 COMMON_WORDS = set(
     """a amount an and any are ask asking about be by can could did do does exactly
     for from how i in interested is it kind know like looking mean me more of on one or please
     precisely referring s say sort specific specifically talking that the there they thing this to
     type value want was were what which who whose would you your""".split()
+)
+ENGLISH = set(
+    "the of to and is you for it that what are with your which can this have be by".split()
 )
 SLOTS = {  # words that ask for the same kind of thing
     **dict.fromkeys("date day fiscal month period quarter time when year".split(), "time"),
@@ -1031,14 +1056,14 @@ def same_question(asked, gold, topic):
     return len(wanted & asked) / len(wanted | (asked - content_words(topic)))
 
 
-def rule_users(requests):
-    """The user's gold reply to the gold question that is asked, if half of it is; else nothing new.
+def rule_users(requests, nothing=NOTHING_TO_ADD):
+    """The user's gold reply to the gold question that is asked, if half of it is; else `nothing`.
 
     requests: [(Pair, trajectory that ends in a question, intent)]; the rule knows no intent.
     """
     answers = []
     for pair, trajectory, _ in requests:
-        best, answer = 0.0, NOTHING_TO_ADD
+        best, answer = 0.0, nothing
         for (_, question), (role, reply) in pairwise(pair.gold):
             match = same_question(trajectory[-1][1], question, pair.history[-1][1])
             if role == "user" and match >= 0.5 and match > best:
@@ -1054,8 +1079,13 @@ def rule_intents(pairs):
 
 
 def rule_questions(requests):
-    """For each (Pair, examples) the question of its first example."""
-    return [examples[0].chosen[0][1] if examples else FALLBACK_QUESTION for _, examples in requests]
+    """For each (Pair, examples) the question of its first example; without one, the user's last
+    line asked back, in whatever language it is."""
+    return [
+        examples[0].chosen[0][1] if examples else
+        pair.history[-1][1].strip().split("\n")[-1].rstrip(" .!?") + "?"
+        for pair, examples in requests
+    ]  # fmt: skip
 
 
 def fold(text):

@@ -679,9 +679,31 @@ def test_a_question_of_the_data_is_rejected_as_the_file_says_it(question):
     assert pairs[2].rejected == [("model", question)]
 
 
-@pytest.mark.parametrize("answer", ["b", data.FALLBACK_QUESTION])
-def test_data_without_any_question_get_a_fixed_one(answer):
-    assert pairs_of(conversation(user("a", False), model(answer)))[0].rejected == [("model", data.FALLBACK_QUESTION)]
+@pytest.mark.parametrize(("said", "answer", "asked"), [
+    ("Was kostet das?", "5 €", "Was kostet das?"),
+    ("Guten Tag.\nIch suche eine Lampe. ", "b", "Ich suche eine Lampe?"),
+    ("a", "a?", "??"),
+    ("?", "b", "?"),
+])  # fmt: skip
+def test_data_without_any_question_ask_back_in_the_users_words(said, answer, asked):
+    """No sentence of ours in a language that the data may not be in."""
+    [pair] = pairs_of(conversation(user(said, False), model(answer)))
+    assert pair.rejected == [("model", asked)] and data.rule_actions([asked]) == [CLARIFY]
+
+
+def test_replies_in_another_language_are_said_where_the_rule_would_not_know_their_requests():
+    german = ["Bitte nennen Sie mir die Nummer der Bestellung.", "Das kostet am Freitag genau sieben Euro und neunzig Cent."]
+    english = ["You get the money back within thirty days.", "It is open on all days but Sunday."]
+    other = "SELECT name, price, stock, colour, size FROM products WHERE stock > 5"
+
+    def said(replies):
+        return [line for line in checked(*(conversation(user("a", False), model(reply)) for reply in replies)) if "English" in line]
+
+    assert said([*english, "5", "Berlin", other, *english]) == []
+    assert said([*english * 2, german[0]]) == [], "a fifth of them may be names"
+    [line] = said([*english, *german])
+    assert line.startswith("2 of 4 longer replies do not look English; ") and "action_model_config" in line
+    assert said(["5", "Berlin", "7,90 €"]) == [], "nothing to tell it by"
 
 
 def test_at_least_one_example_is_shown():
@@ -962,7 +984,7 @@ def checked(*rows, actions=None):
 ])  # fmt: skip
 def test_turns_that_are_skipped_are_named(messages, turns):
     assert checked(conversation(*messages), actions=[]) == [
-        f"{len(turns)} user turns are skipped, no answer follows: {', '.join(turns)}"]
+        f"{len(turns)} user turns are skipped, no answer follows: line.turn {', '.join(turns)}"]
 
 
 def test_labels_that_the_classifier_contradicts_are_named():
@@ -971,8 +993,8 @@ def test_labels_that_the_classifier_contradicts_are_named():
     odd = conversation(user("a", True), model("Tell me."), user("b", False), model("Which?"), system="x")
     assert checked(*right) == [] == checked(*right, odd, actions=[]), "not asked"
     assert checked(*right, odd) == [
-        "1 user turns are labelled CLARIFY, but the classifier says ANSWER: 17.1",
-        "1 user turns are labelled ANSWER, but the classifier says CLARIFY: 17.2",
+        "1 user turns are labelled CLARIFY, but the classifier says ANSWER: line.turn 17.1",
+        "1 user turns are labelled ANSWER, but the classifier says CLARIFY: line.turn 17.2",
     ], "2 of 20 are not more than a tenth"
     said = checked(*right[1:], odd)
     assert len(said) == 3
@@ -1285,7 +1307,7 @@ def test_command_line_checks_a_file(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{path}: 3 conversations, 6 user turns: 2 CLARIFY, 2 ANSWER, 2 skipped",
         f"{path}: the action classifier labelled 1 turns",
-        f"{path}: 2 user turns are skipped, no answer follows: 2.1, 3.1",
+        f"{path}: 2 user turns are skipped, no answer follows: line.turn 2.1, 3.1",
     ]
     typo = {"role": "user", "content": "a", "require_clarification": True}
     assert data.main(["check", str(write(tmp_path, SALES, conversation(typo), "{"))]) == 2

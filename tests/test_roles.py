@@ -405,5 +405,13 @@ def test_a_gold_question_of_common_words_alone_fits_any_question():
     assert data.rule_users([(pair, [("model", "What colour?")], None)]) == ["The red."]
 
 
+def test_what_a_user_says_who_has_nothing_to_add_is_a_key():
+    [reply] = data.rule_users([(PAIR, [("model", "Which club?")], None)], "Dazu kann ich nichts sagen.")
+    assert reply == "Dazu kann ich nichts sagen."
+    config = act.Config(data_config=act.DataConfig(nothing_to_add="Nichts."))
+    answers = act.Helpers(config, {}).answers([PAIR], "drop_f1")
+    assert answers["simulate"]([0], [[("model", "Which club?")]]) == ["Nichts."]
+
+
 def test_question_by_rule_is_that_of_the_first_example():
-    assert data.rule_questions([(PAIR, [PAIR, None]), (PAIR, [])]) == ["In which league?", data.FALLBACK_QUESTION]
+    assert data.rule_questions([(PAIR, [PAIR, None]), (PAIR, [])]) == ["In which league?", "points?"]

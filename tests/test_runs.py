@@ -310,8 +310,8 @@ def test_the_check_says_what_becomes_of_the_data_and_writes_nothing(world, tmp_p
     config = run_config(world, tmp_path, "check")
     assert run("--config", config, "--train_path", path) == 0
     said = capsys.readouterr().out
-    assert f"{path}: 1 user turns are skipped, no answer follows: 1.2\n" in said
-    assert "\ntraining: 1 turns, 0 CLARIFY and 1 ANSWER\nvalidation: 5 turns, 2 CLARIFY and 3 ANSWER\n" in said
+    assert f"{path}: 1 user turns are skipped, no answer follows: line.turn 1.2\n" in said
+    assert "\ntraining: 1 turns, 1 ANSWER and 0 CLARIFY\nvalidation: 5 turns, 3 ANSWER and 2 CLARIFY, which are " in said
     assert not (tmp_path / "out").exists() and before.keys() | {tmp_path / "run.json"} == set(tmp_path.rglob("*"))
     assert run("--config", config, "--train_path", path, "--policy_model_config.model_path", "") == 0, "no model is needed"
 
