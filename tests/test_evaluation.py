@@ -252,3 +252,18 @@ def test_a_response_cut_at_max_new_tokens_is_no_answer(world, mesh, plain, valid
     for sample in spoken:
         assert len(sample["trajectory"]) == 1 and not sample["ended"], "nobody replies to half a question"
         assert (sample["final_answer"], sample["exact_match"], sample["f1"]) == (None, 0.0, 0.0)
+
+
+def test_questions_that_the_simulated_user_refuses_are_counted(world, mesh, plain, validation, monkeypatch, capsys):
+    """A user who refuses half of the good questions is the first thing to know."""
+    asked = [pair for pair in validation if pair.action == CLARIFY][:2]
+    said = {0: ["Huh?", "get"], 1: [asked[1].gold[0][1], "get"]}
+
+    def scripted(model, template, pairs, training):
+        return lambda rows, trajectories: [
+            (said[row][len(trajectory) // 2], True) for row, trajectory in zip(rows, trajectories, strict=True)
+        ]
+
+    monkeypatch.setattr(act, "sampler", scripted)
+    evaluated(world, mesh, plain, asked, max_turns=3)
+    assert capsys.readouterr().out == "CLARIFY turns: the simulated user refused 1 of 2 questions\n"

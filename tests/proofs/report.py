@@ -295,7 +295,7 @@ def main():
                 browser.evaluate(f"{keys}.focus(); {keys}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowRight'}}))")
                 check("a curve read with the keyboard", "step" in browser.evaluate(f"{keys}.querySelector('.tip').textContent"))
                 browser.evaluate("document.activeElement.blur()")
-            for width, dark in ((1400, False), (1400, True), (400, False), (400, True)):
+            for width, dark in ((1400, False), (1400, True), (420, False), (420, True)):
                 browser.window(width, dark=dark)
                 browser.evaluate("scrollTo(0, 0); new Promise((done) => setTimeout(done, 300))")
                 wide = browser.evaluate("document.documentElement.scrollWidth")
