@@ -936,7 +936,8 @@ class PolicyModelConfig:
 
 @dataclass(frozen=True)
 class HelperConfig:
-    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini with a model_id
+    # rule: question marks in any language, requests in English; "": gemini with a model_id, or rule
+    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""
     model_path: InputPath = ""  # gemma: a checkpoint, or "reference": the policy's own
     model_id: str = ""  # gemini, openai: e.g. "gemini-2.0-flash-001", "llama3.2"
     base_url: Annotated[str, FREE] = ""  # of a server, e.g. "http://localhost:11434/v1"

@@ -64,7 +64,9 @@ KEYS_READ = set(
     """messages contents conversations completions systemInstruction system_instruction
     role from content parts value requires_clarification""".split()
 )
-CONTROL = re.compile(r"(?i)<(?:start|end)_of_turn>|<\|\w+\|>|</?s>|<[be]os>|<br ?/?>|\[/?INST\]")
+CONTROL = re.compile(
+    r"(?i)<(?:start|end)_of_turn>|<\|\w+\|>|</?(?:s|think)>|<[be]os>|<br ?/?>|\[/?INST\]"
+)
 
 
 def read_vertex_jsonl(path, raw=None):
@@ -112,7 +114,7 @@ def parse_conversation(row, where, odd):
             raise InputError(f"{where}: has {key!r}, expected 'requires_clarification'")
         odd.append(f"lines have {key!r}, which nothing reads")
     if any(CONTROL.search(message["content"]) for message in messages):
-        odd.append("conversations spell control tokens or HTML line breaks: formatted already?")
+        odd.append("conversations spell control tokens, thoughts or <br>: formatted already?")
     return {"messages": messages, "unread": unread}
 
 

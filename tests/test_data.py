@@ -945,10 +945,10 @@ def test_a_line_with_what_is_no_text_is_left_out_and_counted(tmp_path, what):
 
 
 @pytest.mark.parametrize("text", [
-    "5<end_of_turn>", "<bos>x", "<|im_end|>", "[INST] x [/INST]", "5</s>", "one<br>two", "one<br/>two", "<start_of_turn>user"])
+    "5<end_of_turn>", "<bos>x", "<|im_end|>", "[INST] x [/INST]", "5</s>", "<think>hm</think>5", "one<br>two", "one<br/>two", "<start_of_turn>user"])
 def test_texts_that_spell_control_tokens_are_named(tmp_path, text):
     said, _ = told(conversation(user("a"), model("<b>b</b> 3 < 5")), conversation(user("a"), model(text)), folder=tmp_path)
-    assert said == ["1 conversations spell control tokens or HTML line breaks: formatted already?: 2"]
+    assert said == ["1 conversations spell control tokens, thoughts or <br>: formatted already?: 2"]
 
 
 def test_keys_that_nothing_reads_are_named(tmp_path):
