@@ -55,10 +55,10 @@ import data  # noqa: E402
 from act import CUT_OFF, WRONG_ACTION, load_config, logged_rows, summarize  # noqa: E402
 from data import CLARIFY  # noqa: E402
 
-TASKS = {  # task -> (what an answer is measured by, settings of all its runs)
-    "pacific": ("F1", {"tolerance": 0.3}),
-    "abg_coqa": ("F1", {"heuristic": "coqa_f1", "tolerance": 0.5}),
-    "sql": ("execution match", {
+TASKS = {  # task -> (what an answer is measured by, epochs of SFT and after it, settings)
+    "pacific": ("F1", (4, 1), {"tolerance": 0.3}),
+    "abg_coqa": ("F1", (4, 2), {"heuristic": "coqa_f1", "tolerance": 0.5}),
+    "sql": ("execution match", (8, 4), {
         "heuristic": "execution_match", "max_length": 512, "max_prompt_length": 384,
         "training_config.max_new_tokens": 48,
     }),
@@ -67,7 +67,7 @@ SFT, DPO, ACT = (f"configs/gemma3_270m_pacific_{name}.json" for name in ("sft", 
 EVEN = {"class_balance": '{"CLARIFY": 2.5, "ANSWER": 0.5}'}  # as many pairs, half of each action
 FOUR = {"num_generations": 4}
 AFTER_SFT = {  # method -> its config, and what differs from it
-    "SFT continued": (SFT, {"learning_rate": 1e-5, "num_train_epochs": 1}),
+    "SFT continued": (SFT, {"learning_rate": 1e-5}),
     "offline DPO": (DPO, {}),
     "ACT, no simulation": (ACT, {"simulate_user": False}),
     "ACT": (ACT, {}),
@@ -86,6 +86,7 @@ METHODS = {  # the same, from which method's model it starts, and which dialogue
 }  # fmt: skip
 ROWS = ["SFT", "SFT continued", "offline DPO", "ACT", "ACT, 4 samples"]
 CROSS = ["SFT", "SFT on all", "offline DPO on all", "ACT, crossed"]
+SLOW = {"learning_rate": 1e-12, "num_train_epochs": 1}  # the weights stay as they are
 LORA = {"lora_r": 16, "dtype": "bfloat16"}  # adapters are trained, at ten times the learning rate
 SEARCHED = (  # (method, what differs from its config); the last is the table's ACT
     ("SFT", {"num_train_epochs": 2}), ("SFT", {}), ("SFT", {"num_train_epochs": 8}),
@@ -119,10 +120,13 @@ def deal(task, conversations):
 
 
 class Runs:
-    """Runs `act.py` in `out`, `jobs` runs at a time, each once. settings: {key: value} of all."""
+    """Runs `act.py` in `out`, `jobs` runs at a time, each once.
 
-    def __init__(self, model, folds, out, jobs, lora, halves, settings):
-        self.model, self.out, self.settings = model.resolve(), out.resolve(), settings
+    epochs: of SFT, and of what starts from its model. settings: {key: value} of all runs.
+    """
+
+    def __init__(self, model, folds, out, jobs, lora, halves, epochs, settings):
+        self.model, self.out, self.epochs, self.settings = model.resolve(), out, epochs, settings
         self.jobs, self.lora, self.halves = jobs, lora, halves
         self.locks = defaultdict(threading.Lock)  # run -> held by the thread that sees to it
         for fold, (train, test) in folds.items():
@@ -151,7 +155,8 @@ class Runs:
             self.cross(fold)
         elif not self.halves:
             part = "train"
-        own = {**own, **dict(changed)}
+        epochs = self.epochs[start is not None]
+        own = {"num_train_epochs": epochs, **own, **dict(changed)}
         if self.lora:
             rate = data.read_json(ROOT / config)["training_config"]["learning_rate"]
             own |= {**LORA, "learning_rate": 10 * own.get("learning_rate", rate)}
@@ -306,10 +311,10 @@ def signal(runs, fold="fold0"):
     found = []
     for temperature in (0.7, 1.0):
         turns = defaultdict(list)
-        changed = ("learning_rate", 1e-12), ("training_config.temperature", temperature)
+        changed = tuple({**SLOW, "training_config.temperature": temperature}.items())
         for row in runs.rollouts("ACT, 4 samples", fold, changed):
             turns[row["where"], len(row["history"])].append(row)
-        turns = [samples[:4] for samples in turns.values()]  # the last step repeats some turns
+        turns = [samples[:4] for samples in turns.values()]  # a last step repeats some turns
         wrong = [row["outcome"] == WRONG_ACTION for samples in turns for row in samples]
         for tolerance in (0.3, 0.9):
             won = [[(row["score"] or 0.0) > tolerance for row in samples] for samples in turns]
@@ -350,11 +355,12 @@ def main():
     if (args.conversations is None) != (args.task == "sql"):
         parser.error("pacific and abg_coqa need a file of conversations, sql makes its own")
     halves = args.halves or args.signal or args.cross
-    out = args.out or ROOT / "runs" / f"{args.task}{'_halves' * halves}"
+    out = (args.out or ROOT / "runs" / f"{args.task}{'_halves' * halves}").resolve()
     given = dict(word.split("=", 1) for word in args.set)
     dealt = deal(args.task, args.conversations)
-    score, settings = TASKS[args.task]
-    runs = Runs(args.model, dealt, out, args.jobs, args.lora, halves, settings | given)
+    score, epochs, settings = TASKS[args.task]
+    settings = settings | given
+    runs = Runs(args.model, dealt, out, args.jobs, args.lora, halves, epochs, settings)
     if args.signal:
         return write(out, "signal", *signal(runs))
     if args.search:
