@@ -1,12 +1,14 @@
 """Make requests for SQL queries, half of them ambiguous, as the paper's AmbigSQL does with Spider's.
 
-    python tests/make_ambig_sql.py OUT.jsonl [--count 200] [--seed 0]
+    python tests/make_ambig_sql.py OUT.jsonl [--count 200] [--seed 0] [--without TRAIN.jsonl]
 
-A request is complete, or has lost its condition, its column or its sort key. Then the assistant asks for what is
-missing, the user gives it, and the query is that of the complete request. The context is an SQL script: the tables
-below with some of their rows. Of every conversation it is checked that its query runs and finds rows, and that a
-guess at the ambiguous request finds others. Everything is keyed by seed and number: a longer file begins with the
-shorter one.
+A request is complete, or has lost its condition, its column or its sort key. Then the assistant
+asks for what is missing, the user gives it, and the query is that of the complete request. The
+context is an SQL script, no longer than it must be: the tables that the query needs, and of the
+first one four rows, two of which do not meet its condition. Of every conversation it is checked
+that its query runs and finds rows, and that a guess at the ambiguous request finds others. None
+begins as one of TRAIN.jsonl does. Everything is keyed by seed and number: a longer file begins with
+the shorter one.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import exchange, execution_match, write_jsonl  # noqa: E402
+from data import exchange, execution_match, read_vertex_jsonl, write_jsonl  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------- the worlds
 
@@ -104,6 +106,8 @@ AGGREGATES = {"avg": ("average",), "max": ("highest", "maximum"), "min": ("lowes
 DIRECTIONS = {"": ("lowest first", "ascending"), " DESC": ("highest first", "descending")}
 SOME = ("some of the {rows}", "certain {rows}", "the {rows} that matter")
 ANYTHING = ("what I need", "something", "one detail")
+COUNTS = ("How many of those {rows} are there?", "How many such {rows} are there?",
+          "How many {rows} like that do we have?", "How many of the {rows} count?")  # fmt: skip
 IN_ORDER = ("in order", "sorted", "ranked")
 QUESTIONS = {  # what was taken away -> wordings of the question for it
     "condition": ("Which {rows} do you mean?", "What condition should the {rows} meet?", "Which ones count?"),
@@ -119,14 +123,26 @@ def quoted(value):
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
-def draw_script(world, rng):
-    """The tables, and of the first one five or six rows."""
+def script_of(tables):
     lines = []
-    for name, (columns, rows) in world.tables.items():
-        chosen = rows if lines else sorted(rng.sample(rows, rng.randint(5, 6)), key=rows.index)
-        values = ", ".join("(" + ", ".join(map(quoted, row)) + ")" for row in chosen)
+    for name, (columns, rows) in tables.items():
+        values = ", ".join("(" + ", ".join(map(quoted, row)) + ")" for row in rows)
         lines += [f"CREATE TABLE {name} ({columns});", f"INSERT INTO {name} VALUES {values};"]
     return "\n".join(lines)
+
+
+def draw_tables(world, query, guess, rng):
+    """Of the first table four rows, of which the query's condition leaves out two, if it leaves out
+    as many; the second table where the query or the guess needs it."""
+    (first, (columns, rows)), *others = world.tables.items()
+    source = query.partition(" FROM ")[2].partition(" ORDER BY ")[0]
+    numbers = rows_found(script_of(world.tables), f"SELECT {first}.rowid FROM {source}")
+    needed = [row for i, row in enumerate(rows, start=1) if (i,) in numbers]
+    decoys = [row for row in rows if row not in needed]
+    decoys = rng.sample(decoys, min(2, len(decoys)))
+    needed = rng.sample(needed, min(4 - len(decoys), len(needed)))
+    tables = {first: (columns, sorted(needed + decoys, key=rows.index))}
+    return tables | {name: table for name, table in others if name in query + guess}
 
 
 def query_of(world, select, test="", order=""):
@@ -154,8 +170,9 @@ def draw_condition(world, script, rng, without):
     return f"whose {words} is {name} {value}", f"{column} {sign} {value}"
 
 
-def draw_request(world, script, rng):
+def draw_request(world, rng):
     """(the whole request, its query, {what can be taken away: (the request without it, the user's reply, a guess)})."""
+    script = script_of(world.tables)
     form = rng.choice(("list", "list", "sorted", "sorted", "count", "aggregate", "top"))
     words, column = rng.choice(list((world.texts | world.numbers).items()))
     number, value = rng.choice(list(world.numbers.items()))
@@ -181,7 +198,7 @@ def draw_request(world, script, rng):
         }  # fmt: skip
     if form == "count":
         return f"How many {rows} {condition} are there?", query_of(world, "count(*)", test), {
-            "condition": (f"How many of those {rows} are there?", only, query_of(world, "count(*)")),
+            "condition": (rng.choice(COUNTS).format(rows=rows), only, query_of(world, "count(*)")),
         }  # fmt: skip
     if form == "aggregate":
         function = rng.choice(list(AGGREGATES))
@@ -199,27 +216,39 @@ def draw_request(world, script, rng):
     }  # fmt: skip
 
 
-def make_conversation(rng):
-    """A conversation in the messages form; drawn again until its query finds rows, and a guess finds others."""
-    ambiguous, score = rng.random() < 0.5, None
-    while score != (0.0, 0.0):
+def make_conversation(rng, known=()):
+    """A conversation in the messages form; drawn again until its query finds rows, a guess finds
+    others, and its request is not among those known."""
+    ambiguous = rng.random() < 0.5
+    while True:
         world = rng.choice(WORLDS)
-        script = draw_script(world, rng)
-        request, query, taken = draw_request(world, script, rng)
+        whole, query, taken = draw_request(world, rng)
         kind = rng.choice(list(taken))
         vague, reply, guess = taken[kind]
-        if any(value is not None for row in rows_found(script, query) for value in row):
-            score = execution_match(guess, query, script)
+        script = script_of(draw_tables(world, query, guess, rng))
+        request = vague if ambiguous else whole
+        finds = any(value is not None for row in rows_found(script, query) for value in row)
+        apart = finds and execution_match(guess, query, script) == (0.0, 0.0)
+        if apart and request not in known:
+            break
     assert execution_match(query, query, script) == (1.0, 1.0), query
     messages = [{"role": "system", "content": script}]
     if ambiguous:
-        messages += exchange(vague, rng.choice(QUESTIONS[kind]).format(rows=world.rows), clarify=True)
-        request = rng.choice(REPLIES).format(reply)
-    return {"messages": messages + exchange(request[0].upper() + request[1:], query)}
+        question = rng.choice(QUESTIONS[kind]).format(rows=world.rows)
+        messages += exchange(vague, question, clarify=True)
+        reply = rng.choice(REPLIES).format(reply)
+        request = reply[0].upper() + reply[1:]
+    return {"messages": messages + exchange(request, query)}
 
 
-def make(count, seed=0):
-    return [make_conversation(random.Random(f"{seed}/{number}")) for number in range(count)]
+def requests_of(conversations):
+    """What the conversations begin with."""
+    return {conversation["messages"][1]["content"] for conversation in conversations}
+
+
+def make(count, seed=0, known=()):
+    """That many conversations, none of which begins with a request among those known."""
+    return [make_conversation(random.Random(f"{seed}/{n}"), known) for n in range(count)]
 
 
 if __name__ == "__main__":
@@ -227,8 +256,11 @@ if __name__ == "__main__":
     parser.add_argument("target", help="the JSONL file to write")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without", metavar="FILE", help="make no request of this file again")
     given = parser.parse_args()
-    conversations = make(given.count, given.seed)
+    known = requests_of(read_vertex_jsonl(given.without)) if given.without else ()
+    conversations = make(given.count, given.seed, known)
     write_jsonl(given.target, conversations)
     vague = sum(len(conversation["messages"]) == 5 for conversation in conversations)
-    print(f"{given.target}: {len(conversations)} conversations, {vague} of them ambiguous")
+    count, different = len(conversations), len(requests_of(conversations))
+    print(f"{given.target}: {count} conversations, {vague} ambiguous, {different} requests")
