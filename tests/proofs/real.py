@@ -59,7 +59,7 @@ from act import CUT_OFF, WRONG_ACTION, load_config, logged_rows, summarize  # no
 from data import CLARIFY  # noqa: E402
 
 TASKS = {  # task -> (what an answer is measured by, epochs of SFT and after it, settings)
-    "pacific": ("F1", (4, 1), {"tolerance": 0.3}),
+    "pacific": ("F1", (4, 1), {"heuristic": "drop_f1", "tolerance": 0.3}),
     "abg_coqa": ("F1", (4, 2), {"heuristic": "coqa_f1", "tolerance": 0.5}),
     "sql": ("execution match", (8, 4), {
         "heuristic": "execution_match", "tolerance": 0.5, "training_config.max_new_tokens": 48,
