@@ -631,7 +631,7 @@ def trl_steps(peer, batches, attention, micro=None, lora=False, precompute=False
     trainer.train()
     note = f"trl {trl.__version__}, transformers {transformers.__version__}"
     if precompute:
-        note += f"; reference of {len(rows)} pairs before that, tokenising included, {made:.1f} s"
+        note += f"; reference of {len(rows)} pairs before that, with tokenising and hashing, {made:.1f} s"
     kind = policy.config._attn_implementation
     logps = trainer.state.log_history[0]["logps/chosen"]
     return times, {"logps": logps, "attention": kind, "note": note}
@@ -841,23 +841,27 @@ class Worker:
 
     def measure(self, name, seconds):
         """Its result, or an "error" after so many seconds. seconds None: as long as it takes."""
-        timer = threading.Timer(10**6 if seconds is None else max(1, seconds), self.stop)
+        ends = time.monotonic() + (10**6 if seconds is None else seconds)
+        timer = threading.Timer(ends - time.monotonic(), self.stop)
         timer.daemon = True
         timer.start()
         line = ""
         with contextlib.suppress(BrokenPipeError):
             print(name, file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
-        late = not timer.is_alive()
         timer.cancel()
         if line:
             return json.loads(line)
         self.stop()
-        self.log.seek(0)
-        said = (self.log.read().strip() or "nothing said").splitlines()
-        print(*said[-30:], sep="\n", file=sys.stderr)
+        said = self.said()
+        late = time.monotonic() > ends
         reason = "the time is over" if late else f"process ended, {said[-1][:120]}"
         return {"error": reason.replace("|", "/")}
+
+    def said(self):
+        """The lines of its standard error, one at least."""
+        self.log.seek(0)
+        return (self.log.read().strip() or "nothing said").splitlines()
 
     def stop(self):
         """With all that it has started, as compilers are."""
@@ -887,6 +891,8 @@ class Table:
         began = time.monotonic()
         result = self.workers[kind].measure(name, self.left())
         held = result.pop("held", 0)
+        if "error" in result:
+            result["said"] = self.workers[kind].said()[-30:]
         if self.args.device == "cpu" or "error" in result or held > 2**26:
             self.workers.pop(kind).stop()
         took, so_far = time.monotonic() - began, time.monotonic() - self.began
@@ -959,17 +965,18 @@ class Table:
         return f"| {' | '.join([*cells, *ratios, self.share(name), notes])} |"
 
     def shares(self, name):
-        """{what: (rate, share of the machine's limit)}, of the last measurement of this name."""
-        result, flops, found = self.results[name][-1], self.limit["flops"], {}
-        if "error" in result:
-            return found
+        """{what: (rate, share of the machine's limit)}."""
+        if not self.figures(name):
+            return {}
+        result = [result for result in self.results[name] if "error" not in result][-1]
+        found = {}
         for what, per_second in (
             ("", result.get("flops", 0) / self.figures(name)[0]),
             ("prefill ", result.get("prefill_rate", 0)),
             ("forward and backward ", result.get("train_rate", 0)),
         ):
             if per_second:
-                found[f"{what}FLOP/s"] = per_second, per_second / flops
+                found[f"{what}FLOP/s"] = per_second, per_second / self.limit["flops"]
         if read := result.get("bytes_rate"):
             found["decoding B/s"] = read, read / self.limit["bandwidth"]
         return found

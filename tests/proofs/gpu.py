@@ -225,7 +225,7 @@ def print_goals(table):
         return table.shares(name).get(what, (0, None))[1]
 
     step, decoding = "forward and backward FLOP/s", "decoding B/s"
-    peers = {ours: rivals[0] for _, ours, rivals in reversed(PLAN[:3])}
+    peers = {ours: rivals[0] for _, ours, rivals in PLAN[:3]}
     rows = [("MFU, forward and backward, nothing shared", share("nothing shared", step), 0.45)]
     rows += [("share of bandwidth, decoding 32 rows", share("rollout", decoding), 0.6)]
     for name, goal in (("dialogues", 5), ("nothing shared", 1.2)):
