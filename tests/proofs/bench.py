@@ -90,7 +90,7 @@ WORKLOADS = {
     "270m": (4, 512, 64, 8, (0.25, 0.75), 2, 7),
     "2b": (4, 1000, 100, 32, (1.0, 1.0), 1, 6),
 }
-UNSHARED = 24  # tokens of a prompt that the two sides of a pair need not share
+SHORTEST = 48  # tokens of a prompt; fewer do not hold the format's own
 FEW = 8  # tokens of a reply after which decoding is timed: by then its step is recorded
 NEWLINE, WORDS = 4, 8  # ids below WORDS are for control tokens
 CUDA = torch.cuda.is_available()
@@ -226,9 +226,9 @@ class Work:
         return [self.pair(seed, self.prompt) for seed in range(self.pair_count)]
 
     def unshared_pairs(self):
-        """As long as these, but nearly all of it reply: nothing that could be computed once."""
-        response = self.prompt + self.response - UNSHARED
-        return [self.pair(seed, UNSHARED, response) for seed in range(self.pair_count)]
+        """As long and a little longer, nearly all of it reply: nothing is computed once for two."""
+        response = self.prompt + self.response
+        return [self.pair(seed, SHORTEST, response) for seed in range(self.pair_count)]
 
     def ragged(self, count):
         """Pairs whose prompts have from the least to the greatest share of `prompt` tokens."""
