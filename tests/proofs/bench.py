@@ -559,13 +559,14 @@ def with_attention(peer, work):
         try:
             result = work(attention)
         except Exception as error:  # whatever a package that is not there or a compiler raises
-            FAILED[attention] = f"not {attention}: {in_a_line(error)[:70]}"
+            FAILED[attention] = in_a_line(error)
             traceback.print_exc()
         else:
             note = f"{result['note']}; attention {result.pop('attention')}"
-            return {**result, "note": "; ".join([note, *FAILED.values()])}
+            note += f", not {' nor '.join(FAILED)}" if FAILED else ""
+            return {**result, "note": note, "failed": FAILED}
         free_memory()
-    raise RuntimeError("; ".join(FAILED.values()))
+    raise RuntimeError(str(FAILED))
 
 
 def trl_tokenizer(vocab_size):
@@ -665,7 +666,10 @@ def trl_dialogues(peer, **options):
 
 
 def hf_generate(peer, **options):
-    """A function (token lists, new) that samples so many new tokens with transformers."""
+    """A function (token lists, new) that samples so many new tokens with transformers, and a note.
+    """
+    import transformers
+
     model = peer_model(peer, DTYPE, "auto")
     model.generation_config.eos_token_id = None
 
@@ -679,15 +683,13 @@ def hf_generate(peer, **options):
         made = model.generate(rows, attention_mask=mask, **sampling, **options)
         assert made.shape == (len(prompts), width + new)
 
-    return run
+    kind = model.config._attn_implementation
+    return run, f"transformers {transformers.__version__}, attention {kind}"
 
 
 def hf_rollout(peer, **options):
-    import transformers
-
     prompts, new = peer.tokens["rollout"], peer.tokens["new"]
-    run = hf_generate(peer, **options)
-    note = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    run, note = hf_generate(peer, **options)
     times = timed(lambda: run(prompts, new))
     return {"seconds": times, "units": len(prompts) * new, "note": note}
 
@@ -704,13 +706,13 @@ def hf_static(peer):
 def hf_uncached(peer):
     """The shortest and the longest prompt stand for all of them: the time is scaled to that."""
     prompts, new = peer.tokens["rollout"], peer.tokens["new"]
-    run = hf_generate(peer, use_cache=False)
+    run, note = hf_generate(peer, use_cache=False)
     run(prompts[:1], 2)
     began = clock()
     for prompt in (prompts[0], prompts[-1]):
         run([prompt], new)
     seconds = (clock() - began) * len(prompts) / 2
-    note = f"2 of {len(prompts)} prompts, scaled"
+    note += f"; 2 of {len(prompts)} prompts, scaled"
     return {"seconds": [seconds], "units": len(prompts) * new, "note": note}
 
 
@@ -934,7 +936,7 @@ class Table:
             worker.stop()
 
     def add(self, title, ours, name, number):
-        title = f"**{title}**" if name == ours else f"against {name}"
+        title = f"**{title}**" if name == ours else f"{title}, against {name}"
         if any("error" in result for result in self.results[name]):
             return
         if self.args.minutes and self.left() < 5:

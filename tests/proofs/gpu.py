@@ -6,7 +6,8 @@
     python tests/proofs/gpu.py --peer            eight minutes: is it as fast as it should be?
     python tests/proofs/gpu.py --device cpu      a check of this script, without the speeds
     python tests/proofs/gpu.py --device cpu --peer --size tiny --minutes 60
-                                                 the same of the comparison
+                                                 the same of the comparison; of the speeds alone:
+                                                 --only speeds instead of --peer
 
 For a person with a GPU, to be run first. Random models of four layers, with heads of 64, 128 and
 256 and a window of 48: log-probabilities and gradients of forests of one and several rows (one row
@@ -170,10 +171,10 @@ PLAN = [  # title, ours, what it is set against; the first matter most
     ("rollout", "rollout", ["transformers, static cache, compiled"]),
     ("ACT step", "ACT step", ["ACT step, 4 samples"]),
     ("DPO step, 4 pairs, LoRA of rank 16", "LoRA", ["TRL, LoRA"]),
-    ("DPO on the dialogue, LoRA, per pair", "dialogues, LoRA", ["TRL, dialogues, LoRA"]),
     ("DPO step, 4 pairs", "dpo", ["norms not fused", "TRL, reference precomputed"]),
-    ("DPO on the dialogue", "dialogues", ["TRL, dialogues, reference precomputed"]),
     ("rollout", "rollout", ["vLLM"]),
+    ("DPO on the dialogue, LoRA, per pair", "dialogues, LoRA", ["TRL, dialogues, LoRA"]),
+    ("DPO on the dialogue, per pair", "dialogues", ["TRL, dialogues, reference precomputed"]),
 ]
 SPEEDS = [(name, name, []) for name in ("dpo", "rollout", "ACT step")]
 CHECKED = (  # under --peer, a process each; all of them take ten minutes
@@ -250,6 +251,8 @@ def main():
     option("--minutes", type=float, default=8, help="for all of --peer")
     option("--out", default="gpu_peer.jsonl", help="--peer's measurements, lines of JSON")
     args = parser.parse_args()
+    if args.peer and args.only:
+        parser.error("--peer has its own choice of points, expected no --only beside it")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     began = time.monotonic()
     if args.peer:
@@ -257,9 +260,10 @@ def main():
         speeds(args, args.minutes - (time.monotonic() - began) / 60)
     elif args.only not in ("runs", "speeds"):
         parity(args.device, args.only)
-    if args.only in ("", "runs") and not args.peer:
+    if args.only == "runs" or not (args.only or args.peer):
         runs(args.device)
-    if not args.peer and args.device == "cuda" and args.only in ("", "speeds"):
+    everything = args.only == "" and args.device == "cuda" and not args.peer
+    if everything or args.only == "speeds":
         speeds(args)
     if not (DONE or args.peer or args.only == "speeds"):
         parser.error(f"--only: no point has {args.only!r} in its line")
