@@ -896,17 +896,17 @@ class Table:
         began = time.monotonic()
         result = self.workers[kind].measure(name, self.left())
         held = result.pop("held", 0)
-        if "error" in result:
-            result["said"] = self.workers[kind].said()[-30:]
+        said = {"said": self.workers[kind].said()[-30:]} if "error" in result else {}
         fresh = self.args.device == "cpu" and self.args.size != "tiny"
         if fresh or "error" in result or held > 2**26:
             self.workers.pop(kind).stop()
         took, so_far = time.monotonic() - began, time.monotonic() - self.began
-        line = json.dumps({"name": name, **result})
-        print(f"[{so_far:6.0f} s, {took:4.0f} of it] {line}", file=sys.stderr, flush=True)
+        named = {"name": name, **result}
+        line = f"[{so_far:6.0f} s, {took:4.0f} of it] {json.dumps(named)}"
+        print(line, file=sys.stderr, flush=True)
         if self.args.out:
             with open(self.args.out, "a") as file:
-                file.write(line + "\n")
+                file.write(json.dumps({**named, **said}) + "\n")
         self.results[name].append(result)
         return result
 
@@ -927,23 +927,26 @@ class Table:
                     if name in done or once or name in PEERS and not self.args.peer:
                         continue
                     done.add(name)
-                    self.add(title, ours, name, number)
+                    self.add(title, ours, name)
         if self.missed:
             print(f"\nNot run, the time being over: {'; '.join(self.missed)}")
 
     def stop(self):
+        """All processes."""
         for worker in self.workers.values():
             worker.stop()
 
-    def add(self, title, ours, name, number):
+    def add(self, title, ours, name):
+        """A row, while there is time; a later round's that fails leaves the earlier one's."""
         title = f"**{title}**" if name == ours else f"{title}, against {name}"
         if any("error" in result for result in self.results[name]):
             return
         if self.args.minutes and self.left() < 5:
-            self.missed.append(f"{name}, round {number + 1}")
+            self.missed += [] if self.results[name] else [name]
             return
-        self.measure(name)
-        print(self.row(title, name, ours), flush=True)
+        result = self.measure(name)
+        if "error" not in result or not self.figures(name):
+            print(self.row(title, name, ours), flush=True)
 
     def figures(self, name):
         """(median, least, largest peak) of a measurement, None where it failed."""
