@@ -196,7 +196,7 @@ def side_by_side(device, seconds):
             lines = process.communicate(timeout=left)[0].splitlines()
         except subprocess.TimeoutExpired:
             process.kill()
-            lines = [f"not done after {seconds:.0f} s"]
+            lines = [f"not done after {seconds:.0f} s, a quarter of --minutes"]
         points = [line for line in lines if line.endswith(("  ok", "  FAILED"))]
         print(*points or [f"{part}: FAILED", *lines[-5:]], sep="\n", flush=True)
         if process.wait() != 0:
