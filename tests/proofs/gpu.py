@@ -1,18 +1,35 @@
 """Is all well on this GPU? Its path against the CPU's, whole runs, then how fast it is.
 
     python tests/proofs/gpu.py                   some ten minutes, nearly all of them compilations
-    python tests/proofs/gpu.py --only bfloat16   a part of it; parts may run side by side, but not beside the speeds
+    python tests/proofs/gpu.py --only bfloat16   a part of it; parts may run side by side, but not
+                                                 beside the speeds
+    python tests/proofs/gpu.py --peer            eight minutes: is it as fast as it should be?
     python tests/proofs/gpu.py --device cpu      a check of this script, without the speeds
+    python tests/proofs/gpu.py --device cpu --peer --size tiny --minutes 60
+                                                 the same of the comparison; of the speeds alone:
+                                                 --only speeds instead of --peer
 
-For a person with a GPU, to be run first. Random models of four layers, with heads of 64, 128 and 256 and a window of 48:
-log-probabilities and gradients of forests of one and several rows (one row of 65 to 127 tokens among them), in float32
-and bfloat16, with and without checkpointing and with LoRA; greedy replies of two turns, in which rows end at different
-times and the cache is kept; then runs of act.py on the tiny world, with LoRA and in full, on one rank and, where there
-are two GPUs, on two. One line a point; status 1 when one is over its limit. bfloat16 is compared with float32 on the CPU,
-so its limit is rounding. What torch leaves uncompiled, and what a run does without, is a failure here.
+For a person with a GPU, to be run first. Random models of four layers, with heads of 64, 128 and
+256 and a window of 48: log-probabilities and gradients of forests of one and several rows (one row
+of 65 to 127 tokens among them), in float32 and bfloat16, with and without checkpointing and with
+LoRA; greedy replies of two turns, in which rows end at different times and the cache is kept; then
+runs of act.py on the tiny world, with LoRA and in full, on one rank and, where there are two GPUs,
+on two. One line a point; status 1 when one is over its limit. bfloat16 is compared with float32 on
+the CPU, so its limit is rounding. What torch leaves uncompiled, and what a run does without, is a
+failure here.
 
-The speeds are of a model of Gemma 2 2B's sizes with random weights, in bfloat16: an ACT step's training part as a share of
-the card's FLOP/s, and decoding at 4 and 32 rows as a share of its bandwidth, both limits measured in the same minute.
+The speeds are bench.py's, of a model of Gemma 2 2B's sizes with random weights, in bfloat16: a DPO
+step of four pairs and its operations as a share of the card's own, a rollout of 32 replies of 100
+tokens over prompts of 1,000 and what decoding reads as a share of the card's bandwidth, and an ACT
+step.
+
+With --peer, all within --minutes: some of these parts side by side, then bench.py's measurements of
+ours and of TRL and transformers in turns, from what matters most to what matters least, and once
+more while there is time. TRL trains float32 weights with bfloat16 products, as ours, recomputes as
+ours, and attends by the first that works of flash attention 2, flex attention and transformers'
+own; its step is neither compiled nor does it have others' kernels. transformers generates with a
+static cache, its steps compiled. PEFT and vLLM are rows where they are installed; what fails is a
+row that says so. Results are printed and written to --out as they come. Last, the goals.
 """
 
 import argparse
@@ -26,8 +43,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/proofs")]
 
+import bench  # noqa: E402
 import torch  # noqa: E402
-from memory import config_of  # noqa: E402
 
 import act  # noqa: E402
 import gemma  # noqa: E402
@@ -145,88 +162,110 @@ def runs(device):
                 report(f"a run of act.py {name}, {count} rank{'s' * (count > 1)}", said, ok, began)
 
 
-# ------------------------------------------------------------------------------------------------------------- how fast
+# --------------------------------------------------------------------------------------- how fast
+
+PLAN = [  # title, ours, what it is set against; the first matter most
+    ("DPO on 8 turns of a dialogue, per pair", "dialogues", ["TRL, dialogues"]),
+    ("DPO step, 4 pairs", "dpo", ["TRL DPOTrainer"]),
+    ("DPO step, nothing shared", "nothing shared", ["TRL, nothing shared"]),
+    ("rollout", "rollout", ["transformers, static cache, compiled"]),
+    ("ACT step", "ACT step", ["ACT step, 4 samples"]),
+    ("DPO step, 4 pairs, LoRA of rank 16", "LoRA", ["TRL, LoRA"]),
+    ("DPO step, 4 pairs", "dpo", ["norms not fused", "TRL, reference precomputed"]),
+    ("rollout", "rollout", ["vLLM"]),
+    ("DPO on the dialogue, LoRA, per pair", "dialogues, LoRA", ["TRL, dialogues, LoRA"]),
+    ("DPO on the dialogue, per pair", "dialogues", ["TRL, dialogues, reference precomputed"]),
+]
+SPEEDS = [(name, name, []) for name in ("dpo", "rollout", "ACT step")]
+CHECKED = (  # under --peer, a process each; all of them take ten minutes
+    "float32, heads of 64, forest of (70, 90, 260), checkpointing",
+    "bfloat16, heads of 256, forest of (300, 400), checkpointing",
+    "bfloat16, heads of 256, one row of (100,), LoRA",
+    "float32, heads of 256, replies of two turns",
+)
 
 
-def seconds(work, repeats=3):
-    """The fastest of some repeats, after one that compiles."""
-    work()
-    found = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
+def side_by_side(device, seconds):
+    """Some of the parts above, of which each line is printed when its process is done."""
+    command = [sys.executable, __file__, "--device", device, "--only"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    began = time.monotonic()
+    for part, process in [(part, subprocess.Popen([*command, part], **pipes)) for part in CHECKED]:
+        try:
+            left = max(1, seconds - (time.monotonic() - began))
+            lines = process.communicate(timeout=left)[0].splitlines()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            lines = [f"not done after {seconds:.0f} s, a quarter of --minutes"]
+        points = [line for line in lines if line.endswith(("  ok", "  FAILED"))]
+        print(*points or [f"{part}: FAILED", *lines[-5:]], sep="\n", flush=True)
+        if process.wait() != 0:
+            FAILED.append(part)
 
 
-def card():
-    """(FLOP/s of a bfloat16 product, bytes/s read and written by a copy) of this card, measured."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    big = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(big)
-    return 2 * 8192**3 / seconds(lambda: a @ a, 10), 2 * big.nbytes / seconds(lambda: target.copy_(big), 10)
+def speeds(args, minutes=None):
+    """bench.py's table of what ours does, with --peer beside what others do."""
+    options = ["--size", args.size, "--device", args.device, "--peer-python", args.peer_python]
+    options += ["--attention", "flash_attention_2,flex_attention,auto"]
+    if not args.peer:
+        bench.measured(SPEEDS, bench.parser().parse_args([*options, "--rounds", "1"]))
+        return
+    options += ["--peer", "--rounds", "2", "--minutes", str(minutes), "--out", args.out]
+    print_goals(bench.measured(PLAN, bench.parser().parse_args(options)))
 
 
-def speeds(prompt=1500, reply=100, pairs=4, new=64):
-    flops, bandwidth = card()
-    print(f"\n{torch.cuda.get_device_name()}: {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s")
-    with torch.device("meta"):
-        policy = gemma.Gemma(config_of("2b")).bfloat16()
-    policy.to_empty(device="cuda")
-    for parameter in policy.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    policy.set_checkpointing(True)
-    sequences = []
-    for i in range(pairs):
-        start = tokens(i, prompt)
-        sequences += [start + tokens(100 + 2 * i + side, reply) for side in (0, 1)]
-    forest = gemma.Forest(sequences, [[0] * prompt + [1] * reply] * len(sequences)).to(torch.device("cuda"))
+def print_goals(table):
+    """What was aimed at on an H100 with the 2B's sizes, beside what was found."""
 
-    def update():
-        with torch.no_grad():
-            reference = policy.logps(forest)
-        (policy.logps(forest) - reference).sum().backward()
-        policy.zero_grad()
+    def ratio(ours, peer, column):
+        """Theirs over ours of a column of `figures`: 0 seconds, 2 memory."""
+        found = table.figures(ours), table.figures(peer)
+        return found[1][column] / found[0][column] if all(found) else None
 
-    body = sum(p.numel() for p in policy.layers.parameters())
-    head = policy.embed_tokens.weight.numel()
-    # reference 2, forward 2, recomputed 2, backward 4 of each weight and token; the head: at scored tokens, recomputed too
-    work = 10 * (body * forest.used + head * len(forest.targets))
-    took = seconds(update)
-    print(f"training part of a step, {pairs} pairs, {forest.used} tokens: {took:.2f} s, MFU {work / took / flops:.0%}")
-    policy.requires_grad_(False)
-    weights = 2 * (body + head)
-    for rows in (4, 32):
-        prompts = [tokens(1000 + row, prompt) for row in range(rows)]
+    def share(name, what):
+        return table.shares(name).get(what, (0, None))[1]
 
-        def decode(count, prompts=prompts):
-            gemma.generate(policy, prompts, count, temperature=0.7)
-
-        step = (seconds(lambda: decode(new)) - seconds(lambda: decode(8))) / (new - 8)
-        config = policy.config
-        cache = 4 * rows * prompt * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        share = (weights + cache) / step / bandwidth
-        print(f"decoding, {rows} rows: {rows / step:.0f} tokens/s, {1000 * step:.1f} ms a step, {share:.0%} of bandwidth")
-        if rows == pairs:
-            print(f"replies of {reply} tokens for such a step: {seconds(lambda: decode(reply)):.2f} s")
-    print(f"largest memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    step, decoding = "forward and backward FLOP/s", "decoding B/s"
+    peers = {ours: rivals[0] for _, ours, rivals in PLAN[:3]}
+    rows = [("MFU, forward and backward, nothing shared", share("nothing shared", step), 0.45)]
+    rows += [("share of bandwidth, decoding 32 rows", share("rollout", decoding), 0.6)]
+    for name, goal in (("dialogues", 5), ("nothing shared", 1.2)):
+        rows.append((f"times as fast as TRL, {name}", ratio(name, peers[name], 0), goal))
+    for name, peer in peers.items():
+        rows.append((f"times our memory that TRL takes, {name}", ratio(name, peer, 2), 1 / 0.7))
+    print("\n| goal on an H100 | at least | found | |\n|---|---|---|---|")
+    for what, found, goal in rows:
+        value = "not measured" if found is None else f"{found:.2f}"
+        verdict = "" if found is None else "reached" if found >= goal else "missed"
+        print(f"| {what} | {goal:.2f} | {value} | {verdict} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default="", metavar="TEXT", help="points with this in their line, or: runs, speeds")
+    option = parser.add_argument
+    option("--device", default="cuda")
+    option("--only", default="", metavar="TEXT", help="points so named; runs; speeds")
+    option("--peer", action="store_true", help="some points, then the speeds beside TRL's")
+    option("--peer-python", default=sys.executable, help="a Python that has transformers and trl")
+    option("--size", choices=bench.SIZES, default="2b", help="of the speeds' model")
+    option("--minutes", type=float, default=8, help="for all of --peer")
+    option("--out", default="gpu_peer.jsonl", help="--peer's measurements, lines of JSON")
     args = parser.parse_args()
+    if args.peer and args.only:
+        parser.error("--peer has its own choice of points, expected no --only beside it")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if args.only not in ("runs", "speeds"):
+    began = time.monotonic()
+    if args.peer:
+        side_by_side(args.device, 15 * args.minutes)  # a quarter of the time, in seconds
+        speeds(args, args.minutes - (time.monotonic() - began) / 60)
+    elif args.only not in ("runs", "speeds"):
         parity(args.device, args.only)
-    if args.only in ("", "runs"):
+    if args.only == "runs" or not (args.only or args.peer):
         runs(args.device)
-    if args.device == "cuda" and args.only in ("", "speeds"):
-        speeds()
-    if not DONE and args.only != "speeds":
+    everything = args.only == "" and args.device == "cuda" and not args.peer
+    if everything or args.only == "speeds":
+        speeds(args)
+    if not (DONE or args.peer or args.only == "speeds"):
         parser.error(f"--only: no point has {args.only!r} in its line")
     print(f"\n{len(FAILED)} failed" if FAILED else "\nall is well")
     return int(bool(FAILED))
