@@ -1245,9 +1245,9 @@ class Template:
         how many tokens it lost to be at most `max_length` long, if that holds more than the
         markers. Each text is tokenised once.
 
-        A longer prompt loses its oldest turns first, then the head of its context, in steps of an
-        eighth of max_length, so that most turns of a dialogue still begin with the same tokens. A
-        last user turn that is longer even alone loses its own head.
+        A longer prompt loses its oldest turns first, then the head of its context, both in steps of
+        an eighth of max_length, so that most turns of a dialogue still begin with the same tokens.
+        A last user turn that is longer even alone loses its own head.
         """
         said = []  # the tokens of all messages
         ends = [0]  # where each of them begins, and the last ends
@@ -1279,7 +1279,8 @@ class Template:
         for n in lengths:
             last = bisect_left(starts, n) - 1
             enough = len(context) + ends[n] - room  # to be lost
-            first = bisect_left(starts, enough, hi=last, key=ends.__getitem__)
+            rounded_up = math.ceil(enough / step) * step
+            first = bisect_left(starts, rounded_up, hi=last, key=ends.__getitem__)
             excess = enough - ends[starts[first]]
             cut = head + context[len(head) + math.ceil(excess / step) * step :]
             kept = context if excess <= 0 else cut
