@@ -603,6 +603,12 @@ def attend(q, k, v, mask, scale, softcap):
         return kernel(q, k, v, cap, mask, scale, enable_gqa=True, kernel_options=options)
     B, N, _, D = q.shape
     K = k.shape[1]
+    if q.shape[2] == 1 and q.device.type == "cpu" and softcap is None:
+        [(_, _, bias)] = mask  # a step of decoding: in bfloat16 in a third of the time (270M)
+        stacked = q.reshape(B, K, -1, D)
+        bias = bias[:, None].to(q.dtype)
+        out = F.scaled_dot_product_attention(stacked, k, v, bias, scale=scale)
+        return out.reshape(q.shape)
     q = q * scale
     outs = []
     for queries, keys, bias in mask:
@@ -1451,7 +1457,9 @@ class KVCache:
     def swap(self, a, b):
         """Two rows trade places."""
         for x in self.stores:
-            x[[a, b]] = x[[b, a]]
+            kept = x[a].clone()
+            x[a] = x[b]
+            x[b] = kept
         for each in (self.tokens, self.order):
             each[a], each[b] = each[b], each[a]
 
