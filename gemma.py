@@ -1562,14 +1562,15 @@ def generate(
     """
     outputs = [[] for _ in prompts]
     settings = temperature, top_k, top_p, stop_ids, generator, kv_cache or KVCache()
-    for row, token in stream(model, prompts, max_new_tokens, *settings):
-        outputs[row].append(token)
+    for step in stream(model, prompts, max_new_tokens, *settings):
+        for row, token in step:
+            outputs[row].append(token)
     return outputs
 
 
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, generator, cache):
-    """`generate`, yielding (number of a prompt, its next token) as they are sampled."""
+    """`generate`, yielding each step's [(number of a prompt, its next token)]."""
     if not all(prompts):
         raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")
     if not (temperature >= 0 and top_k >= 0 and max_new_tokens >= 0):
@@ -1585,14 +1586,18 @@ def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, 
     for left in reversed(range(max_new_tokens)):
         u = None if noise is None else noise[cache.order[:active], -1 - left].to(logits.device)
         tokens = sample(logits, u, temperature, top_k, top_p).tolist()
+        step = []  # not a token each: inference mode is left and entered where this yields
         for row in reversed(range(active)):
             if tokens[row] in stop_ids:
                 active -= 1
                 cache.swap(row, active)
                 tokens[row] = tokens[active]
             else:
-                yield cache.order[row], tokens[row]
-        if active == 0 or left == 0:
+                step.append((cache.order[row], tokens[row]))
+        if active == 0:
+            return
+        yield step
+        if left == 0:
             return
         logits = cache.advance(model, [[token] for token in tokens[:active]])
 
@@ -1681,7 +1686,7 @@ def chat(model, template, context, limit, temperature):
         tokens = []
         text = ""
         try:
-            for _, token in stream(model, [prompt], *settings, cache):
+            for [(_, token)] in stream(model, [prompt], *settings, cache):
                 tokens.append(token)
                 shown = len(text)
                 text = template.text(tokens).rstrip("\ufffd")  # a sign whose last bytes are to come
