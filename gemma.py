@@ -603,6 +603,12 @@ def attend(q, k, v, mask, scale, softcap):
         return kernel(q, k, v, cap, mask, scale, enable_gqa=True, kernel_options=options)
     B, N, _, D = q.shape
     K = k.shape[1]
+    if q.shape[2] == 1 and q.device.type == "cpu" and softcap is None:
+        [(_, _, bias)] = mask  # a step of decoding: in bfloat16 in a third of the time (270M)
+        stacked = q.reshape(B, K, -1, D)
+        bias = bias[:, None].to(q.dtype)
+        out = F.scaled_dot_product_attention(stacked, k, v, bias, scale=scale)
+        return out.reshape(q.shape)
     q = q * scale
     outs = []
     for queries, keys, bias in mask:
@@ -1246,9 +1252,9 @@ class Template:
         how many tokens it lost to be at most `max_length` long, if that holds more than the
         markers. Each text is tokenised once.
 
-        A longer prompt loses its oldest turns first, then the head of its context, in steps of an
-        eighth of max_length, so that most turns of a dialogue still begin with the same tokens. A
-        last user turn that is longer even alone loses its own head.
+        A longer prompt loses its oldest turns first, then the head of its context, both in steps of
+        an eighth of max_length, so that most turns of a dialogue still begin with the same tokens.
+        A last user turn that is longer even alone loses its own head.
         """
         said = []  # the tokens of all messages
         ends = [0]  # where each of them begins, and the last ends
@@ -1280,7 +1286,8 @@ class Template:
         for n in lengths:
             last = bisect_left(starts, n) - 1
             enough = len(context) + ends[n] - room  # to be lost
-            first = bisect_left(starts, enough, hi=last, key=ends.__getitem__)
+            rounded_up = math.ceil(enough / step) * step
+            first = bisect_left(starts, rounded_up, hi=last, key=ends.__getitem__)
             excess = enough - ends[starts[first]]
             cut = head + context[len(head) + math.ceil(excess / step) * step :]
             kept = context if excess <= 0 else cut
@@ -1451,7 +1458,9 @@ class KVCache:
     def swap(self, a, b):
         """Two rows trade places."""
         for x in self.stores:
-            x[[a, b]] = x[[b, a]]
+            kept = x[a].clone()
+            x[a] = x[b]
+            x[b] = kept
         for each in (self.tokens, self.order):
             each[a], each[b] = each[b], each[a]
 
@@ -1554,14 +1563,15 @@ def generate(
     """
     outputs = [[] for _ in prompts]
     settings = temperature, top_k, top_p, stop_ids, generator, kv_cache or KVCache()
-    for row, token in stream(model, prompts, max_new_tokens, *settings):
-        outputs[row].append(token)
+    for step in stream(model, prompts, max_new_tokens, *settings):
+        for row, token in step:
+            outputs[row].append(token)
     return outputs
 
 
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, generator, cache):
-    """`generate`, yielding (number of a prompt, its next token) as they are sampled."""
+    """`generate`, yielding each step's [(number of a prompt, its next token)]."""
     if not all(prompts):
         raise InputError("an empty prompt, expected at least one token (the <bos> token, say)")
     if not (temperature >= 0 and top_k >= 0 and max_new_tokens >= 0):
@@ -1577,14 +1587,18 @@ def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, 
     for left in reversed(range(max_new_tokens)):
         u = None if noise is None else noise[cache.order[:active], -1 - left].to(logits.device)
         tokens = sample(logits, u, temperature, top_k, top_p).tolist()
+        step = []  # not a token each: inference mode is left and entered where this yields
         for row in reversed(range(active)):
             if tokens[row] in stop_ids:
                 active -= 1
                 cache.swap(row, active)
                 tokens[row] = tokens[active]
             else:
-                yield cache.order[row], tokens[row]
-        if active == 0 or left == 0:
+                step.append((cache.order[row], tokens[row]))
+        if active == 0:
+            return
+        yield step
+        if left == 0:
             return
         logits = cache.advance(model, [[token] for token in tokens[:active]])
 
@@ -1673,7 +1687,7 @@ def chat(model, template, context, limit, temperature):
         tokens = []
         text = ""
         try:
-            for _, token in stream(model, [prompt], *settings, cache):
+            for [(_, token)] in stream(model, [prompt], *settings, cache):
                 tokens.append(token)
                 shown = len(text)
                 text = template.text(tokens).rstrip("\ufffd")  # a sign whose last bytes are to come

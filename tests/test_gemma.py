@@ -1077,6 +1077,22 @@ def test_later_steps_draw_afresh():
     assert (together - 1 / 144).abs().max() < 5 * (1 / 144 / 4000) ** 0.5
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(8, 4), (4, 1), (6, 6)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_decoding_step_attends_as_a_longer_piece_does(heads, kv_heads, dtype, bound):
+    """Without a cap it takes PyTorch's own kernel."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 1, heads, 16, generator=generator).transpose(1, 2).to(dtype)
+    k, v = torch.randn(2, 3, kv_heads, 20, 16, generator=generator).to(dtype)[:, :, :, :17]
+    bias = torch.zeros(3, 1, 17)
+    bias[0, :, 9:] = bias[1, :, :4] = gemma.NEVER
+    everything = slice(None), slice(None)
+    found = gemma.attend(q, k, v, [(*everything, bias)], 0.3, None)
+    twice = gemma.attend(q.expand(-1, -1, 2, -1), k, v, [(*everything, bias.expand(-1, 2, -1))], 0.3, None)
+    assert found.shape == q.shape
+    torch.testing.assert_close(found, twice[:, :, :1], rtol=0, atol=bound)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 

@@ -458,10 +458,12 @@ def test_a_long_plain_prompt_loses_turns_then_the_head_of_the_context(tokenizer,
     whole = prompt(context, 0)
     assert prompt_of(plain, pair, len(whole)) == whole
     assert prompt_of(plain, pair, len(whole) - 1) == prompt(context, 2), "the oldest user turn, and the reply to it"
-    shorter = len(prompt(context, 2))
-    assert prompt_of(plain, pair, shorter) == prompt(context, 2)
-    assert prompt_of(plain, pair, shorter - 1) == prompt(context, 4)
     last = len(prompt(context, 4))
+    for limit in range(last, len(whole)):
+        step = limit // 8
+        lost = -(-(len(whole) - limit) // step) * step
+        first = 2 if lost <= len(turns[0] + turns[1]) else 4
+        assert prompt_of(plain, pair, limit) == prompt(context, first), "turns go in steps, too"
     lengths = set()
     for lost in range(len(context) + 1):
         expected = prompt(cut(context, lost, last - lost), 4)
@@ -523,6 +525,17 @@ def test_turns_of_a_dialogue_with_a_long_context_still_share_their_beginning(tem
     sequences = [tokens for tokens, _ in both_sides(long_dialogue, template, training)]
     forest = Forest(sequences)
     assert 5 * forest.used < sum(map(len, sequences))
+
+
+def test_turns_of_a_dialogue_with_a_long_history_still_share_their_beginning(template):
+    """What they lose beside what they must is at most an eighth of the limit, and a turn."""
+    history = [message for i in range(100) for message in (("user", "And stock?"), ("model", f"get revenue {i}"))]
+    lengths, limit = range(1, 200, 2), 640
+    found = template.prompts("items: stock", history, lengths, limit)
+    cut = [tokens for tokens, lost in found if lost]
+    turn = max(len(template.message(*said)[0] + template.message(*reply)[0]) for said, reply in zip(history[::2], history[1::2], strict=True))
+    assert len(cut) > 40 and all(limit - limit // 8 - turn < len(tokens) <= limit for tokens in cut)
+    assert 3 * len({tuple(tokens[: limit // 2]) for tokens in cut}) < len(cut), "a cut to the very turn would give one each"
 
 
 def test_a_sequence_is_cut_at_max_length_but_keeps_a_token(plain):
