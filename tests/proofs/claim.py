@@ -36,7 +36,7 @@ from data import write_json, write_jsonl  # noqa: E402
 
 METHODS = {  # method -> its config, and what differs; SFT starts from the base model, the others from what SFT gives
     "SFT": ("tiny_sft.json", {}),
-    "SFT continued": ("tiny_sft_continued.json", {"max_steps": 250}),
+    "SFT continued": ("tiny_sft_continued.json", {"max_steps": 500}),
     "offline DPO": ("tiny_dpo.json", {"max_steps": 100}),
     "ACT, no simulation": ("tiny_act_no_simulation.json", {"max_steps": 500}),
     "ACT, random actions": ("tiny_act_random_actions.json", {"max_steps": 500}),
