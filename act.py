@@ -522,7 +522,7 @@ def read_rows(config, contents):
     if files.half:
         groups = data.dialogues(rows)[files.half == "second" :: 2]
         rows = [rows[i] for group in groups for i in group]
-        print0(f"{files.train_path}: trains on the {files.half} half, {len(rows)} of it")
+        print0(f"{files.train_path}: of these the {files.half} half is trained on, {len(rows)}")
     return [] if config.task == "evaluate" else rows, held_out
 
 
@@ -696,7 +696,9 @@ def evaluate_pairs(model, template, pairs, helpers, config):
     replies = [trajectory[1][1] for trajectory in asked if len(trajectory) > 1]
     if replies:
         refused = replies.count(config.data_config.nothing_to_add)
-        print0(f"{CLARIFY} turns: the simulated user refused {refused} of {len(replies)} questions")
+        said = f"{CLARIFY} turns: the simulated user refused {refused} of {len(replies)} questions"
+        rule = backend_of(config.user_simulator_config) == "rule"
+        print0(said + rule * " (a rule that compares words; user_simulator_config casts a model)")
     return summarize(samples), samples
 
 
@@ -741,9 +743,10 @@ def summarize(samples):
 
 
 SHOWN = (
-    "Accuracy", "Macro F1", "Trajectory-level Exact Match", "Trajectory-level DROP F1",
-    "Post-Clarification Exact Match", "CLARIFY Turns: Trajectory-level Exact Match",
-    "ANSWER Turns: Trajectory-level Exact Match", "Questions per Turn",
+    "Accuracy", "Macro F1", "Binary Recall", "Trajectory-level Exact Match",
+    "Trajectory-level DROP F1", "Post-Clarification Exact Match",
+    "CLARIFY Turns: Trajectory-level Exact Match", "ANSWER Turns: Trajectory-level Exact Match",
+    "Questions per Turn",
 )  # fmt: skip
 
 
@@ -762,6 +765,8 @@ def table(names, heuristic, *columns):
 
 
 def title(name, heuristic):
+    """A metric's name for people."""
+    name = name.replace("Binary Recall", "Asks Where It Should (Binary Recall)")
     return name if heuristic == "drop_f1" else name.replace("DROP F1", heuristic)
 
 
@@ -769,7 +774,7 @@ def comparison(before, after, heuristic):
     """Lines: the main metrics before and after training over the turns that both have, and turns.
 
     Of the conversations that ended better or worse than before two and one are shown, those that
-    changed most, with the last messages before them.
+    changed most, with the last messages before them; no lucky guess where a question was due.
     """
     both = [(b, a) for b, a in zip(before, after, strict=True)
             if b["inferred_action"] and a["inferred_action"]]  # fmt: skip
@@ -780,7 +785,8 @@ def comparison(before, after, heuristic):
     worse = [pair for pair in both if pair[1]["f1"] < pair[0]["f1"]]
     count = f"{len(better)} turns got a better answer, {len(worse)} a worse one, of {len(both)}"
     lines += ["", count]
-    for before, after in better[:2] + worse[-1:]:
+    right = [pair for pair in better if pair[1]["inferred_action"] == pair[1]["target_action"]]
+    for before, after in right[:2] + worse[-1:]:
         lines += ["", f"  {one_line(after['history'][-3:])}"]
         lines.append(f"    before | {one_line(before['trajectory'])}")
         lines.append(f"    after  | {one_line(after['trajectory'])}")
@@ -936,8 +942,8 @@ class PolicyModelConfig:
 
 @dataclass(frozen=True)
 class HelperConfig:
-    # rule: question marks in any language, requests in English; "": gemini with a model_id, or rule
-    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""
+    # a rule knows question marks in any language, requests in English alone
+    backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini with a model_id
     model_path: InputPath = ""  # gemma: a checkpoint, or "reference": the policy's own
     model_id: str = ""  # gemini, openai: e.g. "gemini-2.0-flash-001", "llama3.2"
     base_url: Annotated[str, FREE] = ""  # of a server, e.g. "http://localhost:11434/v1"
@@ -1504,7 +1510,7 @@ def machine(device):
         name = named[1] if named else platform.machine()
         kind = f"{name} ({torch.backends.cpu.get_cpu_capability()})"
     processes = f"processes: {dist.get_world_size()}, threads each: {torch.get_num_threads()}"
-    return f"{kind}, {processes}, torch {torch.__version__}: on these the last bits depend"
+    return f"{kind}, {processes}, torch {torch.__version__} (the last bits depend on these)"
 
 
 def make_template(config):
@@ -1530,7 +1536,8 @@ def prepare(config, overwrite, resume):
     """A Run to train; only now is its output directory changed. None: it is done already."""
     training, run = config.training_config, begin(config, overwrite, resume)
     if not run.pairs:
-        expected = "expected complete answers that fit into max_length, not all held out"
+        expected = "expected complete answers that fit into max_length, not all of them held out "
+        expected += "or in the other half"
         raise InputError(f"{config.data_config.train_path}: no turn to train on, {expected}")
     run.steps = training.max_steps
     if run.steps <= 0:

@@ -445,7 +445,7 @@ def check_conversations(path, pairs, skipped, labelled=0, actions=()):
         lines.append(
             f"{path}: {other} of {replies} longer replies do not look English; the rule that says "
             "whether a reply asks knows question marks, but requests without one in English alone: "
-            "cast a model as action_model_config where replies ask in other words"
+            "where replies ask in other words, label them and cast a model as action_model_config"
         )
     return lines
 

@@ -195,6 +195,11 @@ def test_conversations_that_changed_are_shown_on_a_line_each():
     assert shown_turns([RIGHT, RIGHT], [WRONG, RIGHT]) == ("0 turns got a better answer, 1 a worse one, of 2", [back])
 
 
+def test_a_lucky_guess_where_a_question_was_due_is_counted_but_not_shown():
+    lucky = judged(CLARIFY, ["get stock"], [ANSWER], ASKED) | {"f1": 1.0}
+    assert shown_turns([WRONG, WRONG], [lucky, WRONG]) == ("1 turns got a better answer, 0 a worse one, of 2", [])
+
+
 def test_of_a_long_conversation_the_last_messages_are_shown():
     history = [("user", "a"), ("model", "b"), ("user", "c\nd"), ("model", "e"), ("user", "f")]
     _, [shown] = shown_turns([WRONG | {"history": history}], [RIGHT | {"history": history}])
@@ -266,4 +271,4 @@ def test_questions_that_the_simulated_user_refuses_are_counted(world, mesh, plai
 
     monkeypatch.setattr(act, "sampler", scripted)
     evaluated(world, mesh, plain, asked, max_turns=3)
-    assert capsys.readouterr().out == "CLARIFY turns: the simulated user refused 1 of 2 questions\n"
+    assert capsys.readouterr().out == "CLARIFY turns: the simulated user refused 1 of 2 questions (a rule that compares words; user_simulator_config casts a model)\n"

@@ -328,7 +328,7 @@ def test_a_run_can_be_trained_on_half_of_the_conversations(world, tmp_path, caps
     """SFT on the first, ACT on the second: contrasts on what SFT knows by heart teach nothing."""
     lines = [f"{world / 'train.jsonl'}:{i}" for i in (1, 2, 3)]
     assert trained_on(world, tmp_path, "first") == {lines[0], lines[2]}
-    assert f"{world / 'train.jsonl'}: trains on the first half, 2 of it\n" in capsys.readouterr().out
+    assert f"{world / 'train.jsonl'}: of these the first half is trained on, 2\n" in capsys.readouterr().out
     assert trained_on(world, tmp_path, "second") == {lines[1]}
 
 
