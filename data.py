@@ -221,7 +221,7 @@ class Pair:
 
     @property
     def at(self):
-        """"line.turn" in its file, or the line alone."""
+        """Where it is in its file: line and turn, as in "17.2", or the line alone."""
         return f"{self.line}.{self.turn}" if self.turn else self.line
 
 

@@ -1,9 +1,9 @@
 """The paper's claims, checked on a laptop: every method, several seeds, a table and a figure. `act.py` does the work.
 
-    python tests/proofs/claim.py --seeds 5           the table, on configs/tiny/test.jsonl: MINUTES minutes on two cores
+    python tests/proofs/claim.py --seeds 5           the table and the figure, on configs/tiny/test.jsonl: two hours
     python tests/proofs/claim.py --seeds 5 --curve   and 25, 50 and 200 conversations
     python tests/proofs/claim.py --search            how hyperparameters were chosen: validation.jsonl, seeds 100 and 101
-    python tests/proofs/claim.py --steps             how many steps each method gets, likewise, and the figure: an hour
+    python tests/proofs/claim.py --steps             how many steps each method gets, likewise: an hour and a half
     python tests/proofs/claim.py --study rpo_alpha   one choice of the recipe in many values, likewise
 
 A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a
@@ -38,6 +38,7 @@ METHODS = {  # method -> its config, and what differs; SFT starts from the base 
     "SFT": ("tiny_sft.json", {}),
     "SFT continued": ("tiny_sft_continued.json", {"max_steps": 500}),
     "offline DPO": ("tiny_dpo.json", {"max_steps": 100}),
+    "offline DPO, 500 steps": ("tiny_dpo.json", {"max_steps": 500}),
     "ACT, no simulation": ("tiny_act_no_simulation.json", {"max_steps": 500}),
     "ACT, random actions": ("tiny_act_random_actions.json", {"max_steps": 500}),
     "ACT, no labels": ("tiny_act_no_labels.json", {"max_steps": 500}),
@@ -60,6 +61,7 @@ GRID = {
     "learning_rate": (5e-4, 1e-3),
     "rpo_alpha": (0.0, 0.3, 1.0),
 }  # six settings for each method; the classifier's labels get ACT's
+STEPPED = ("SFT continued", "offline DPO", "ACT", "ACT, 4 samples")
 SEARCH = {
     "SFT continued": {"learning_rate": (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)},
     "offline DPO": GRID,
@@ -218,6 +220,9 @@ def claim(bench, seeds, methods):
     note = f"The gold dialogues ask {gold:.2f} questions a turn."
     compared = [differences(rows, minuend) for minuend in ("ACT, 4 samples", "ACT") if minuend in rows]
     write(bench.out, "claim", found, table(rows, f"{len(seeds)} seeds"), note, *compared)
+    metric = COLUMNS["trajectory EM"][0]
+    dots = {method: [100 * result[metric] for result in results] for method, results in rows.items()}
+    (bench.out / "claim.svg").write_text(svg(dots), encoding="utf-8")
 
 
 def curve(bench, seeds):
@@ -250,20 +255,13 @@ def search(bench):
 def steps(bench):
     """Every number of steps of every method; the one of the best mean trajectory exact match is in the table."""
     found = bench.map(
-        [(method, seed, 100, (("max_steps", n),)) for seed in SEARCH_SEEDS for method in COLOURS for n in STEPS]
+        [(method, seed, 100, (("max_steps", n),)) for seed in SEARCH_SEEDS for method in STEPPED for n in STEPS]
     )
     rows = {
         (method, n): [found[method, seed, 100, (("max_steps", n),)] for seed in SEARCH_SEEDS]
-        for method in COLOURS for n in STEPS
+        for method in STEPPED for n in STEPS
     }  # fmt: skip
     write(bench.out, "steps", found, table({f"{method}, {n} steps": each for (method, n), each in rows.items()}))
-    metric = COLUMNS["trajectory EM"][0]
-    lines = {
-        method: [mean_and_spread([100 * result[metric] for result in rows[method, n]]) for n in STEPS]
-        for method in COLOURS
-    }
-    start = statistics.mean(100 * bench.run("SFT", seed)[metric] for seed in SEARCH_SEEDS)
-    (bench.out / "claim.svg").write_text(svg(lines, start), encoding="utf-8")
 
 
 def study(bench, name):
@@ -279,85 +277,55 @@ def study(bench, name):
 
 # ----------------------------------------------------------------------------------------------------------- the figure
 
-# colour of each method, on a light page and on a dark one
-COLOURS = {
-    "SFT continued": ("#6e7781", "#8b949e"),
-    "offline DPO": ("#0969da", "#79c0ff"),
-    "ACT": ("#8250df", "#d2a8ff"),
-    "ACT, 4 samples": ("#cf222e", "#ff7b72"),
+COLOURS = {  # class -> on a light page, on a dark one
+    "paper": ("#ffffff", "#0d1117"),
+    "ink": ("#1f2328", "#e6edf3"),
+    "grid": ("#d0d7de", "#30363d"),
+    "other": ("#6e7781", "#8b949e"),
+    "act": ("#cf222e", "#ff7b72"),
 }
-PAPER = ("#ffffff", "#0d1117")
-INK = ("#1f2328", "#e6edf3")
-GRID_LINE = ("#d0d7de", "#30363d")
-
-
-def mean_and_spread(values):
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def style():
-    """The colours as classes, for a light page and, where the reader prefers it, for a dark one."""
-
-    def rules(page):
-        found = [f".paper {{ fill: {PAPER[page]} }}", f".ink {{ fill: {INK[page]} }}"]
-        found.append(f".grid {{ stroke: {GRID_LINE[page]} }}")
-        for k, colours in enumerate(COLOURS.values()):
-            found.append(f".line{k} {{ stroke: {colours[page]}; fill: none }}")
-            found.append(f".name{k} {{ fill: {colours[page]} }}")
-        return "\n".join(found)
-
-    return f"<style>\n{rules(0)}\n@media (prefers-color-scheme: dark) {{\n{rules(1)}\n}}\n</style>"
+    """The colours, for a light page and, where the reader prefers it, for a dark one."""
+    light, dark = (
+        "\n".join(f".{name} {{ fill: {pages[i]}; stroke: none }}" for name, pages in COLOURS.items()) for i in (0, 1)
+    )
+    return f"<style>\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n</style>"
 
 
-def svg(lines, start, width=800, height=460, left=60, right=190, top=80, bottom=64):
-    """Trajectory exact match over STEPS; lines: {method: [(mean, spread) of each]}; start: of the SFT model."""
-    bars = [bar for points in lines.values() for bar in points]
-    low = 10 * (min(mean - spread for mean, spread in bars) // 10)
-    high = 10 * (max(mean + spread for mean, spread in bars) // 10 + 1)
+def svg(rows, width=800, left=250, right=40, top=84, row=44):
+    """Trajectory exact match; rows: {method: [percent of each seed]}, a dot for each and a bar at their mean."""
+    values = [value for row in rows.values() for value in row]
+    low, high = 5 * int(min(values) // 5), 5 * int(max(values) // 5 + 1)
+    height = top + row * len(rows) + 50
 
-    def x(i):
-        return left + 30 + i * (width - left - right - 60) / (len(STEPS) - 1)
-
-    def y(value):
-        return top + (high - value) / (high - low) * (height - top - bottom)
+    def x(value):
+        return left + (value - low) / (high - low) * (width - left - right)
 
     def label(at_x, at_y, words, anchor="middle", kind="ink", more=""):
         return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" class="{kind}"{more}>{words}</text>'
 
-    title = "Turns that end in exactly the gold answer, %"
-    below = f"608 validation turns, {len(SEARCH_SEEDS)} seeds, standard deviations; SFT, where all start: {start:.1f}"
+    bold, seeds = ' font-weight="600"', len(next(iter(rows.values())))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         'font-family="system-ui, sans-serif" font-size="18">',
-        "<title>Trajectory exact match over training steps, four methods</title>",
+        "<title>Trajectory exact match of each method, a dot for each seed</title>",
         style(),
         f'<rect width="{width}" height="{height}" class="paper"/>',
-        label(left - 46, 30, title, "start", more=' font-weight="600"'),
-        label(left - 46, 54, below, "start", more=' font-size="16"'),
-        label((left + width - right) / 2, height - 14, "training steps of 32 turns"),
+        label(14, 30, "Turns that end in exactly the gold answer, %", "start", more=bold),
+        label(14, 56, f"608 test turns of the tiny world; {seeds} seeds, and their mean", "start", more=' font-size="16"'),
     ]
-    for tick in range(int(low), int(high) + 1, 10):
-        at = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
-        parts.append(f'<line x1="{left}" x2="{width - right}" {at} class="grid"/>')
-        parts.append(label(left - 10, y(tick) + 6, tick, "end"))
-    parts += [label(x(i), height - bottom + 26, size) for i, size in enumerate(STEPS)]
-    ends = []
-    for k, method in enumerate(COLOURS):
-        means, spreads = zip(*lines[method], strict=True)
-        shifts = [x(i) + 7 * (k - 1.5) for i in range(len(STEPS))]  # so that no bar hides another
-        path = " ".join(f"{at:.1f},{y(mean):.1f}" for at, mean in zip(shifts, means, strict=True))
-        wide = 4 if method.startswith("ACT,") else 2.5
-        parts.append(f'<polyline points="{path}" class="line{k}" stroke-width="{wide}"/>')
-        for at, mean, spread in zip(shifts, means, spreads, strict=True):
-            bar = f'x1="{at:.1f}" x2="{at:.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}"'
-            parts.append(f'<line {bar} class="line{k}" stroke-width="2" stroke-opacity="0.5"/>')
-            parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="{wide + 1.5}" class="name{k}"/>')
-        ends.append([y(means[-1]) + 6, method, k])
-    ends.sort()
-    for before, after in itertools.pairwise(ends):
-        after[0] = max(after[0], before[0] + 22)  # names below one another where lines end close together
-    for at, method, k in ends:
-        parts.append(label(width - right + 14, at, method, "start", f"name{k}", ' font-weight="600"'))
+    for tick in range(low, high + 1, 5):
+        parts.append(f'<rect x="{x(tick):.1f}" y="{top}" width="1" height="{row * len(rows)}" class="grid"/>')
+        parts.append(label(x(tick), height - 20, tick))
+    for i, (method, each) in enumerate(rows.items()):
+        y, mean = top + row * (i + 0.5), statistics.mean(each)
+        kind = "act" if method.startswith("ACT") else "other"
+        parts.append(label(left - 14, y + 6, method, "end", kind, bold))
+        parts += [f'<circle cx="{x(value):.1f}" cy="{y}" r="5" class="{kind}" fill-opacity="0.5"/>' for value in each]
+        parts.append(f'<rect x="{x(mean) - 2:.1f}" y="{y - 14}" width="4" height="28" class="{kind}"/>')
+        parts.append(label(x(mean), y - 16, f"{mean:.1f}", kind=kind, more=' font-size="14"'))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -367,7 +335,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--curve", action="store_true", help="also with other numbers of training conversations, and the figure"
+        "--curve", action="store_true", help="also with other numbers of training conversations"
     )
     what.add_argument("--search", action="store_true", help="choose hyperparameters on validation.jsonl instead")
     what.add_argument("--steps", action="store_true", help="choose each method's number of steps instead")
