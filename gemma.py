@@ -1009,7 +1009,7 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             expected = "expected the weights, no Git LFS pointer or pytorch_model.bin"
-            raise InputError(f"{path}: not safetensors ({error}), {expected}") from None
+            raise InputError(f"{path}: not readable ({error}), {expected}") from None
         for key in file.keys():
             tensor = key.removeprefix(prefix)
             problems += [f"{key} stands in two places"] if tensor in found else []
