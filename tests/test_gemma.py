@@ -1347,7 +1347,7 @@ def test_signs_appear_when_their_bytes_are_complete_and_as_far_as_the_terminal_h
     text, tokenizer = "caf\u00e9 \U0001f44b\U0001f3ff. ok", Tokenizer(TINY / "tokenizer.model")
     tokens = tokenizer.encode(text)
     assert len(tokens) > len(text) + 5
-    monkeypatch.setattr(gemma, "stream", lambda *_: enumerate(tokens))
+    monkeypatch.setattr(gemma, "stream", lambda *_: ([(0, token)] for token in tokens))
     assert talk([b"na\xefve\n"]) == f"> {text}\n> \n"
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))

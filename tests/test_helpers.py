@@ -1494,6 +1494,7 @@ def test_a_model_id_means_gemini_and_nothing_means_rule(configured):
     backends = ["rule", "gemini", "rule", "gemma", "openai"]
     assert [act.backend_of(act.HelperConfig(**each)) for each in fields] == backends
     rules = helpers_of(Config())
+    rules.roles["user_simulator_config"] = rules.roles["user_simulator_config"].func
     assert rules.roles == {name: role.rule for name, role in ROLES.items()} and not rules.models
     assert rules.answers([PAIR], "drop_f1")["simulate"]([0], [PAIR.gold[:1]]) == ["The second."]
     assert [model.name for model in helpers_of(cast(configured, "action_model_config")).models] == ["action_model_config"]

@@ -217,7 +217,7 @@ def test_line_breaks_that_the_plain_format_folds_are_counted(world, tmp_path, ca
     for prompt_format, said in (("plain", True), ("gemma", False)):
         options = ["--data_config.train_path", lines, "--data_config.prompt_format", prompt_format, "--overwrite"]
         assert run("--config", config, *options) == 0
-        line = f"{lines}: 2 turns have line breaks, which format 'plain' makes spaces: 1.1, 1.2\n"
+        line = f"{lines}: 2 turns have line breaks, which format 'plain' makes spaces: line.turn 1.1, 1.2\n"
         assert (line in capsys.readouterr().out) == said
 
 
@@ -1003,9 +1003,9 @@ def test_turns_that_do_not_fit_are_left_out_and_cut_prompts_said(world, tmp_path
     files = ["--data_config.train_path", path, "--data_config.validation_path", path]
     assert run("--config", config, *files) == 0
     said = capsys.readouterr().out.splitlines()
-    cut = [line for line in said if re.fullmatch(rf"{path}: 1 prompts lose tokens to max_prompt_length: 2.2 \(\d+\)", line)]
+    cut = [line for line in said if re.fullmatch(rf"{path}: 1 prompts lose tokens to max_prompt_length: line.turn 2.2 \(\d+\)", line)]
     assert len(cut) == 2
-    assert said.count(f"{path}: 2 turns whose reply does not fit into max_length are left out: 2.1, 2.2") == 1
+    assert said.count(f"{path}: 2 turns whose reply does not fit into max_length are left out: line.turn 2.1, 2.2") == 1
     assert any(line.startswith("sft: 2 training turns, 4 for validation") for line in said)
 
 
@@ -1302,8 +1302,8 @@ def test_the_best_checkpoint_is_kept_and_said_and_loaded_if_asked(world, tmp_pat
     assert names_in(checkpoints) == {"step-3", "step-4"}
     said = capsys.readouterr().out
     assert said.endswith(
-        "\nTrajectory-level DROP F1, the best first: 0.900 after step 3, 0.900 after step 1, 0.500 after step 0, "
-        "0.300 after step 2, 0.200 after step 4\n"
+        "\nTrajectory-level DROP F1, the best first: 90.0 after step 3, 90.0 after step 1, 50.0 after step 0, "
+        "30.0 after step 2, 20.0 after step 4\n"
     )
     assert ("the model is that of step 3" in said) == load_best
     model, best = weights_of(tmp_path / "out" / "model"), weights_of(checkpoints / "step-3")
