@@ -1,9 +1,9 @@
 """The paper's claims, checked on a laptop: every method, several seeds, a table and a figure. `act.py` does the work.
 
-    python tests/proofs/claim.py --seeds 5           the table and the figure, on configs/tiny/test.jsonl: two hours
+    python tests/proofs/claim.py --seeds 5           the table and the figure, on configs/tiny/test.jsonl: some two hours
     python tests/proofs/claim.py --seeds 5 --curve   and 25, 50 and 200 conversations
-    python tests/proofs/claim.py --search            how hyperparameters were chosen: validation.jsonl, seeds 100 and 101
-    python tests/proofs/claim.py --steps             how many steps each method gets, likewise: an hour and a half
+    python tests/proofs/claim.py --search            how hyperparameters were chosen: validation.jsonl, seeds 100 to 102
+    python tests/proofs/claim.py --steps             how many steps each method gets, likewise, seeds 100 and 101: some two hours
     python tests/proofs/claim.py --study rpo_alpha   one choice of the recipe in many values, likewise
 
 A seed stands for its own training conversations, its own SFT model and all random draws of its runs; all methods of a
@@ -36,15 +36,21 @@ from data import write_json, write_jsonl  # noqa: E402
 
 METHODS = {  # method -> its config, and what differs; SFT starts from the base model, the others from what SFT gives
     "SFT": ("tiny_sft.json", {}),
-    "SFT continued": ("tiny_sft_continued.json", {"max_steps": 500}),
-    "offline DPO": ("tiny_dpo.json", {"max_steps": 100}),
-    "offline DPO, 500 steps": ("tiny_dpo.json", {"max_steps": 500}),
-    "ACT, no simulation": ("tiny_act_no_simulation.json", {"max_steps": 500}),
-    "ACT, random actions": ("tiny_act_random_actions.json", {"max_steps": 500}),
-    "ACT, no labels": ("tiny_act_no_labels.json", {"max_steps": 500}),
-    "ACT": ("tiny.json", {"max_steps": 500, "num_generations": 1}),
-    "ACT, 4 samples": ("tiny.json", {"max_steps": 500, "num_generations": 4}),
-}  # the numbers of steps by --steps, those of the ablations are ACT's
+    "SFT continued": ("tiny_sft_continued.json", {}),
+    "offline DPO": ("tiny_dpo.json", {}),
+    "ACT, no simulation": ("tiny_act_no_simulation.json", {}),
+    "ACT, random actions": ("tiny_act_random_actions.json", {}),
+    "ACT, no labels": ("tiny_act_no_labels.json", {}),
+    "ACT": ("tiny.json", {"num_generations": 1}),
+    "ACT, 4 samples": ("tiny.json", {"num_generations": 4}),
+}
+ROWS = {  # row of the table -> its method, and its number of steps, by --steps; the ablations have ACT's
+    "SFT": ("SFT", None),
+    "SFT continued": ("SFT continued", 500),
+    "offline DPO": ("offline DPO", 100),
+    "offline DPO, 500 steps": ("offline DPO", 500),
+    **{method: (method, 500) for method in METHODS if method.startswith("ACT")},
+}
 STEPS = (50, 100, 250, 500)
 COLUMNS = {  # title -> (metric, scale)
     "action macro F1": ("Macro F1", 100),
@@ -56,7 +62,8 @@ COLUMNS = {  # title -> (metric, scale)
 }
 CURVE = ("SFT", "SFT continued", "offline DPO", "ACT")
 SIZES = (25, 50, 100, 200)  # training conversations of the curve
-SEARCH_SEEDS = (100, 101)
+SEARCH_SEEDS = (100, 101, 102)
+STEPS_SEEDS = SEARCH_SEEDS[:2]
 GRID = {
     "learning_rate": (5e-4, 1e-3),
     "rpo_alpha": (0.0, 0.3, 1.0),
@@ -213,9 +220,13 @@ def write(out, name, found, *parts):
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def claim(bench, seeds, methods):
-    found = bench.map([(method, seed, 100, ()) for seed in seeds for method in methods])
-    rows = {method: [found[method, seed, 100, ()] for seed in seeds] for method in methods}
+def claim(bench, seeds, labels):
+    def cell(label, seed):
+        method, steps = ROWS[label]
+        return method, seed, 100, (("max_steps", steps),) if steps else ()
+
+    found = bench.map([cell(label, seed) for seed in seeds for label in labels])
+    rows = {label: [found[cell(label, seed)] for seed in seeds] for label in labels}
     gold = next(iter(found.values()))["Gold Questions per Turn"]
     note = f"The gold dialogues ask {gold:.2f} questions a turn."
     compared = [differences(rows, minuend) for minuend in ("ACT, 4 samples", "ACT") if minuend in rows]
@@ -255,10 +266,10 @@ def search(bench):
 def steps(bench):
     """Every number of steps of every method; the one of the best mean trajectory exact match is in the table."""
     found = bench.map(
-        [(method, seed, 100, (("max_steps", n),)) for seed in SEARCH_SEEDS for method in STEPPED for n in STEPS]
+        [(method, seed, 100, (("max_steps", n),)) for seed in STEPS_SEEDS for method in STEPPED for n in STEPS]
     )
     rows = {
-        (method, n): [found[method, seed, 100, (("max_steps", n),)] for seed in SEARCH_SEEDS]
+        (method, n): [found[method, seed, 100, (("max_steps", n),)] for seed in STEPS_SEEDS]
         for method in STEPPED for n in STEPS
     }  # fmt: skip
     write(bench.out, "steps", found, table({f"{method}, {n} steps": each for (method, n), each in rows.items()}))
@@ -332,7 +343,7 @@ def svg(rows, width=800, left=250, right=40, top=84, row=44):
 def main():
     parser = argparse.ArgumentParser(description="The paper's claims, checked on a laptop.")
     parser.add_argument("--seeds", type=int, choices=range(1, 100), metavar="N", default=5, help="0 to N - 1")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--curve", action="store_true", help="also with other numbers of training conversations"
@@ -351,7 +362,7 @@ def main():
         search(bench) if args.search else steps(bench) if args.steps else study(bench, args.study)
     else:
         bench = Bench((args.out / "test").resolve(), args.jobs, ROOT / "configs/tiny/test.jsonl")
-        claim(bench, range(args.seeds), args.methods)
+        claim(bench, range(args.seeds), args.rows)
         print(f"\nThis took {(time.monotonic() - began) / 60:.1f} minutes.", flush=True)
         if args.curve:
             curve(bench, range(args.seeds))
