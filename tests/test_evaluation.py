@@ -204,6 +204,9 @@ def test_of_a_long_conversation_the_last_messages_are_shown():
     history = [("user", "a"), ("model", "b"), ("user", "c\nd"), ("model", "e"), ("user", "f")]
     _, [shown] = shown_turns([WRONG | {"history": history}], [RIGHT | {"history": history}])
     assert shown[0] == "  User: c d  Assistant: e  User: f"
+    stock = "toaster " * 25
+    _, [shown] = shown_turns([WRONG | {"history": [("user", stock)]}], [RIGHT | {"history": [("user", stock * 3)]}])
+    assert shown[0].startswith(f"  User: {stock}toaster") and shown[0].endswith(" ...") and len(shown[0]) < 260
 
 
 def test_two_conversations_that_got_better_and_one_that_got_worse_are_shown():

@@ -316,6 +316,16 @@ def test_the_check_says_what_becomes_of_the_data_and_writes_nothing(world, tmp_p
     assert run("--config", config, "--train_path", path, "--policy_model_config.model_path", "") == 0, "no model is needed"
 
 
+def test_lines_about_held_out_conversations_say_so(world, tmp_path, capsys):
+    """Both parts of a file that is split are checked under its name."""
+    open_end = {"messages": [*data.exchange("How many?", "5"), {"role": "user", "content": "And now?"}]}
+    path = write_lines(tmp_path / "open.jsonl", [open_end] * 4)
+    words = ["--train_path", path, "--data_config.validation_path", "", "--validation_split", "0.5"]
+    assert run("--config", run_config(world, tmp_path, "check"), *words) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"{path}: 2 user turns are skipped") == said.count(f"{path} (held out): 2 user turns are skipped") == 1
+
+
 def trained_on(world, tmp_path, half, *words):
     """Lines of the file whose turns a run of some epochs was trained on."""
     options = {"num_train_epochs": 1.0, "max_steps": -1, "per_device_train_batch_size": 4, "evaluated": False}
