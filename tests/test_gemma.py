@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from common import environment, random_model
+from common import environment, random_model, run_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo import lookup_backend
@@ -1477,3 +1477,12 @@ def test_a_token_of_the_tail_is_found_exactly():
     for token in (1, 2, 357, 500, 999, 1000):
         u = torch.tensor([(head + (token - 0.5) * each) / total], dtype=torch.float64)
         assert gemma.sample(logits, u, 1.0, 0, 1.0).tolist() == [token]
+
+
+def test_large_tensors_on_a_cpu_lie_in_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("this kernel gives huge pages to everybody or to nobody")
+    count = "print(sum(int(n) for n in re.findall(r'AnonHugePages: *([0-9]+)', open('/proc/self/smaps').read())))"
+    status, said, _ = run_program("-c", f"import re, torch, gemma; x = torch.ones(2**24); {count}")
+    assert status == 0 and int(said) >= 2**15, f"{said} of 65536 kB"

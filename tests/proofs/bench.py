@@ -121,7 +121,7 @@ def processor():
     if os.path.exists("/proc/cpuinfo"):
         said = dict(re.findall(r"(model name|flags)\s*: (.*)", Path("/proc/cpuinfo").read_text()))
         name, flags = said.get("model name", name), said.get("flags", "")
-    kinds = ("AVX-512", "avx512f"), ("AMX", "amx_tile")
+    kinds = ("AVX-512", "avx512f"), ("its bfloat16", "avx512_bf16"), ("AMX", "amx_tile")
     has = " and ".join(f"{'' if flag in flags else 'no '}{kind}" for kind, flag in kinds)
     return f"{name} with {has} (torch: {torch.backends.cpu.get_cpu_capability()})"
 
@@ -834,12 +834,13 @@ class Worker:
         command = [python, __file__, "--serve", "--size", args.size, "--folder", args.folder]
         command += ["--attention", args.attention]
         command += ["--no-checkpointing"] * args.no_checkpointing
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
+        said = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        said["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages, as gemma.py asks for, on both sides
+        said |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(
-            command, env={**os.environ, **hidden, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
-            text=True, start_new_session=True, **pipes,
-        )  # fmt: skip
+            command, env={**os.environ, **said}, text=True, start_new_session=True, **pipes
+        )
 
     def measure(self, name, seconds):
         """Its result, or an "error" after so many seconds. seconds None: as long as it takes."""

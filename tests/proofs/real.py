@@ -13,8 +13,8 @@ run: with "gradient_checkpointing=false" steps are quicker and take more memory.
 Dialogues are dealt into three folds. Fold k is tested with models that were trained on the other
 two with seed k, which fixes the order of the data and every sample: one SFT model a fold, from
 which the other methods start. Of Abg-CoQA the stories with a question to ask are taken, and as many
-others. For sql, `make_ambig_sql.py` makes 60 dialogues to train on and 300 to test for each k, none
-of which begins like one of the 60. The last row is compared with the others.
+others. For sql, `make_ambig_sql.py` makes 240 dialogues to train on and 300 to test for each k,
+none of which begins like one of the 240. The last row is compared with the others.
 
 --halves: SFT learns from every other training dialogue and the other methods from those between,
 which its model has not seen (seed 100 + k); SFT on all, from all of them. --signal: four samples of
@@ -61,7 +61,7 @@ from data import CLARIFY  # noqa: E402
 TASKS = {  # task -> (what an answer is measured by, epochs of SFT and after it, settings)
     "pacific": ("F1", (4, 1), {"heuristic": "drop_f1", "tolerance": 0.3}),
     "abg_coqa": ("F1", (4, 2), {"heuristic": "coqa_f1", "tolerance": 0.5}),
-    "sql": ("execution match", (8, 4), {
+    "sql": ("execution match", (6, 2), {
         "heuristic": "execution_match", "tolerance": 0.5, "training_config.max_new_tokens": 48,
         "max_length": 512, "max_prompt_length": 384,
     }),
@@ -102,7 +102,7 @@ SEARCHED = (  # (method, what differs from its config); the last is the table's 
 def deal(task, conversations):
     """{fold: (training dialogues, test dialogues)}; the fold "search" is for trying settings."""
     if task == "sql":
-        trained = [make(60, seed) for seed in range(4)]
+        trained = [make(240, seed) for seed in range(4)]
         tested = [make(300, 1000 + k, requests_of(rows)) for k, rows in enumerate(trained)]
         names = "fold0", "fold1", "fold2", "search"
         return dict(zip(names, zip(trained, tested, strict=True), strict=True))
