@@ -25,7 +25,7 @@ what stands in them: turns and tokens, evaluation, configuration, processes, mod
 directories and checkpoints, helper models, command line.
 
 Where we depart from the paper's Algorithm 2 and from the published research code, and why
-(README.md has the whole list):
+(tests/proofs/README.md has the whole list):
   - `max_turns` bounds the simulated conversation; one that never answers loses (the paper's loop
     has no bound, the code allows one turn). So does a response cut off at `max_new_tokens`.
   - A lucky answer on a turn that called for a question is still the wrong action (the published
@@ -224,18 +224,22 @@ def on_policy(run, pairs, step, positions):
     """
     training, files = run.config.training_config, run.config.data_config
     n = training.num_generations
+    together = n * max(1, training.per_device_eval_batch_size // n)
     examples = [pair for pair in pairs for _ in range(n)]
     noise = noise_generators(training.seed, step, positions, n)
-    policy = sampler(unsharded(run.policy, training.bf16), run.template, examples, training, noise)
-    answers = {"respond": policy, **run.helpers.answers(examples, files.heuristic)}
+    policy = unsharded(run.policy, training.bf16)
     rules = files.tolerance, training.max_turns, training.simulate_user
     groups, new = [], []
 
     def sample():
-        rollouts = in_lockstep([act_pair(pair, *rules) for pair in examples], answers)
-        groups.extend(rollouts[i : i + n] for i in range(0, len(rollouts), n))
+        for i in range(0, len(examples), together):
+            batch = examples[i : i + together]
+            respond = sampler(policy, run.template, batch, training, noise[i : i + together])
+            answers = {"respond": respond, **run.helpers.answers(batch, files.heuristic)}
+            rollouts = in_lockstep([act_pair(pair, *rules) for pair in batch], answers)
+            groups.extend(rollouts[j : j + n] for j in range(0, len(rollouts), n))
         new.extend(map(best_contrast, groups))
-        return [rollout_row(step + 1, rollout) for rollout in rollouts]
+        return [rollout_row(step + 1, rollout) for group in groups for rollout in group]
 
     rows = sum(on_all(sample), [])
     outcomes = Counter(rollout.outcome for group in groups for rollout in group)
@@ -433,7 +437,7 @@ def train(config, overwrite=False, resume=False):
                 sums.update(take_step(run, batch[i : i + micro], 1 / local))
             sums["stop"] = log.problem is not None or bool(ASKED)
             totals = dict(zip(sums, all_sum(list(sums.values()), run.device), strict=True))
-            require_finite(totals)  # on all ranks, before anything is learnt from them
+            require_finite(totals, NotANumber)  # on all ranks, before they are learnt from
             stop = totals.pop("stop")  # by Ctrl-C, SIGTERM or a full disk
             lr = learning_rate(step, run.steps, training)
             grad_norm = clip_and_step(run.policy, run.optimizer, training.max_grad_norm, lr)
@@ -559,8 +563,8 @@ def make_pairs(path, rows, config, helpers, trained_on=True):
 def tokenize(path, pairs, template, config, trained_on):
     """Pairs with the tokens of their prompts; of those trained on the ones whose good side fits.
 
-    Each text of a dialogue is tokenised once for all its turns. What is cut, folded, left out or
-    too long to be sampled is said.
+    Each text of a dialogue is tokenised once for all its turns. What is cut, folded or left out is
+    said.
     """
     training, kept = config.training_config, []
     found, done, progress = defaultdict(list), 0, meter("tokenising turn", len(pairs))
@@ -975,7 +979,7 @@ class TrainingConfig:
     output_dir: Annotated[str, OUTPUT, FREE] = "output"  # everything that a run writes
     seed: Annotated[int, Range(-(2**53))] = 42  # of order, samples and pairs, on any ranks
     per_device_train_batch_size: FreeCount = 1  # examples of one forward pass on one device
-    per_device_eval_batch_size: FreeCount = 16  # examples continued together in an evaluation
+    per_device_eval_batch_size: FreeCount = 16  # samples continued together, in rollouts too
     gradient_accumulation_steps: FreeCount = 1  # forward passes to one optimiser step
     learning_rate: Positive = 5e-7  # after the warm-up; the published code's, as the next five
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -1199,7 +1203,7 @@ class RunStopped(RuntimeError):
 
 
 class NotANumber(RunStopped):
-    """A loss, a log-probability, a gradient or a parameter is infinite or NaN."""
+    """A loss, a log-probability or a gradient of a step is infinite or NaN."""
 
 
 def start_processes():
@@ -1338,13 +1342,13 @@ def stop_if_asked():
         raise RunStopped("interrupted")
 
 
-def require_finite(values):
-    """Raises NotANumber for an infinity or NaN among numbers or tensors by name."""
+def require_finite(values, error=RunStopped):
+    """Raises `error` for an infinity or NaN among numbers or tensors by name."""
     finite = [torch.as_tensor(value).isfinite().all() for value in values.values()]
     finite = torch.stack(finite).tolist()  # one wait for the device
     for name, right in zip(values, finite, strict=True):
         if not right:
-            raise NotANumber(f"{name} is not a finite number")
+            raise error(f"{name} is not a finite number")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2269,7 +2273,7 @@ def load_helper(config, path):
 
 
 def gemma_backend(model, tokenizer, config):
-    """ask(prompts) with a local checkpoint: in its chat template if it has one, else continued.
+    """ask(prompts) with a local checkpoint: in Gemma's chat template if its vocabulary has turns.
 
     An answer depends on its prompt alone, not on the batch: its noise is keyed by the prompt.
     """
@@ -2648,8 +2652,8 @@ def write_pairs(folder, files):
         data.write_preferences(folder / name, pairs, form)
 
 
-def check(config, overwrite=False):
-    """Task check: what is wrong with a run's data, and what becomes of it. Writes nothing."""
+def check(config):
+    """Task check: what is wrong with a run's data, and what becomes of it."""
     begun = begin(config)
     for name, pairs in (("training", begun.pairs), ("validation", begun.validation)):
         asks = [pair.at for pair in pairs if pair.action == CLARIFY]
@@ -2694,8 +2698,9 @@ def main(arguments=None):
     try:
         path, overrides, flags = parse_arguments(arguments)
         config = load_config(path, overrides)
-        if "resume" in flags and config.task in TASKS:
-            raise InputError(f"--resume: task '{config.task}' has nothing to resume")
+        for flag in flags:
+            if config.task == "check" or (flag == "resume" and config.task in TASKS):
+                raise InputError(f"--{flag}: task '{config.task}' has nothing to {flag}")
         TASKS.get(config.task, train)(config, **dict.fromkeys(flags, True))
         dist.destroy_process_group()
         return 0

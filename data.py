@@ -396,7 +396,10 @@ def split_dialogues(rows, share, seed):
 
 
 def get_datasets_from_config(config):
-    """(training pairs, validation pairs) of a configuration, by rules; only the first balanced."""
+    """(training pairs, validation pairs) of a configuration's files, by rules; the first balanced.
+
+    What needs a run is left to `act.load_pairs`: halves, labels from elsewhere, helper models.
+    """
     training, files = config.training_config, config.data_config
     read = read_preferences if training.is_preference else read_conversations
     train, held = (
@@ -1345,7 +1348,7 @@ def speak_plainly():
             stream.reconfigure(errors="backslashreplace")
 
 
-COMMANDS = {"check": 1, "pacific": 2, "abg_coqa": 2, "spider": 3, "vertex_preferences": 2,
+COMMANDS = {"check": 1, **dict.fromkeys(CONVERTERS, 2), "spider": 3, "vertex_preferences": 2,
             "trl_preferences": 2}  # how many files each takes  # fmt: skip
 
 

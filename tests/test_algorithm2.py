@@ -512,16 +512,24 @@ def test_choosing_among_samples_equals_the_oracle(count):
     assert set(seen) == set(range(min(count, 2) + 1)) and min(seen.values()) > 5
 
 
-@pytest.mark.parametrize(("simulated", "samples"), [(True, 1), (False, 1), (True, 3)], ids=["simulated", "alone", "three"])
-def test_a_batch_on_policy_equals_each_example_alone(world, mesh, plain, pairs, simulated, samples):
+@pytest.mark.parametrize(
+    ("simulated", "samples", "together"), [(True, 1, 24), (True, 1, 10), (False, 1, 24), (True, 3, 7)],
+    ids=["simulated", "in parts", "alone", "three"],
+)  # fmt: skip
+def test_a_batch_on_policy_equals_each_example_alone(
+    world, mesh, plain, pairs, monkeypatch, simulated, samples, together
+):
     """on_policy's pairs, counts and log, against the oracle played by the same model from scratch, a sample at a time."""
     training = training_of(temperature=0.7, max_turns=2, max_new_tokens=4, seed=3, simulate_user=simulated,
-                           num_generations=samples)  # fmt: skip
+                           num_generations=samples, per_device_eval_batch_size=together)  # fmt: skip
+    sizes, inner = [], act.in_lockstep
+    monkeypatch.setattr(act, "in_lockstep", lambda turns, *rest: sizes.append(len(turns)) or inner(turns, *rest))
     config = act.Config(data_config=act.DataConfig(tolerance=0.0), training_config=training)
     run = run_of(act.build_model(model_config(world), mesh), None, plain, training)
     run.config, run.helpers = config, act.Helpers(config, {})
     batch, positions, model = prompted(pairs[: 24 // samples], plain), range(100, 100 + 24 // samples), random_model()
     found, counts, rows = act.on_policy(run, batch, 5, positions)
+    assert sum(sizes) == 24 and max(sizes) == together - together % samples, "of memory for so many samples at once"
 
     class Played(Script):
         def policy(self, i, said):

@@ -2,7 +2,7 @@
 
     pip install transformers trl sentencepiece protobuf && python tests/golden/make_chat_template.py
 
-Needs transformers and trl, which nothing else here does; run it again only to change what is recorded. The template is the published
+Needs transformers and trl, which no test does; run it again only to change what is recorded. The template is the published
 one, as trl ships it: the system text, untrimmed, and a blank line at the head of the first user turn; messages trimmed as Python's
 str.strip does. The tokenizer is configs/tiny/tokenizer.model, a unigram model. transformers' GemmaTokenizer makes a BPE model of every
 tokenizer.model and so splits these texts differently; recorded are the ids of transformers' SentencePieceBackend, which asks

@@ -2,7 +2,7 @@
 
     pip install transformers && python tests/golden/make_gemma2.py
 
-Needs transformers, which nothing else here does; run it again only to change what is recorded. It writes beside itself
+Needs transformers, which no test does; run it again only to change what is recorded. It writes beside itself
   gemma2/               the model as `save_pretrained` leaves it: config.json, generation_config.json, model.safetensors
   gemma2.safetensors    tokens [3, 40], logits [3, 40, V] float32, loss [], grad.NAME (d loss / d weight NAME),
                         prompt.I [lengths 3, 11, 17, 29] and its greedy continuation.I [24], each prompt generated alone

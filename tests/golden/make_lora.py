@@ -2,7 +2,7 @@
 
     pip install transformers peft && python tests/golden/make_lora.py
 
-Needs transformers and peft, which nothing else here does; run it again only to change what is recorded. It writes beside itself
+Needs transformers and peft, which no test does; run it again only to change what is recorded. It writes beside itself
   lora/                 adapter_config.json and adapter_model.safetensors as PEFT's `save_pretrained` leaves them, B not zero
   lora.safetensors      tokens [2, 30], logits [2, 30, V] float32, merged.logits (after PEFT's own merge_and_unload), loss [],
                         grad.NAME of four adapters, NAME as in the adapter's file. loss as in make_gemma2.py

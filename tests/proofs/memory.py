@@ -212,7 +212,6 @@ def measure(name, directory, ranks=1):
 # ---------------------------------------------------------------------------------------------- computed from the sizes
 
 HELD = ("parameters", "gradients", "optimizer", "reference")
-IN_TURN = ("rollout", "evaluation", "update")
 
 
 def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1792, reply=256, new=128, lora_r=0):
@@ -220,7 +219,7 @@ def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1
 
     lora_r: of adapters on all projections, in float32, beside bf16 weights that are policy and reference at once.
 
-    `rows` pairs are trained on at a time and `eval_rows` turns are played at a time, on each GPU. Prompts have `prompt`
+    `rows` pairs are trained on at a time and `eval_rows` samples are continued at a time, on each GPU. Prompts have `prompt`
     tokens and share nothing, replies `reply`, responses `new`. What is held is exact, `dtype_bytes` to a parameter.
     What comes in turn is an estimate from the tensors that are alive at the same time in gemma.py, and leaves out what
     the allocator wastes.
@@ -256,55 +255,48 @@ def training_memory(config, ranks, dtype_bytes=4, rows=1, eval_rows=32, prompt=1
         held = 4 * lora_r * sides / ranks
         return {
             "parameters": 2 * total / ranks + held, "gradients": held, "optimizer": held, "reference": 0.0,
-            "rollout": decoding(rows), "evaluation": decoding(eval_rows), "update": update,
+            "sampling": decoding(eval_rows), "update": update,
         }  # fmt: skip
     return {
         **dict.fromkeys(HELD[:3], dtype_bytes * total / ranks),
         "reference": 2 * total / ranks,
-        "rollout": decoding(rows),
-        "evaluation": decoding(eval_rows),
+        "sampling": decoding(eval_rows),
         "update": gathered + inputs + max(recomputed, logits, summed),
     }
 
 
 def peak_of(memory):
-    """Gradients are held during an update only, and rollout, evaluation and update come one after the other."""
+    """Gradients are held during an update only; sampling and updates come one after the other."""
     held = sum(memory[key] for key in HELD)
-    generating = max(memory["rollout"], memory["evaluation"]) - memory["gradients"]
-    return held + max(memory["update"], generating)
+    return held + max(memory["update"], memory["sampling"] - memory["gradients"])
 
 
 CARDS = (24, 48, 80, 141)  # GB
 CUDA = 2.5 * GIB  # the context, cuBLAS, NCCL, compiled graphs: 2 to 3 GiB
 
 
-def print_plan(ranks=(1, 2, 8), lora_r=16):
+def print_plan():
     print("\n### Memory of each GPU, computed\n")
-    print("GiB for `act` with prompts of configs/gemma2_SIZE_pacific.json, each as long as it may be, one pair at a time,")
-    print(f"in full or with adapters of rank {lora_r}. Held all along, sharded: parameters, optimiser's state, reference. In")
-    print("turn: a rollout; an evaluation (key-value cache, prefill, sharded also a whole bfloat16 copy); an update with its")
-    print(f"gradients. Peak: of all that, and {CUDA / GIB:.1f} for CUDA itself. Then the smallest card that holds it, and")
-    print("how many turns are evaluated at once there (`per_device_eval_batch_size`, up to 32).\n")
-    print("| model | | GPUs | held | rollout | evaluation | update | peak | card | turns |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for size in ("2b", "9b", "27b"):
-        training = act.load_config(ROOT / "configs" / f"gemma2_{size}_pacific.json").training_config
-        prompt, new = training.max_prompt_length, training.max_new_tokens
-        for rank, n in itertools.product((lora_r, 0), ranks):
-
-            def needs(turns, n=n, rank=rank, size=size, prompt=prompt, new=new, longest=training.max_length):
-                return training_memory(config_of(size), n, 4, 1, turns, prompt, longest - prompt, new, rank)
-
-            peaks = {turns: peak_of(needs(turns)) + CUDA for turns in (32, 16, 8, 4, 2, 1)}
-            card, turns = next(
-                ((card, turns) for card in CARDS for turns, peak in peaks.items() if peak <= card * 1e9), (None, 1)
-            )
-            memory = needs(turns)
-            held = sum(memory[key] for key in ("parameters", "optimizer", "reference"))
-            cells = [held, *(memory[key] for key in IN_TURN[:2]), memory["update"] + memory["gradients"], peaks[turns]]
-            kind = f"LoRA {rank}" if rank else "full"
-            tail = f"{card} GB | {turns}" if card else f"over {CARDS[-1]} GB | -"
-            print(f"| {size} | {kind} | {n} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + f" | {tail} |")
+    print("GiB for the configs as they are, prompts as long as they may be. Held all along, sharded: parameters, optimiser's")
+    print("state, reference. In turn: sampling (key-value cache, prefill, sharded also a whole bfloat16 copy), an update with")
+    print(f"its gradients. Peak: of all that, and {CUDA / GIB:.1f} for CUDA itself. Then the smallest card that holds it.\n")
+    print("| config | GPUs | pairs, samples at a time | held | sampling | update | peak | card |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size, kind, ranks in itertools.product(("2b", "9b", "27b"), ("_lora", ""), (1, 2, 8)):
+        name = f"gemma2_{size}_pacific{kind}.json"
+        config = act.load_config(ROOT / "configs" / name)
+        training, rank = config.training_config, config.policy_model_config.lora_r
+        rows, samples = training.per_device_train_batch_size, training.per_device_eval_batch_size
+        prompt, reply = training.max_prompt_length, training.max_length - training.max_prompt_length
+        memory = training_memory(
+            config_of(size), ranks, 4, rows, samples, prompt, reply, training.max_new_tokens, rank
+        )
+        peak = peak_of(memory) + CUDA
+        card = next((f"{card} GB" for card in CARDS if peak <= card * 1e9), f"over {CARDS[-1]} GB")
+        held = sum(memory[key] for key in ("parameters", "optimizer", "reference"))
+        cells = held, memory["sampling"], memory["update"] + memory["gradients"], peak
+        numbers = " | ".join(f"{cell / GIB:.1f}" for cell in cells)
+        print(f"| {name} | {ranks} | {rows}, {samples} | {numbers} | {card} |")
 
 
 # ----------------------------------------------------------------------------------------------------------- the tables
