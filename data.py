@@ -60,9 +60,10 @@ FORMS = "messages contents conversations".split()  # OpenAI's, Google's and Shar
 ROLE_NAMES = {"user": "user", "human": "user", "model": "model", "assistant": "model",
               "gpt": "model", "system": "system", "developer": "system"}  # fmt: skip
 NO_TEXT = {"tool", "function", "tool_calls", "function_call"}  # roles, and keys of a message
-KEYS_READ = set(
-    """messages contents conversations completions systemInstruction system_instruction
-    role from content parts value requires_clarification""".split()
+SYSTEM_KEYS = ("systemInstruction", "system_instruction", "system")
+KEYS_READ = {*SYSTEM_KEYS} | set(
+    """messages contents conversations completions role from content parts value
+    requires_clarification""".split()
 )
 CONTROL = re.compile(
     r"(?i)<(?:start|end)_of_turn>|<\|\w+\|>|</?(?:s|think)>|<[be]os>|<br ?/?>|\[/?INST\]"
@@ -91,6 +92,7 @@ def read_conversations(path, raw=None):
 def parse_conversation(row, where, odd):
     """{"messages", "unread"} of one line. where: its address, "train.jsonl:17", with which errors
     begin; odd: takes texts about what is odd."""
+    row = given(row)
     forms = [form for form in FORMS if form in row]
     if len(forms) != 1:
         is_pair = row.keys() & PAIR_KEYS - KEYS_READ
@@ -99,7 +101,7 @@ def parse_conversation(row, where, odd):
         raise InputError(f"{where}: has {found}, expected either messages or contents{hint}")
     turns = require(row, forms[0], f"{where}: ", list)
     messages, at = [], f"{where}: {forms[0]}"
-    for key in ("systemInstruction", "system_instruction"):
+    for key in SYSTEM_KEYS:
         if key in row:
             system = require(row, key, f"{where}: ", dict, str)
             system = {"content": system} if isinstance(system, str) else system
@@ -108,7 +110,7 @@ def parse_conversation(row, where, odd):
     messages = parse_messages(turns, at, odd, messages)
     if all(message["role"] != "user" for message in messages):
         raise InputError(f"{at} has no user turn, expected at least one")
-    unread = sorted({*row, *(key for turn in turns for key in turn)} - KEYS_READ)
+    unread = sorted({*row, *(key for turn in turns for key in given(turn))} - KEYS_READ)
     for key in unread:
         if get_close_matches(key, ["requires_clarification"], 1, 0.8):
             raise InputError(f"{where}: has {key!r}, expected 'requires_clarification'")
@@ -116,6 +118,11 @@ def parse_conversation(row, where, odd):
     if any(CONTROL.search(message["content"]) for message in messages):
         odd.append("conversations spell control tokens, thoughts or <br>: formatted already?")
     return {"messages": messages, "unread": unread}
+
+
+def given(entries):
+    """What is not null: some writers give every line all keys. A message's text may be null."""
+    return {key: x for key, x in entries.items() if x is not None or key == "content"}
 
 
 def parse_messages(turns, where, odd, before=()):
@@ -138,11 +145,12 @@ def parse_messages(turns, where, odd, before=()):
 
 def parse_turn(turn, where, before=()):
     """One message, after those before -> {"role", "content"}, perhaps "requires_clarification"."""
-    role = expect(turn, where, dict).get("role") or turn.get("from")
+    turn = given(expect(turn, where, dict))
+    role = turn.get("role") or turn.get("from")
     key = next((key for key in ("parts", "value") if key in turn), "content")
     if not role and key == "parts":  # as Google says: the user's, then in turn
         role = "model" if before and before[-1]["role"] == "user" else "user"
-    if str(role) in NO_TEXT or (not turn.get(key) and turn.keys() & NO_TEXT):
+    if str(role) in NO_TEXT or (not turn.get(key) and any(map(turn.get, NO_TEXT))):
         raise LeftOut("tool calls")
     name = ROLE_NAMES.get(str(role).lower())
     if name is None or (name == "system" and before):
@@ -598,10 +606,15 @@ def parse_sides(row, where, odd):
     found = []
     for key in keys:
         turns = row.get(key, [])
+        if key == "prompt" and turns is None:
+            turns = []
         if isinstance(turns, dict):  # OpenAI's input, or a message alone
             turns = turns.get("messages", [turns])
         elif isinstance(turns, str):
             turns = [{"role": "user" if key == "prompt" else "model", "content": turns}]
+        if key == keys[0] and row.get("system"):
+            system = {"role": "system", "content": row["system"]}
+            turns = [system, *expect(turns, f"{where}: {key}", list)]
         found.append(messages_of(parse_messages(turns, f"{where}: {key}", odd)))
     prompt, *sides = found
     prompt = prompt or os.path.commonprefix(sides)
@@ -621,7 +634,7 @@ def vertex_as_trl(row, where, odd):
         text = f"{prompt[0]['content']}\n"
         prompt[0]["content"] = text.removeprefix(f"{INSTRUCTION}\n")[:-1]
     try:
-        scored = [(entry["score"], entry["completion"]) for entry in row["completions"]]
+        scored = [(0 + entry["score"], entry["completion"]) for entry in row["completions"]]
         (_, rejected), (_, chosen) = sorted(scored)
     except (KeyError, TypeError, ValueError):
         raise InputError(
@@ -790,16 +803,23 @@ def exact_match(predicted, gold, context=""):
     return same, same
 
 
+MAGNITUDES = {
+    **dict.fromkeys("k thousand tausend".split(), 10**3),
+    **dict.fromkeys("million millionen mio mn".split(), 10**6),
+    **dict.fromkeys("billion bn milliarde milliarden mrd".split(), 10**9),
+}
 UNITS = """€ eur euro euros|$ us$ usd dollar dollars|£ gbp pound pounds|% percent prozent
     |min minute minutes minuten|h hour hours stunde stunden|day days tag tage tagen|week weeks woche
     wochen|month months monat monate monaten|year years jahr jahre jahren|g gram grams gramm|kg kilo
     kilos|mm|cm|m meter meters metre metres|km|ml|l liter liters litre litres"""
 UNITS = {word: words.split()[0] for words in UNITS.split("|") for word in words.split()}
-NUMBER = re.compile(  # sign, unit, sign, digits (perhaps in groups of three), decimals, scale, unit
-    r"(?<![\w.,])([-−]?)(us\$|[€$£]|(?:eur|usd|gbp)\b)?\s?([-−]?)"
-    r"([1-9]\d{0,2}(?:([.,'’\s])\d{3})(?:\5\d{3})*(?!\d)|\d+)(?:[.,](\d+))?"
-    r"\s?(?:(k|thousand|million|billion)\b)?\s?([€$£%]|[a-z]+)?"
-)
+BLANK = "[ \u00a0\u2009\u202f]"
+NUMBER = re.compile(rf"""(?x)
+    (?<![\w.,]) ([-−](?=\S))? (us\$|[€$£]|(?:eur|usd|gbp)(?![^\W\d]))? {BLANK}? ([-−](?=\S))?
+    (?: ([1-9]\d{{0,2}}(?:([.,'’]|{BLANK})\d{{3}})(?:\5\d{{3}})*) (?:[.,](\d+))? (?![.,]?\d)
+    | (\d+(?:[.,]\d+){{2,}}) | (\d+)(?:[.,](\d+))? )  # groups of three; a date; any other
+    {BLANK}? (?:({"|".join(sorted(MAGNITUDES, reverse=True))})\b\.?)?
+    {BLANK}? ([€$£%]|[a-z]+(?![^\W\d]))?""")
 
 
 def number_match(predicted, gold, context=""):
@@ -812,13 +832,19 @@ def number_match(predicted, gold, context=""):
 
 
 def quantities(text):
-    """How often each (number, unit) stands in a text."""
+    """How often each (number, unit) stands in a text; of a date, or a version, each part."""
     found = Counter()
-    for sign, before, minus, whole, _, decimals, scale, after in NUMBER.findall(text.lower()):
-        digits = re.sub(r"\D", "", whole)
-        number = float(f"{digits}.{decimals or 0}") * {"k": 1000, **SCALES}.get(scale, 1)
+    for match in NUMBER.finditer(text.lower()):
+        sign, before, minus, groups, _, cents, parts, whole, decimals, scale, after = match.groups()
+        if parts:
+            found.update((float(part), None) for part in re.split("[.,]", parts))
+            continue
+        if before and after in ("m", "b"):  # "$5m"
+            scale = {"m": "million", "b": "billion"}[after]
+        digits = re.sub(r"\D", "", groups or whole)
+        number = float(f"{digits}.{cents or decimals or 0}") * MAGNITUDES.get(scale, 1)
         number = round(-number if sign or minus else number, 6)
-        found[number, UNITS.get(after) or UNITS.get(before)] += 1
+        found[number, UNITS.get(before) or UNITS.get(after)] += 1
     return found
 
 
@@ -867,9 +893,7 @@ def execution_match(predicted, gold, context=""):
         except SQL_ERRORS as error:
             problem = f"the {failing} {fold(text)[:80]!r} fails: {str(error) or 'out of memory'}"
             raise InputError(f"execution_match: {problem}") from None
-        # an ORDER BY of a query in brackets has a bracket of its own behind it
-        ordered = r"(?i)\border\s+by\b(?:[^()]|\([^()]*\))*\Z"
-        numbered = enumerate if re.search(ordered, SQL_QUOTED.sub(" ", query)) else iter
+        numbered = enumerate if is_ordered(query) else iter
         missing = Counter(numbered(wanted))
         try:
             for row in numbered(rows_of(database, said)):
@@ -881,6 +905,15 @@ def execution_match(predicted, gold, context=""):
     same_rows = float(not any(missing.values()))
     same_text, _ = exact_match(*(text.rstrip("; \n") for text in (said, query)))
     return same_rows * same_text, same_rows
+
+
+def is_ordered(query):
+    """Whether a query has an ORDER BY of its own, not one of what stands in brackets."""
+    bare, inner = "", SQL_QUOTED.sub(" ", query)
+    while bare != inner:
+        bare = inner
+        inner = re.sub(r"\([^()]*\)", " ", bare)
+    return re.search(r"(?i)\border\s+by\b", bare) is not None
 
 
 def sql_of(text):
@@ -1006,11 +1039,14 @@ SLOTS = {  # words that ask for the same kind of thing
 MARKER = re.compile(r"<[/|]?\w+\s*[/|]?>|\[/?INST\]|&\w+;")  # "</s>", "<|im_end|>", "&nbsp;"
 NOT_SAID = re.compile(r"""(?isx)```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w|<think.*?
     (?:</think|\Z)|[?？؟](?=["'”’»」』]\s*(?-i:[a-z,;]))""")  # and what is quoted within a sentence
-QUERY = re.compile(r"(?is)\s*(?:select|with)\b.*\b(?:from|select|where)\b")  # its quotes ask nobody
+QUERY = re.compile(r"""(?isx)\s*(?:(?:--[^\n]*\n|/\*(?:(?!\*/).)*\*/)\s*)*  # its quotes ask nobody
+    (?:select\b.*\b(?:from|select|where)\b|with\s+(?:recursive\s+)?\w+\s*(?:\([^)]*\)\s*)?as\s*\()""")
 SENTENCE_END = re.compile(r"""(?<=[.?؟…])["'”’»)\]*_]*\s+|(?<=[。？])(?![」』”"])|\n""")
 QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
 REQUEST = re.compile(r"""(?ix)\b(?:please|just|could\ you|can\ you)\b.{0,20}\b(?:tell|give|send)
-    \ (?:me|us)\b(?!\ a\ moment) | \b(?:let\ (?:me|us)\ know\ (?:wh|the\b|your\b)|please\ specify\b)
+    \ (?:me|us)\b(?!\ a\ moment) | \blet\ (?:me|us)\ know\ (?:wh|the\b|your\b)
+    | \b(?:please|kindly)\ (?:(?:specify|clarify|(?:confirm|indicate)\ wh\w+)\b
+    |(?:provide|share|state)\ (?:(?:me|us)\ (?:with\ )?)?(?:wh\w+|(?:the\ \w+\ of\ )?your)\b)
     | \b(?:I|we)(?:['’](?:d|ll)|\ will)?\ need\ (?:to\ know\ wh|your\b) | 教えてください
     | (?:\A|!\s)(?:(?:could|can|would)\ you\b|(?:what|which)\ (?!a\ )[\w\ ]{1,40}\Z)""")
 OFFER = re.compile(r"""(?ix)\A(?!.*\b(?:or|wh\w+|how)\b).*\b(?:(?:shall|should|may)\ I|also

@@ -1657,9 +1657,11 @@ def candidates(logits, top_k, top_p, guess=1024):
     best, ids = logits.topk(min(top_k or guess, logits.shape[-1]))
     if top_p < 1:
         total = (best if top_k else logits).logsumexp(-1, keepdim=True)
-        # a flat distribution: the guess was too small
-        if not top_k and ((best - total).exp().sum(-1) < top_p).any():
-            best, ids = logits.sort(descending=True)
+        flat = (best - total).exp().sum(-1) < top_p
+        if not top_k and flat.any():  # the guess was too small; other rows stay as they are alone
+            beyond = (0, logits.shape[-1] - best.shape[-1])
+            best, ids = F.pad(best, beyond, value=NEVER), F.pad(ids, beyond)
+            best[flat], ids[flat] = logits[flat].sort(descending=True)
         shares = (best - total).exp()
         before = shares.cumsum(-1) - shares
         before[..., 0] = -1  # the most likely token always stays

@@ -811,6 +811,7 @@ BAD_PAIRS = [
     (completions(("1", "a"), (0, "b")), SCORES),
     (completions((1, "a"), (0, "b"), contents=[{"role": role, **parts("x")} for role in ("user", "model")]), NO_PROMPT),
     (completions((1, "a")) | {"completions": {}}, SCORES),
+    (completions(("9", "a"), ("10", "b")), SCORES),
     (completions((1, "a")) | {"completions": [{"score": 1}]}, SCORES),
     (completions((1, "a")) | {"contents": ...},
      "has neither messages nor contents, expected either messages or contents"),
@@ -1339,7 +1340,11 @@ def test_command_line_shows_the_commands_where_it_knows_none(capsys, words):
     ("You're welcome 😊 Anything else I can do for you?", False), ("Is there anything else?", False),
     ("他に何かございますか？", False), ("Let me know your order number.", True), ("Let me know if it works.", False),
     ("I'd need your customer number to look that up.", True), ("Sure, just send me a photo of the tyre.", True),
-    ("We will send you a photo.", False),
+    ("We will send you a photo.", False), ("Please provide your order number.", True), ("Please clarify which year.", True),
+    ("Sure! Please provide me with the dates of your stay.", True), ("Kindly share the date of your booking.", True),
+    ("Please confirm which year you mean.", True), ("Please confirm your booking by clicking the link.", False),
+    ("With that date, what's the city you leave from?", True), ("With that in mind -- which of these do you want from us?", True),
+    ("/* Which ones? */ SELECT n FROM t", False), ("WITH a AS (SELECT '?' AS q FROM t) SELECT q FROM a", False),
 ])  # fmt: skip
 def test_closing_offers_are_no_questions_and_requests_are(reply, asks):
     assert data.is_question(reply) == asks
@@ -1384,6 +1389,12 @@ def test_pairs_without_the_users_reply_are_named(tmp_path):
     ("5k", "5", False), ("1.1 million euros", "€1,100,000", True), ("5 kg", "5 km", False), ("-$5", "$-5", True),
     ("-$5", "$5", False), ("US$ 5", "$5", True), ("room 12", "Room 12 on the left", True), ("2 of 3", "3 of 2", True),
     ("2 and 3", "2", False), ("no number", "5", False), ("", "5", False), ("USD 5", "$5", True), ("2019 300", "300 and 2019", True),
+    ("01.05.2024", "01.05.1999", False), ("1.5.2024", "01.05.2024", True), ("3.2.1", "3.2.9", False), ("1,2,3", "1, 2, 3", True),
+    ("1,23,456", "1,23,999", False), ("1,299,000.50", "1299000.5", True), ("10 - 12 days", "10-12 days", True),
+    ("44.1 - 56.7 = -12.6", "44.1-56.7 = -12.6", True), ("- 5 \u20ac\n- 7 \u20ac", "5 \u20ac and 7 \u20ac", True),
+    ("2 Gäste", "2", True), ("2 Gäste", "2 g", False), ("4 Männer", "4 Personen", True), ("EUR44.85", "€44.85", True),
+    ("12\n150", "12, 150", True), ("$5bn", "$5", False), ("$5M", "$5 million", True), ("$5M", "5 m", False),
+    ("$5B", "5 billion dollars", True), ("5 Mio. €", "5 Mrd. €", False), ("5 Mio. €", "€5,000,000", True),
 ])  # fmt: skip
 def test_number_match_by_hand(predicted, gold, same):
     assert data.HEURISTICS["number_match"](predicted, gold) == (float(same), float(same))
@@ -1419,6 +1430,28 @@ def test_exports_with_null_plain_parts_thoughts_and_a_system_text_are_read(tmp_p
     said = [[(m["role"], m["content"]) for m in row["messages"]] for row in conversations]
     assert said == [[("user", "Hi"), ("model", "Hello there")], [("system", "c"), ("user", "Hi"), ("model", "Hello")]]
     assert [line.partition(": ")[2] for line in lines] == ["1 messages without text are left out: 1"]
+
+
+def test_keys_that_are_null_or_empty_are_as_if_they_were_not_there(tmp_path):
+    """As writers of tables give every line all keys."""
+    nothing = {"requires_clarification": None, "tool_calls": None, "parts": None, "name": None}
+    turns = [nothing | user("Hi"), nothing | {"role": "assistant", "content": "", "tool_calls": []}, nothing | model("Hello")]
+    row = {"messages": turns, "contents": None, "systemInstruction": None, "system": "c", "id": None}
+    [found], lines = data.read_conversations(write(tmp_path, row))
+    assert data.messages_of(found["messages"]) == [("system", "c"), ("user", "Hi"), ("model", "Hello")]
+    said = [line.partition(": ")[2] for line in lines]
+    assert said == ["1 messages without text are left out: 1", "1 lines have 'tool_calls', which nothing reads: 1"]
+    chats = {key: [user("Hi"), model(key)] for key in ("chosen", "rejected")}
+    pairs, _ = data.read_preferences(write(tmp_path, {"prompt": None, **chats}))
+    assert (pairs[0].history, pairs[0].chosen) == ([("user", "Hi")], [("model", "chosen")])
+
+
+def test_a_system_text_beside_the_prompt_is_the_context_of_a_pair(tmp_path):
+    row = {"system": "c", "prompt": "Hi", "chosen": "a", "rejected": "b"}
+    [pair], _ = data.read_preferences(write(tmp_path, row))
+    assert (pair.context, pair.history) == ("c", [("user", "Hi")])
+    with pytest.raises(InputError, match=r"prompt\[1\] has role 'system', .* \(system only comes first\)"):
+        data.read_preferences(write(tmp_path, row | {"prompt": [{"role": "system", "content": "d"}, user("Hi")]}))
 
 
 def test_pairs_with_another_instruction_are_another_dialogue(tmp_path):

@@ -1067,6 +1067,18 @@ def test_a_flat_distribution_keeps_all_of_its_nucleus():
     assert 1440 < len(drawn) <= 1501
 
 
+def test_a_flat_row_changes_no_draw_of_another():
+    """Where logits are equal, as in bfloat16 many are, their order decides."""
+    peaked, flat = torch.randn(2, 3000, generator=seeded(0)).mul(4).round()
+    flat = flat / 100
+    rows = [gemma.candidates(logits, 0, 0.9) for logits in (peaked[None], torch.stack([flat, peaked]))]
+    (alone, ids), (both, all_ids) = rows
+    width = alone.shape[1]
+    assert width < both.shape[1] == 3000
+    assert torch.equal(both[1, :width], alone[0]) and torch.equal(all_ids[1, :width], ids[0])
+    assert (both[1, width:] == -torch.inf).all() and (both[0] > -torch.inf).sum() > width
+
+
 def test_later_steps_draw_afresh():
     """A draw that was reused at every step would repeat the quantile of the first one."""
     model = small_model(seed=4)

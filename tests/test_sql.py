@@ -36,6 +36,9 @@ RIGHT, SAME_ROWS, WRONG = (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)
     ("SELECT name FROM items -- all", "SELECT name FROM items", SAME_ROWS),
     ("SELECT name FROM items", "SELECT name FROM items ORDER BY lower(name)", SAME_ROWS),  # that order, by chance
     ("SELECT name FROM items", "SELECT name FROM items ORDER BY name DESC", WRONG),
+    ("SELECT name FROM items", "SELECT name FROM items ORDER BY lower(trim(name)) DESC", WRONG),
+    ("SELECT name FROM items", "SELECT name FROM (SELECT name FROM items ORDER BY lower(trim(name)) DESC)", SAME_ROWS),
+    ("SELECT name FROM items", "-- Which ones?\nSELECT name FROM items", SAME_ROWS),
     ("SELECT name FROM items", "SELECT name FROM (SELECT name FROM items ORDER BY name DESC)", SAME_ROWS),
     ("SELECT name FROM items ORDER BY 1 DESC", "SELECT name FROM items WHERE name <> ') order by ('", SAME_ROWS),
     ("SELECT name FROM items ORDER BY 1 DESC", "SELECT name FROM items /* ( order by */ -- order by", SAME_ROWS),
