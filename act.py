@@ -62,7 +62,7 @@ import traceback
 import urllib.error
 import urllib.request
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -224,25 +224,25 @@ def on_policy(run, pairs, step, positions):
     """
     training, files = run.config.training_config, run.config.data_config
     n = training.num_generations
-    together = n * max(1, training.per_device_eval_batch_size // n)
+    together = training.per_device_eval_batch_size
     examples = [pair for pair in pairs for _ in range(n)]
     noise = noise_generators(training.seed, step, positions, n)
     policy = unsharded(run.policy, training.bf16)
     rules = files.tolerance, training.max_turns, training.simulate_user
-    groups, new = [], []
+    rollouts, groups, new = [], [], []
 
     def sample():
         for i in range(0, len(examples), together):
             batch = examples[i : i + together]
             respond = sampler(policy, run.template, batch, training, noise[i : i + together])
             answers = {"respond": respond, **run.helpers.answers(batch, files.heuristic)}
-            rollouts = in_lockstep([act_pair(pair, *rules) for pair in batch], answers)
-            groups.extend(rollouts[j : j + n] for j in range(0, len(rollouts), n))
+            rollouts.extend(in_lockstep([act_pair(pair, *rules) for pair in batch], answers))
+        groups.extend(rollouts[i : i + n] for i in range(0, len(rollouts), n))
         new.extend(map(best_contrast, groups))
-        return [rollout_row(step + 1, rollout) for group in groups for rollout in group]
+        return [rollout_row(step + 1, rollout) for rollout in rollouts]
 
     rows = sum(on_all(sample), [])
-    outcomes = Counter(rollout.outcome for group in groups for rollout in group)
+    outcomes = Counter(rollout.outcome for rollout in rollouts)
     counts = {f"act/{outcome}": outcomes[outcome] for outcome in OUTCOMES}
     if n > 1:
         taken = [sum(rollout.replaced is not None for rollout in group) for group in groups]
@@ -457,8 +457,12 @@ def train(config, overwrite=False, resume=False):
                 raise RunStopped(log.problem or "interrupted")
             if training.save_steps and (done % training.save_steps == 0 or done == run.steps):
                 save_checkpoint(run, done)
-    except (RunStopped, torch.OutOfMemoryError) as error:
+    except RunStopped as error:
         raise stopped(run, done, error) from None
+    except torch.OutOfMemoryError:
+        if dist.get_world_size() > 1:  # the others wait for this rank: nothing can be saved
+            raise
+        raise stopped(run, done, RunStopped(OUT_OF_MEMORY)) from None
     save_trained(run)
     log.finish()
     run.helpers.report("these turns kept their pair, or are left out of the means")
@@ -667,6 +671,8 @@ def play_turn(pair, max_turns, compare=data.drop_f1):
         if ended and action == ANSWER:
             answer = y
             exact, f1 = yield "score", trajectory
+        if compare is data.execution_match and pair.action == CLARIFY:
+            compare = data.exact_match  # a question is no query, whatever the rule says of it
         turn_exact, turn_f1 = score(compare, pair, trajectory[0][1], pair.gold[0][1])
     except HelperFailed:
         actions = [None]
@@ -823,11 +829,11 @@ class Log:
         path, key = self.folder / "metrics.jsonl", f"eval/{self.metric}"
         self.evaluated = {  # by metric
             row["step"]: data.require(row, key, f"{path}: ", int, float, type(None)) or 0.0
-            for row in on_main(logged_rows, path) if key in row  # of a run that is resumed
+            for row in on_main(lambda: [*logged_rows(path)]) if key in row  # if it is resumed
         }  # fmt: skip
-        samples = on_main(logged_rows, self.folder / "eval_samples.jsonl")
+        samples = on_main(lambda: [*logged_rows(self.folder / "eval_samples.jsonl")])
         self.first = [sample for sample in samples if sample["step"] == 0]  # before training
-        self.last = []  # of the last evaluation of this process
+        self.last = [sample for sample in samples if sample["step"]]  # of the last evaluation
 
     def write(self, function, *arguments):
         try:
@@ -841,8 +847,6 @@ class Log:
         self.write(data.append_jsonl, self.folder / name, rows)
 
     def evaluation(self, step, metrics, samples):
-        row = {f"eval/{name}": value for name, value in metrics.items()}
-        self.append("metrics.jsonl", [{"step": step, **row}])
         self.evaluated[step] = metrics[self.metric] or 0.0  # a mean over nothing is nothing
         rows = [{"step": step, **sample} for sample in samples]
         if step == 0:
@@ -850,6 +854,9 @@ class Log:
         else:
             self.last = rows
         self.write(write_evaluation, self.folder, metrics, self.first + self.last)
+        if not self.problem:  # a row says that the evaluation need not be made again
+            row = {f"eval/{name}": value for name, value in metrics.items()}
+            self.append("metrics.jsonl", [{"step": step, **row}])
 
     def best_first(self):
         """Steps by the metric of their evaluation, the best first; of equals the later one."""
@@ -879,12 +886,11 @@ def write_evaluation(folder, metrics, samples):
 
 
 def logged_rows(path):
-    """The rows of a log that a killed run may have left with half a line at its end."""
-    lines = data.read_bytes(path).split(b"\n")[:-1] if path.exists() else []
-    return [
-        data.expect(data.parse_json(line, path, number), f"{path}:{number}", dict)
-        for number, line in enumerate(lines, start=1)
-    ]
+    """Yields the rows of a log that a killed run may have left with half a line at its end."""
+    with open(path, "rb") if path.exists() else nullcontext(()) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                yield data.expect(data.parse_json(line, path, number), f"{path}:{number}", dict)
 
 
 def write_report(folder):
@@ -897,7 +903,8 @@ def write_report(folder):
             if (folder / f"{name}.json").exists():
                 found[name] = read_json(folder / f"{name}.json")
         for name in ("metrics", "eval_samples", "rollouts"):
-            found[name] = logged_rows(folder / f"{name}.jsonl")
+            most = 5000 if name == "rollouts" else None  # the newest: a browser has to hold them
+            found[name] = [*deque(logged_rows(folder / f"{name}.jsonl"), most)]
     except (InputError, OSError) as error:
         return print0(f"{error}; report.html stays as it was")
     for row in found["eval_samples"] + found["rollouts"]:
@@ -1198,6 +1205,11 @@ def check_config(config):
 # One rank or many: what only rank 0 says, what all ranks share, and the progress of long stages.
 
 
+OUT_OF_MEMORY = (
+    "out of memory, lower per_device_train_batch_size, per_device_eval_batch_size or max_length"
+)
+
+
 class RunStopped(RuntimeError):
     """The run cannot go on: one line, for the user. It saves and stops."""
 
@@ -1284,7 +1296,9 @@ def on_all(work, *arguments):
     result = error = None
     try:
         result = work(*arguments)
-    except (RunStopped, InputError, OSError, torch.OutOfMemoryError) as problem:
+    except torch.OutOfMemoryError:
+        error = RunStopped(OUT_OF_MEMORY)
+    except (RunStopped, InputError, OSError) as problem:
         error = problem
     answers = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (result, error))
@@ -1485,6 +1499,7 @@ class Run:
 
 def begin(config, overwrite=False, resume=False):
     """A Run: read the files, decide about the output directory, check. It changes nothing there."""
+    ASKED.clear()  # in a notebook: of a run before
     device, checkpoint = start_processes(), None
     print0(machine(device))
     contents = {key: data.read_bytes(path) for key, path in input_files(config).items()}
@@ -1694,7 +1709,7 @@ def former_task(output):
     """The task of the run in a directory; None where its config.json is no run's."""
     with suppress(InputError):
         found = read_json(output / "config.json")
-        return found["task"] if isinstance(found.get("training_config"), dict) else None
+        return found.get("task") if isinstance(found.get("training_config"), dict) else None
 
 
 def require_ours(output):
@@ -1756,18 +1771,21 @@ def clear_output(run):
     require_lock(run.output)
     if run.checkpoint:  # what was logged after it will be logged again
         logs = [run.output / name for name in TRAINING_FILES if name.endswith(".jsonl")]
-        kept = {}
+        for path in logs:
+            deque(rows_until(path, run.saved), 0)  # one that is damaged is refused before a change
         for path in filter(Path.exists, logs):
-            kept[path] = [
-                row for row in logged_rows(path)
-                if data.require(row, "step", f"{path}: ", int) <= run.saved
-            ]  # fmt: skip
-        for path, rows in kept.items():
-            data.write_jsonl(path, rows)
+            data.write_jsonl(path, rows_until(path, run.saved))
     else:
         for name in TRAINING_FILES:
             remove(run.output / name)
     write_json(run.output / "config.json", asdict(run.config))
+
+
+def rows_until(path, step):
+    """Yields the rows of a log up to a step's."""
+    for row in logged_rows(path):
+        if data.require(row, "step", f"{path}: ", int) <= step:
+            yield row
 
 
 def remove(path):
@@ -1940,9 +1958,6 @@ def checkpoints(output):
 def stopped(run, done, error):
     """The error of a run that stops after `done` steps, which are saved where they are sound."""
     said = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        sizes = "per_device_train_batch_size, per_device_eval_batch_size or max_length"
-        said = f"out of memory, lower {sizes}"
     if isinstance(error, NotANumber):
         size = run.state["examples_per_step"]
         turns = (run.pairs[run.order[i]].where for i in range(done * size, (done + 1) * size))
@@ -2145,6 +2160,7 @@ class Helper:
     prompt: str
     ask: Any = None  # the back end: prompts in, answers out
     failed: list = field(default_factory=list)  # of each request, whether it brought nothing of use
+    in_a_row: int = 0  # different prompts that brought nothing of use
     why: str = ""  # of the last that did
 
     def __call__(self, requests):
@@ -2152,18 +2168,18 @@ class Helper:
         prompts = [self.filled(request) for request in requests]
         new = list(dict.fromkeys(prompts))
         answers = dict(zip(new, self.ask(new), strict=True))
-        results = [self.understood(answers[prompt]) for prompt in prompts]
-        self.failed += [result is None for result in results]
-        for prompt, result in zip(prompts, results, strict=True):
-            answer = answers[prompt]
+        results = {prompt: self.understood(answer) for prompt, answer in answers.items()}
+        self.failed += [results[prompt] is None for prompt in prompts]
+        for prompt, answer in answers.items():
+            self.in_a_row = self.in_a_row + 1 if results[prompt] is None else 0
             if isinstance(answer, CallFailed):
                 self.why = str(answer)
-            elif result is None:
+            elif results[prompt] is None:
                 self.why = f"{answer[:80]!r} (max_new_tokens {self.config.max_new_tokens})"
-        most = self.config.max_failures
-        if sum(self.failed[-most:]) == most:
-            raise RunStopped(f"{self.name}: {most} failures in a row, at last {self.why}")
-        return results
+            if self.in_a_row == self.config.max_failures:
+                said = f"{self.in_a_row} failures in a row, at last {self.why}"
+                raise RunStopped(f"{self.name}: {said}")
+        return [results[prompt] for prompt in prompts]
 
     def filled(self, request):
         texts = ROLES[self.name].fields(request)  # in one pass: a text may hold {}
@@ -2409,7 +2425,8 @@ class Client:
                     raise RunStopped(f"{config.model_id}: {failed}") from None
                 if not failed.again:
                     break
-                failed.wait += random.uniform(0, FIRST_WAIT * 2**attempt)
+                quota = failed.code == 429 and not failed.wait  # mostly of a minute
+                failed.wait += random.uniform(0, FIRST_WAIT * 2**attempt * (4 if quota else 1))
         return failed
 
     def call(self, body, timeout):

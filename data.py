@@ -1040,7 +1040,8 @@ MARKER = re.compile(r"<[/|]?\w+\s*[/|]?>|\[/?INST\]|&\w+;")  # "</s>", "<|im_end
 NOT_SAID = re.compile(r"""(?isx)```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S*\w|<think.*?
     (?:</think|\Z)|[?？؟](?=["'”’»」』]\s*(?-i:[a-z,;]))""")  # and what is quoted within a sentence
 QUERY = re.compile(r"""(?isx)\s*(?:(?:--[^\n]*\n|/\*(?:(?!\*/).)*\*/)\s*)*  # its quotes ask nobody
-    (?:select\b.*\b(?:from|select|where)\b|with\s+(?:recursive\s+)?\w+\s*(?:\([^)]*\)\s*)?as\s*\()""")
+    (?:select\b.*\b(?:from|select|where)\b
+    | with\s+(?:recursive\s+)?\w+\s*(?:\([^)]*\)\s*)?as\s*\()""")
 SENTENCE_END = re.compile(r"""(?<=[.?؟…])["'”’»)\]*_]*\s+|(?<=[。？])(?![」』”"])|\n""")
 QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
 REQUEST = re.compile(r"""(?ix)\b(?:please|just|could\ you|can\ you)\b.{0,20}\b(?:tell|give|send)

@@ -103,14 +103,17 @@ class Forest:
         """[(tokens, positions, ends, paths {number of a sequence: its slots})], one of each trie.
 
         In sorted order a sequence shares most with its neighbour. Sharing less than half of the
-        shorter one is not worth the attention over each other's slots.
+        shorter one is not worth the attention over each other's slots, nor is a trie of more than
+        four times a sequence's tokens.
         """
         tries = []
+        tokens = []
         before = []
         for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
             sequence = sequences[i]
             shared = common_prefix(before, sequence)
-            if not tries or 2 * shared < min(len(before), len(sequence)):
+            little = 2 * shared < min(len(before), len(sequence))
+            if not tries or little or len(tokens) > 4 * len(sequence):
                 tokens = []
                 positions = []
                 ends = []
@@ -1079,7 +1082,10 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
             path = directory / f".{stem}{part}.safetensors"
             path.touch()
             rights = path.stat().st_mode  # safetensors makes files that their owner alone can read
-            save_file(whole, path, metadata={"format": "pt"})
+            try:
+                save_file(whole, path, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, say
+                raise InputError(f"{directory / path.name[1:]}: {error}") from None
             path.chmod(rights)
             files[path] = list(whole)
     if directory:

@@ -529,7 +529,7 @@ def test_a_batch_on_policy_equals_each_example_alone(
     run.config, run.helpers = config, act.Helpers(config, {})
     batch, positions, model = prompted(pairs[: 24 // samples], plain), range(100, 100 + 24 // samples), random_model()
     found, counts, rows = act.on_policy(run, batch, 5, positions)
-    assert sum(sizes) == 24 and max(sizes) == together - together % samples, "of memory for so many samples at once"
+    assert sum(sizes) == 24 and max(sizes) == together, "of memory for so many samples at once"
 
     class Played(Script):
         def policy(self, i, said):

@@ -13,6 +13,20 @@ GOLD = [
 ]  # fmt: skip
 
 
+def test_a_gold_question_that_the_rule_does_not_know_is_no_query():
+    """Actions may come from labels or a model; SQL runs queries alone."""
+    gold = [("model", "Tell me which column."), ("user", "a"), ("model", "SELECT a FROM t")]
+    turn = act.play_turn(a_pair(CLARIFY, gold=gold), 3, data.execution_match)
+    asked = next(turn)
+    for answer in (("Tell me which  column.", True), CLARIFY, "a", ("SELECT a FROM t", True), ANSWER):
+        asked = turn.send(answer)
+    assert asked[0] == "score"
+    with pytest.raises(StopIteration) as end:
+        turn.send((1.0, 1.0))
+    row = end.value.value
+    assert (row["turn_exact_match"], row["turn_f1"], row["f1"], row["questions"]) == (1.0, 1.0, 1.0, 1)
+
+
 def reply_to(question, gold=GOLD):
     [answer] = data.rule_users([(a_pair(gold=gold), [("model", question)], "an intent")])
     return answer

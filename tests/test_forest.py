@@ -156,6 +156,16 @@ def test_small_tries_share_a_row():
     assert forest.padding == 0
 
 
+def test_many_sequences_that_share_half_are_several_tries():
+    """Attention over each other's slots would cost the square of all of them."""
+    half = list(range(2, 62))
+    sequences = [[*half, *(1000 * i + j for j in range(40))] for i in range(1, 41)]
+    tries = Forest._tries(sequences)
+    assert 1 < len(tries) < 10 and max(len(tokens) for tokens, *_ in tries) <= 4 * 100 + 40
+    assert sum(len(tokens) for tokens, *_ in tries) < 0.6 * sum(map(len, sequences)), "what they share is shared"
+    assert len(Forest._tries([[*half, i] for i in range(100, 400)])) < 3, "nothing is lost where little differs"
+
+
 def test_every_sequence_is_found_along_its_path(plain, pairs):
     sequences = [tokens for tokens, _ in both_sides(pairs, plain, training_of())]
     forest = Forest(sequences)

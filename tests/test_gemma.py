@@ -388,6 +388,15 @@ def test_plain_weights_do_not_go_out_as_quantised_ones(copied, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
+def test_a_full_disk_names_the_file(model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise gemma.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(gemma, "save_file", full)
+    with pytest.raises(gemma.InputError, match=rf"^{tmp_path}/model.safetensors: Error while .* No space left on device"):
+        model.save_pretrained(tmp_path)
+
+
 def test_saved_files_have_the_rights_that_the_users_umask_leaves(model, tmp_path):
     before = os.umask(0o027)
     try:

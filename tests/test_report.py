@@ -46,6 +46,12 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_of_very_many_samples_the_page_has_the_newest(tmp_path):
+    write_rows(tmp_path / "rollouts.jsonl", ({"step": step, "context": "c", "history": [], "gold": []} for step in range(5100)))
+    act.write_report(tmp_path)
+    assert [row["step"] for row in data_of(tmp_path)["rollouts"]] == list(range(100, 5100))
+
+
 def test_the_data_in_the_page_are_the_rows_of_the_run(tmp_path):
     files = {
         "metrics": [{"step": 0, "eval/Accuracy": None, text: 1.5} for text in TEXTS],

@@ -1280,6 +1280,85 @@ def test_parameters_that_are_no_numbers_are_never_saved_or_evaluated(world, tmp_
     assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "out" / "model").values())
 
 
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+
+def test_a_run_that_is_out_of_memory_saves_and_says_what_to_lower(world, tmp_path, monkeypatch, capsys):
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=4, save_steps=4)
+    monkeypatch.setattr(act, "preference_step", counted("preference_step", 3, out_of_memory))
+    assert run("--config", config) == 1
+    said = f"act.py: stopped: {act.OUT_OF_MEMORY}, --resume goes on from step 2\n"
+    assert capsys.readouterr().err == said and names_in(tmp_path / "out" / "checkpoints") == {"step-2"}
+
+
+def no_memory_on_rank_one():
+    if os.environ["RANK"] == "1":
+        act.preference_step = counted("preference_step", 2, out_of_memory)
+
+
+def test_one_rank_out_of_memory_says_so_and_nobody_waits(world, tmp_path):
+    """It can save nothing: the others are in the midst of a sum of gradients, or of layers that are gathered."""
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=3, save_steps=1, per_device_train_batch_size=2)
+    statuses, said = run_on_ranks(2, tmp_path, "--config", config, patch=no_memory_on_rank_one)
+    assert statuses[1] == 2 and statuses[0] not in (0, None, -9) and "act.py: error: CUDA out of memory" in said, said
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-1"}
+
+
+def no_memory_to_sample_on_rank_one():
+    if os.environ["RANK"] == "1":
+        act.in_lockstep = counted("in_lockstep", 1, out_of_memory)
+
+
+def test_one_rank_without_memory_for_its_rollout_stops_all_and_they_save(world, tmp_path):
+    config = run_config(world, tmp_path, evaluated=False, max_steps=2, per_device_train_batch_size=2)
+    statuses, said = run_on_ranks(2, tmp_path, "--config", config, patch=no_memory_to_sample_on_rank_one)
+    assert statuses == [1, 1] and said.count(act.OUT_OF_MEMORY) == 1, said
+
+
+@pytest.mark.parametrize("where", ["write_evaluation", "save_trained"])
+def test_a_run_that_is_killed_at_its_end_ends_with_its_own_figures(world, tmp_path, monkeypatch, capsys, where):
+    """Whether the last evaluation was in the log alone, or in its files too: --resume leaves both, and the table."""
+    config, out = run_config(world, tmp_path, max_steps=2, save_steps=1), tmp_path / "out"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    number = 2 if where == "write_evaluation" else 1
+    monkeypatch.setattr(act, where, stopped_at(where, number, killed))
+    assert run("--config", config) == 130
+    monkeypatch.undo()
+    assert run("--config", config, "--resume") == 0
+    assert " before    after\n" in capsys.readouterr().out
+    rows = [row for row in lines_of_json(out / "metrics.jsonl") if "eval/Accuracy" in row]
+    assert [row["step"] for row in rows] == [0, 2]
+    found = json.loads((out / "eval_metrics.json").read_text())
+    assert found == {key.removeprefix("eval/"): value for key, value in rows[1].items() if key != "step"}
+    assert {row["step"] for row in lines_of_json(out / "eval_samples.jsonl")} == {0, 2}
+
+
+def stopped_at(function, number, then):
+    """act.`function`, of which the call of this number (from 1) is `then` in its place."""
+    inner, calls = getattr(act, function), []
+    return lambda *given: calls.append(1) or (then if len(calls) == number else inner)(*given)
+
+
+def test_in_a_notebook_an_interrupt_ends_one_run_only(world, tmp_path, monkeypatch):
+    config = load_config(run_config(world, tmp_path, "dpo", evaluated=False, max_steps=2, save_steps=1))
+    monkeypatch.setattr(act, "ASKED", [signal.SIGINT])
+    act.train(config)
+    assert names_in(tmp_path / "out" / "checkpoints") == {"step-2"}
+
+
+def test_a_config_of_ones_own_in_the_output_directory_is_no_run(world, tmp_path, capsys):
+    own = tmp_path / "out" / "config.json"
+    own.parent.mkdir()
+    row = json.loads(Path(run_config(world, tmp_path)).read_text())
+    row.pop("task", None)
+    own.write_text(json.dumps(row))
+    assert f"{tmp_path / 'out'}: holds config.json of no run" in error_of(capsys, "--config", own)
+
+
 def a_nan_on_rank_one():
     if os.environ["RANK"] == "1":
         act.preference_step = counted("preference_step", 2, lambda sums, *_: sums | {"loss": math.nan})
