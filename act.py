@@ -853,10 +853,8 @@ class Log:
             self.first = rows
         else:
             self.last = rows
-        self.write(write_evaluation, self.folder, metrics, self.first + self.last)
-        if not self.problem:  # a row says that the evaluation need not be made again
-            row = {f"eval/{name}": value for name, value in metrics.items()}
-            self.append("metrics.jsonl", [{"step": step, **row}])
+        row = {"step": step} | {f"eval/{name}": value for name, value in metrics.items()}
+        self.write(write_evaluation, self.folder, metrics, self.first + self.last, row)
 
     def best_first(self):
         """Steps by the metric of their evaluation, the best first; of equals the later one."""
@@ -879,9 +877,12 @@ class Log:
             print0(f"Not all was written: {self.problem}")
 
 
-def write_evaluation(folder, metrics, samples):
+def write_evaluation(folder, metrics, samples, row=None):
+    """row: of metrics.jsonl; it comes last, since it says that the evaluation is done."""
     data.write_jsonl(folder / "eval_samples.jsonl", samples)
     write_json(folder / "eval_metrics.json", metrics)
+    if row:
+        data.append_jsonl(folder / "metrics.jsonl", [row])
     write_report(folder)
 
 
