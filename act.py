@@ -1875,12 +1875,12 @@ def save(run, directory, step, optimizer=False):
     on_all(require_finite, parts)
     on_main(clear_part, run, part)
     if model.lora:
-        gemma.save_adapters(model, part, run.config.policy_model_config.model_path)
+        on_all(gemma.save_adapters, model, part, run.config.policy_model_config.model_path)
     else:
-        model.save_pretrained(part)
+        on_all(model.save_pretrained, part)
     if optimizer:
         tensors = optimizer_tensors(model, run.optimizer)
-        gemma.save_safetensors(tensors, part if is_main() else None, "optimizer")
+        on_all(gemma.save_safetensors, tensors, part if is_main() else None, "optimizer")
     on_main(take_place, run, part, directory, step)
 
 

@@ -1071,6 +1071,7 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
         room -= size
     count = len(shards)
     files = {}  # of each file the tensors' names
+    problem = None
     for i, names in enumerate(shards, start=1):
         part = f"-{i:05d}-of-{count:05d}" if count > 1 else ""
         whole = {}
@@ -1078,16 +1079,18 @@ def save_safetensors(tensors, directory, stem, prefix="", max_shard_bytes=5_000_
             tensor = whole_tensor(tensors[name].detach())
             if directory:
                 whole[prefix + name] = tensor.cpu().contiguous()
-        if directory:
+        if directory and not problem:
             path = directory / f".{stem}{part}.safetensors"
-            path.touch()
-            rights = path.stat().st_mode  # safetensors makes files that their owner alone can read
             try:
+                path.touch()
+                rights = path.stat().st_mode  # safetensors' files are their owner's alone
                 save_file(whole, path, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, say
-                raise InputError(f"{directory / path.name[1:]}: {error}") from None
-            path.chmod(rights)
+                path.chmod(rights)
+            except (SafetensorError, OSError) as error:  # a full disk; others are still gathering
+                problem = InputError(f"{directory / path.name[1:]}: {error}")
             files[path] = list(whole)
+    if problem:
+        raise problem
     if directory:
         weight_map = {}
         for path, names in files.items():
