@@ -1675,6 +1675,20 @@ def test_a_full_disk_ends_all_ranks_without_a_traceback(world, tmp_path):
     assert statuses == [1, 1] and "No space left on device, --resume goes on from step" in said and "Traceback" not in said, said
 
 
+def no_room_for_weights_on_rank_zero():
+    def full(*_, **__):
+        raise act.SafetensorError("No space left on device (os error 28)")
+
+    if os.environ["RANK"] == "0":
+        act.gemma.save_file = full
+
+
+def test_weights_that_one_rank_cannot_write_end_all_ranks_without_a_traceback(world, tmp_path):
+    config = run_config(world, tmp_path, "dpo", evaluated=False, max_steps=2, per_device_train_batch_size=2)
+    statuses, said = run_on_ranks(2, tmp_path, "--config", config, patch=no_room_for_weights_on_rank_zero)
+    assert statuses == [2, 2] and "model.safetensors: No space left on device" in said and "Traceback" not in said, said
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Resume means the same run; what is half removed is not there
 
