@@ -2483,7 +2483,8 @@ def failure_of(report, response):
     if "insufficient_quota" in str(report):
         code = 402
     words = f"HTTP {response.status}: {fields.get('message') or report}"
-    wait = retry_after(response.headers.get("Retry-After", ""))
+    delay = re.search(r"'retryDelay': '([\d.]+)s'", str(report))  # where Gemini says it
+    wait = retry_after(response.headers.get("Retry-After") or (delay[1] if delay else ""))
     return CallFailed(words, code if isinstance(code, int) else 500, wait)
 
 

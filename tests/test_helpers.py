@@ -73,6 +73,8 @@ REPLIES = {  # name -> (status, headers, JSON)
     "429": (429, {}, failure_with("quota exceeded")),
     "429 with Retry-After": (429, {"Retry-After": "7"}, failure_with("quota exceeded")),
     "429 for an hour": (429, {"Retry-After": "3600"}, failure_with("quota exceeded")),
+    "429 with retryDelay": (429, {}, failure_with(
+        "quota exceeded", details=[{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}])),
     "429 until a date": (429, {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}, ["not an error object"]),
     "429 until a date gone by": (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, failure_with("slow")),
     "429 until no date": (429, {"Retry-After": "Wed, 99 Oct 2037 99:28:00 +9999999"}, failure_with("slow")),
@@ -450,6 +452,7 @@ def test_what_refuses_all_calls_stops_the_run_at_once_with_the_servers_words(ser
     ("behaviour", "waits"),
     [
         ("500", [1, 2, 4, 8, 16, 32, 60, 60]),
+        ("429 with retryDelay", [8, 9, 11, 15, 23, 39, 60, 60]),
         ("429 with Retry-After", [8, 9, 11, 15, 23, 39, 60, 60]),
         ("429 for an hour", [60] * 8),
         ("429 until a date", [60] * 8),
