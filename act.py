@@ -163,14 +163,9 @@ def contrast(pair, trajectory, outcome, score=None):
     replaced = "chosen" if outcome == GOOD_OUTCOME else "rejected"
     cut = outcome == CUT_OFF and bool(trajectory[-1][1])  # else no token of it would be scored
     new = replace(pair, cut=cut, **{replaced: trajectory})
-    if same_words(new):
+    if data.same_words(new):
         return Rollout(pair, pair, trajectory, SAME_TEXT)
     return Rollout(pair, new, trajectory, outcome, score, replaced)
-
-
-def same_words(pair):
-    chosen, rejected = pair.chosen, pair.rejected
-    return [(r, t.split()) for r, t in chosen] == [(r, t.split()) for r, t in rejected]
 
 
 def best_contrast(rollouts):
@@ -185,7 +180,7 @@ def best_contrast(rollouts):
         new = replace(new, chosen=won.trajectory)
     if lost:
         new = replace(new, rejected=lost.trajectory, cut=lost.pair.cut)
-    if same_words(new):
+    if data.same_words(new):
         new, won, lost = pair, None, None
     for rollout in rollouts:
         if rollout is not won and rollout is not lost:
@@ -381,12 +376,10 @@ def learning_rate(step, steps, training):
 
 def clip_and_step(policy, optimizer, max_grad_norm, lr):
     """Clip, take one optimiser step, and return the gradient's norm before clipping."""
-    grads = [p.grad for p in policy.parameters() if p.grad is not None]
-    norm = gemma.whole_tensor(torch.nn.utils.get_total_norm(grads))
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm or math.inf)
+    norm = gemma.whole_tensor(norm)
     if not norm.isfinite():  # the same on all ranks; the parameters are still good
         raise NotANumber("the gradient's norm is not a finite number")
-    if max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -436,7 +429,7 @@ def train(config, overwrite=False, resume=False):
             for i in range(0, local, micro):
                 sums.update(take_step(run, batch[i : i + micro], 1 / local))
             sums["stop"] = log.problem is not None or bool(ASKED)
-            totals = dict(zip(sums, all_sum(list(sums.values()), run.device), strict=True))
+            totals = dict(zip(sums, all_sum([*sums.values()]), strict=True))
             require_finite(totals, NotANumber)  # on all ranks, before they are learnt from
             stop = totals.pop("stop")  # by Ctrl-C, SIGTERM or a full disk
             lr = learning_rate(step, run.steps, training)
@@ -459,9 +452,10 @@ def train(config, overwrite=False, resume=False):
                 save_checkpoint(run, done)
     except RunStopped as error:
         raise stopped(run, done, error) from None
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
         if dist.get_world_size() > 1:  # the others wait for this rank: nothing can be saved
             raise
+        error.__traceback__ = None  # which holds what the step has computed
         raise stopped(run, done, RunStopped(OUT_OF_MEMORY)) from None
     save_trained(run)
     log.finish()
@@ -954,7 +948,7 @@ class PolicyModelConfig:
 
 @dataclass(frozen=True)
 class HelperConfig:
-    # a rule knows question marks in any language, requests in English alone
+    # a rule knows a question that ends a reply in any language, requests in English alone
     backend: Literal["", "rule", "gemma", "gemini", "openai"] = ""  # "": gemini with a model_id
     model_path: InputPath = ""  # gemma: a checkpoint, or "reference": the policy's own
     model_id: str = ""  # gemini, openai: e.g. "gemini-2.0-flash-001", "llama3.2"
@@ -1285,9 +1279,9 @@ def meter(label, total):
     return show
 
 
-def all_sum(values, device="cpu"):
+def all_sum(values):
     """Sum of a list of numbers over all ranks, element by element, in one message."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
@@ -1359,7 +1353,7 @@ def stop_if_asked():
 
 def require_finite(values, error=RunStopped):
     """Raises `error` for an infinity or NaN among numbers or tensors by name."""
-    finite = [torch.as_tensor(value).isfinite().all() for value in values.values()]
+    finite = [gemma.all_finite(torch.as_tensor(value)) for value in values.values()]
     finite = torch.stack(finite).tolist()  # one wait for the device
     for name, right in zip(values, finite, strict=True):
         if not right:
@@ -1399,6 +1393,9 @@ def build_model(config, mesh, trained=True):
         if lora:
             targets = policy.lora_target_modules or gemma.PROJECTIONS
             gemma.add_adapters(model, gemma.LoraConfig(lora, policy.lora_alpha, targets))
+    for module in model.modules():
+        if isinstance(module, gemma.RMSNorm) and not trained:
+            module.float()  # as the policy's: the two must not differ at the start
     gemma.load_safetensors(gemma.base_weights(model), source, prefix="model.")  # shapes
     model.compute_dtype = torch.bfloat16 if training.bf16 else dtype
     if mesh.size() > 1:  # one process has nothing to gather
@@ -1887,6 +1884,7 @@ def save(run, directory, step, optimizer=False):
 def clear_part(run, part):
     require_lock(run.output)
     remove(part)
+    part.mkdir(parents=True)
 
 
 def take_place(run, part, directory, step):
@@ -2030,13 +2028,15 @@ def affirmed(answer, words):
 def parse_verdict(answer):
     """(exact, score), 1.0 for RIGHT, 0.0 for WRONG; None for neither, both or "not right" alone."""
     said = affirmed(re.split(r"\n[ \t]*Conversation:", answer)[0], r"(?:right|wrong)(?![a-z])")
+    said = list(filter(str.isupper, said)) or said  # "WRONG, the right answer is 5"
     rights = {float(word.upper() == "RIGHT") for word in said}
     return (*rights, *rights) if len(rights) == 1 else None
 
 
 def parse_action(answer):
     """The first of the two words that is not denied, in capitals if there is one."""
-    found = affirmed(unlabelled(answer, "Answer"), "clarify|answer")
+    label = r"(?i)\A[\s*]*answer[\s*]*:(?=\W*(?:clarify|answer)\b)"  # else it is the answer itself
+    found = affirmed(re.sub(label, "", answer), "clarify|answer")
     return max(found, key=str.isupper, default="").upper() or None
 
 
@@ -2445,7 +2445,7 @@ class Client:
             raise CallFailed(error.reason, 0) from None
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: odd headers
             raise CallFailed(type(error).__name__) from None
-        if self.key:  # which a server may echo
+        if len(self.key) > 15:  # which a server may echo; a shorter one stands for none
             raw = raw.replace(self.key.encode(), b"[key]")
         if raw.lstrip().startswith((b"data:", b"event:")):
             raise CallFailed("its reply is streamed, expected one JSON object", 422)
@@ -2458,7 +2458,8 @@ class Client:
         if report:
             failure = failure_of(report, response)
             named = RENAMED.keys() & body.keys() & set(re.findall(r"\w+", str(report)))
-            if response.status != 400 or not named or re.search(TOO_LONG, str(failure)):
+            odd = response.status in (400, 422) and named
+            if not odd or re.search(TOO_LONG, str(failure)):
                 raise failure
             if named - self.refused:
                 print0(f"{self.url}: going on without {', '.join(named)} ({failure})")

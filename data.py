@@ -62,12 +62,14 @@ ROLE_NAMES = {"user": "user", "human": "user", "model": "model", "assistant": "m
 NO_TEXT = {"tool", "function", "tool_calls", "function_call"}  # roles, and keys of a message
 SYSTEM_KEYS = ("systemInstruction", "system_instruction", "system")
 KEYS_READ = {*SYSTEM_KEYS} | set(
-    """messages contents conversations completions role from content parts value
+    """messages contents conversations role from content parts value
     requires_clarification""".split()
 )
 CONTROL = re.compile(
     r"(?i)<(?:start|end)_of_turn>|<\|\w+\|>|</?(?:s|think)>|<[be]os>|<br ?/?>|\[/?INST\]"
+    r"|\n\n(?:human|assistant):|\A\[\{'"
 )
+FORMATTED = "lines spell control tokens, thoughts, speakers or <br>: formatted already?"
 
 
 def read_vertex_jsonl(path, raw=None):
@@ -95,19 +97,15 @@ def parse_conversation(row, where, odd):
     row = given(row)
     forms = [form for form in FORMS if form in row]
     if len(forms) != 1:
-        is_pair = row.keys() & PAIR_KEYS - KEYS_READ
+        is_pair = row.keys() & PAIR_MARKS
         hint = " (a file of pairs? then set training_config.is_preference)" if is_pair else ""
         found = " and ".join(forms) or "neither messages nor contents"
         raise InputError(f"{where}: has {found}, expected either messages or contents{hint}")
+    if "requires_clarification" in row:
+        raise InputError(f"{where}: has requires_clarification, expected it on user turns alone")
     turns = require(row, forms[0], f"{where}: ", list)
-    messages, at = [], f"{where}: {forms[0]}"
-    for key in SYSTEM_KEYS:
-        if key in row:
-            system = require(row, key, f"{where}: ", dict, str)
-            system = {"content": system} if isinstance(system, str) else system
-            system = {**system, "role": "system"}
-            messages.append(parse_turn(system, f"{where}: {key}", messages))
-    messages = parse_messages(turns, at, odd, messages)
+    at = f"{where}: {forms[0]}"
+    messages = parse_messages(turns, at, odd, system_messages(row, where))
     if all(message["role"] != "user" for message in messages):
         raise InputError(f"{at} has no user turn, expected at least one")
     unread = sorted({*row, *(key for turn in turns for key in given(turn))} - KEYS_READ)
@@ -116,13 +114,24 @@ def parse_conversation(row, where, odd):
             raise InputError(f"{where}: has {key!r}, expected 'requires_clarification'")
         odd.append(f"lines have {key!r}, which nothing reads")
     if any(CONTROL.search(message["content"]) for message in messages):
-        odd.append("conversations spell control tokens, thoughts or <br>: formatted already?")
+        odd.append(FORMATTED)
     return {"messages": messages, "unread": unread}
 
 
+def system_messages(row, where):
+    """The system message that stands beside the others of a line, in a list."""
+    messages = []
+    for key in filter(row.get, SYSTEM_KEYS):
+        system = require(row, key, f"{where}: ", dict, str)
+        system = {"content": system} if isinstance(system, str) else system
+        messages.append(parse_turn({**system, "role": "system"}, f"{where}: {key}", messages))
+    return messages
+
+
 def given(entries):
-    """What is not null: some writers give every line all keys. A message's text may be null."""
-    return {key: x for key, x in entries.items() if x is not None or key == "content"}
+    """What is not null, nor NaN: tables give every line all keys. A message's text may be null."""
+    found = {key: x for key, x in entries.items() if x is not None and x == x}
+    return {"content": None, **found} if "content" in entries else found
 
 
 def parse_messages(turns, where, odd, before=()):
@@ -170,6 +179,7 @@ def parse_turn(turn, where, before=()):
 def part_text(part, where):
     if isinstance(part, str):
         return part
+    part = given(part) if isinstance(part, dict) else part
     if isinstance(part, dict) and part.get("thought"):  # what a Gemini thought is not its reply
         return ""
     if "text" not in expect(part, where, dict) and part:
@@ -231,6 +241,12 @@ class Pair:
     def at(self):
         """Where it is in its file: line and turn, as in "17.2", or the line alone."""
         return f"{self.line}.{self.turn}" if self.turn else self.line
+
+
+def same_words(pair):
+    """Whether both sides say the same but for white space: then they teach nothing."""
+    chosen, rejected = pair.chosen, pair.rejected
+    return [(r, t.split()) for r, t in chosen] == [(r, t.split()) for r, t in rejected]
 
 
 def dialogues(pairs):
@@ -442,6 +458,10 @@ def check_conversations(path, pairs, skipped, labelled=0, actions=()):
     for pair in apart:
         says = f"labelled {pair.action}, but the classifier says {OTHER[pair.action]}"
         found[f"user turns are {says}"].append(pair.at)
+    for pair, action in zip(pairs, actions, strict=False):
+        if action == pair.action == ANSWER and MARK.search(NOT_SAID.sub("", pair.gold[0][1])):
+            what = "replies have a question mark, but the rule takes them for answers"
+            found[what].append(pair.at)
     lines = [f"{path}: the action classifier labelled {labelled} turns"] if labelled else []
     lines += noted(path, found)
     if len(apart) > 0.1 * len(pairs):
@@ -492,10 +512,10 @@ def check_file(path):
 # Texts and JSON lines that hold a pair: made when a file is written, taken apart when one is read,
 # nowhere else.
 
-PAIR_KEYS = KEYS_READ | set(
-    """input_text output_text dialogue_policy gold_target gold_trajectory
-    chosen_policy rejected_policy chosen rejected prompt input preferred_output
-    non_preferred_output""".split()
+PAIR_MARKS = {"input_text", "completions", "chosen", "rejected", "preferred_output"}
+PAIR_KEYS = {*SYSTEM_KEYS} | PAIR_MARKS | set(
+    """output_text dialogue_policy gold_target gold_trajectory chosen_policy rejected_policy
+    contents prompt input non_preferred_output""".split()
 )
 PAIR_FORMS = ("input_text and more (the published code), contents and completions (Vertex AI), "
               "chosen and rejected (TRL), or preferred_output and non_preferred_output (OpenAI); "
@@ -596,7 +616,8 @@ def trl_preference(pair):
 def parse_sides(row, where, odd):
     """The inverse of the two above, for TRL's other forms and OpenAI's too. Raises InputError.
 
-    A side may be a text, or repeat the prompt; without a prompt it is what both begin with.
+    A side may be a text, or repeat the prompt, with a system message or without; without a prompt
+    it is what both begin with.
     """
     keys = ("prompt", "chosen", "rejected")
     if "preferred_output" in row:
@@ -606,21 +627,25 @@ def parse_sides(row, where, odd):
     found = []
     for key in keys:
         turns = row.get(key, [])
-        if key == "prompt" and turns is None:
-            turns = []
         if isinstance(turns, dict):  # OpenAI's input, or a message alone
             turns = turns.get("messages", [turns])
         elif isinstance(turns, str):
             turns = [{"role": "user" if key == "prompt" else "model", "content": turns}]
-        if key == keys[0] and row.get("system"):
-            system = {"role": "system", "content": row["system"]}
-            turns = [system, *expect(turns, f"{where}: {key}", list)]
-        found.append(messages_of(parse_messages(turns, f"{where}: {key}", odd)))
+        before = system_messages(row, where) if key == keys[0] else ()
+        found.append(messages_of(parse_messages(turns, f"{where}: {key}", odd, before)))
     prompt, *sides = found
-    prompt = prompt or os.path.commonprefix(sides)
     for side in sides:
-        if side[: len(prompt)] == prompt:
-            del side[: len(prompt)]
+        if side and side[0][0] == "system":
+            system = side.pop(0)
+            if not prompt or prompt[0][0] != "system":
+                prompt.insert(0, system)
+    asked = [message for message in prompt if message[0] != "system"]
+    if not asked:
+        asked = os.path.commonprefix(sides)
+        prompt += asked
+    for side in sides:
+        if side[: len(asked)] == asked:
+            del side[: len(asked)]
         if side and side[-1][0] == "user":
             odd.append("sides end with the user's message, which is left out")
             side.pop()
@@ -629,14 +654,16 @@ def parse_sides(row, where, odd):
 
 def vertex_as_trl(row, where, odd):
     """The completion with the higher score is chosen; our own instruction is taken off."""
-    prompt = parse_conversation(row, where, odd)["messages"]
+    conversation = {key: value for key, value in row.items() if key != "completions"}
+    prompt = parse_conversation(conversation, where, odd)["messages"]
     if prompt[0]["role"] == "system":
         text = f"{prompt[0]['content']}\n"
         prompt[0]["content"] = text.removeprefix(f"{INSTRUCTION}\n")[:-1]
     try:
-        scored = [(0 + entry["score"], entry["completion"]) for entry in row["completions"]]
+        entries = map(given, row["completions"])
+        scored = [(0 + entry["score"], entry["completion"]) for entry in entries]
         (_, rejected), (_, chosen) = sorted(scored)
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise InputError(
             f"{where}: completions are no two of score and completion, with different scores"
         ) from None
@@ -670,15 +697,18 @@ def messages_of(turns):
 
 def parse_pair(row, where, odd):
     """A Pair of a line in any of the forms. Raises InputError."""
+    row = given(row)
     if "input_text" in row:
         pair = parse_record(row, where)
-    elif row.keys() & {"completions", "chosen", "preferred_output"}:
+    elif row.keys() & PAIR_MARKS:
         pair = parse_sides(row, where, odd)
     else:
         raise InputError(f"{where}: is no pair in a known form, expected {PAIR_FORMS}")
     unread = [f"lines have {key!r}, which nothing reads" for key in sorted(row.keys() - PAIR_KEYS)]
+    if any(CONTROL.search(text) for _, text in pair.messages + pair.chosen + pair.rejected):
+        unread.append(FORMATTED)
     odd += [text for text in unread if text not in odd]
-    if format_messages(pair.chosen).split() == format_messages(pair.rejected).split():
+    if same_words(pair):
         raise LeftOut("two equal sides, which teach nothing,")
     return pair
 
@@ -765,8 +795,10 @@ def drop_words(text):
     words = []
     for token in text.lower().split(" "):
         number = number_text(token)
-        token = token.translate(PUNCTUATION) if number is None else number
-        words += ARTICLES.sub(" ", token).split()
+        if number is None:
+            token = token.translate(PUNCTUATION)
+            number = number_text(token)  # "05/06" is one only now
+        words += ARTICLES.sub(" ", token if number is None else number).split()
     return words
 
 
@@ -918,7 +950,7 @@ def is_ordered(query):
 
 def sql_of(text):
     """The query in a fenced block, or the whole text."""
-    fenced = re.search(r"```(?:sql|sqlite)?\s(.*?)```", text, re.DOTALL | re.IGNORECASE)
+    fenced = re.search(r"```\w*\s(.*?)```", text, re.DOTALL)
     return fenced[1] if fenced else text
 
 
@@ -1043,6 +1075,7 @@ QUERY = re.compile(r"""(?isx)\s*(?:(?:--[^\n]*\n|/\*(?:(?!\*/).)*\*/)\s*)*  # it
     (?:select\b.*\b(?:from|select|where)\b
     | with\s+(?:recursive\s+)?\w+\s*(?:\([^)]*\)\s*)?as\s*\()""")
 SENTENCE_END = re.compile(r"""(?<=[.?؟…])["'”’»)\]*_]*\s+|(?<=[。？])(?![」』”"])|\n""")
+MARK = re.compile("[?？؟]")
 QUESTION_END = re.compile(r"(?:(?<![=<>(,|&])(?<![=<>(,|&] )[?？؟]|か。)(?:[^\w.。]|_)*\Z")
 REQUEST = re.compile(r"""(?ix)\b(?:please|just|could\ you|can\ you)\b.{0,20}\b(?:tell|give|send)
     \ (?:me|us)\b(?!\ a\ moment) | \blet\ (?:me|us)\ know\ (?:wh|the\b|your\b)
@@ -1055,7 +1088,7 @@ OFFER = re.compile(r"""(?ix)\A(?!.*\b(?:or|wh\w+|how)\b).*\b(?:(?:shall|should|m
 CLOSING = re.compile(r"(?i)\banything else\b|\balgo más\b|\bsonst noch\b|(?:ほか|他)に")  # an offer
 OPEN = re.compile(r"""(?ix).*\n\Z  # nothing follows; choices; or the user is asked, and a remark
     | (?!\W*(?:how|why)\b).*\n\s*(?:[-*•]|\(?\w{1,2}[.)])(?:\s|\Z) | (?=.*(?:\b(?:your?|or|which
-    |welche[rns]?|quelle?|cuál)\b|どちら|どれ)).*\n(?!\W*(?:yes|no|because)\b)""")
+    |oder|ou|o|или|welche[rns]?|quelle?|cuál)\b|どちら|どれ)).*\n(?!\W*(?:yes|no|because)\b)""")
 
 
 def is_question(text):
@@ -1396,16 +1429,17 @@ def main(arguments=None):
         print("expected" + __doc__[__doc__.index("\n    python") :], file=sys.stderr)
         return 2
     target = files[-1]
+    *sources, written = map(os.path.realpath, files)  # a link stays one
     try:
-        if len({*map(os.path.realpath, files)}) < len(files):
+        if written in sources:
             raise InputError(f"{target}: is read, expected another file to write")
         if command in CONVERTERS:
-            convert_file(command, *files)
+            convert_file(command, *files[:-1], written)
         if command in ("check", *CONVERTERS):
             lines = check_file(target)
         else:
             pairs, lines = read_preferences(files[0])
-            write_preferences(target, pairs, command.removesuffix("_preferences"))
+            write_preferences(written, pairs, command.removesuffix("_preferences"))
             lines += [f"{target}: {len(pairs)} pairs of {len(dialogues(pairs))} conversations"]
         print("\n".join(lines), flush=True)
     except (InputError, OSError) as error:  # of print: a full disk, a reader that is gone

@@ -824,13 +824,18 @@ class Lookup(torch.autograd.Function):
 def add_rows(matrix, rows, values):
     """matrix[row] += value, of each, always in the same order: of the two ways each is so on one
     kind of device only. On a CPU index_put_ adds float32 from several threads at once; on a GPU,
-    where it sorts, index_add_ does.
+    where it sorts, index_add_ does. Returns the matrix.
     """
+    if matrix.dtype != torch.float32:  # summed in float32: a GPU would round after each value
+        rows, places = rows.unique(return_inverse=True)
+        sums = torch.zeros(len(rows), matrix.shape[1], device=matrix.device)
+        values = add_rows(sums, places, values)
     values = values.to(matrix.dtype)
     if matrix.is_cuda:
         matrix.index_put_((rows,), values, accumulate=True)
     else:
         matrix.index_add_(0, rows, values)
+    return matrix
 
 
 # --------------------------------------------------------------------------------------------------
@@ -976,12 +981,18 @@ def local_slice(parameter):
     fully_shard cuts along dimension 0, and over the last dimension of its mesh.
     """
     if not isinstance(parameter, DTensor):
-        return parameter, slice(0, parameter.shape[0] if parameter.ndim else 1)
+        return parameter, ...
     part = parameter.to_local()
     mesh = parameter.device_mesh
     each = -(-parameter.shape[0] // mesh.shape[-1])
     start = each * mesh.get_coordinate()[-1]
     return part, slice(start, start + part.shape[0])
+
+
+def all_finite(tensor):
+    """Whether no number is infinite or NaN; 10 times as fast as to look at each."""
+    ends = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()),)
+    return torch.stack([*ends]).isfinite().all()
 
 
 def load_safetensors(tensors, directory, stem="model", prefix=""):
@@ -1046,9 +1057,8 @@ def load_safetensors(tensors, directory, stem="model", prefix=""):
             if tensor.is_meta:
                 continue
             part, rows = local_slice(tensor)
-            part.copy_(found[name][rows if part.ndim else ...])
-            # 10 times as fast as to look at each number
-            if part.numel() and not torch.stack(part.aminmax()).isfinite().all():
+            part.copy_(found[name][rows])
+            if not all_finite(part):
                 problem = "holds numbers that are not finite, expected finite ones"
                 raise InputError(f"{where}: {name} {problem}")
 

@@ -447,11 +447,11 @@ def test_what_cannot_teach_is_left_out_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"rejected": None}, "rejected is null, expected a string"),
+    ({"rejected": None}, "rejected is missing"),
     ({"chosen": ...}, "chosen is missing"),
     ({"input_text": 3}, "input_text is a number, expected a string"),
     ({"dialogue_policy": "ASK"}, "dialogue_policy is 'ASK', expected CLARIFY or ANSWER"),
-    ({"dialogue_policy": None}, "dialogue_policy is null, expected a string"),
+    ({"dialogue_policy": None}, "dialogue_policy is missing"),
     ({"input_text": "User: Hi\n"}, "input_text has no line '[conversation]' and 'User: ' after it"),
     ({"input_text": "i\n[context]\nUser: Hi [conversation]\n"}, "input_text has no line '[conversation]'"),
     *[({"input_text": f"i\n[context]\n\n[conversation]\n{text}"}, "input_text has no line '[conversation]' and 'User: '")
@@ -816,8 +816,6 @@ BAD_PAIRS = [
     (completions((1, "a")) | {"contents": ...},
      "has neither messages nor contents, expected either messages or contents"),
     (trl(prompt=3), "prompt is a number, expected a list"),
-    (trl(chosen=...), UNKNOWN),
-    (trl(rejected=None) | {"rejected": None}, "rejected is null, expected a list"),
     (trl(chosen=[user("x"), model("y")]), "a side does not begin with the assistant's text"),
     (trl() | {"prompt": []}, NO_PROMPT),
     (trl(prompt=[user("x"), model("y")]), NO_PROMPT),
@@ -949,7 +947,7 @@ def test_a_line_with_what_is_no_text_is_left_out_and_counted(tmp_path, what):
     "5<end_of_turn>", "<bos>x", "<|im_end|>", "[INST] x [/INST]", "5</s>", "<think>hm</think>5", "one<br>two", "one<br/>two", "<start_of_turn>user"])
 def test_texts_that_spell_control_tokens_are_named(tmp_path, text):
     said, _ = told(conversation(user("a"), model("<b>b</b> 3 < 5")), conversation(user("a"), model(text)), folder=tmp_path)
-    assert said == ["1 conversations spell control tokens, thoughts or <br>: formatted already?: 2"]
+    assert said == ["1 lines spell control tokens, thoughts, speakers or <br>: formatted already?: 2"]
 
 
 def test_keys_that_nothing_reads_are_named(tmp_path):
@@ -1450,8 +1448,83 @@ def test_a_system_text_beside_the_prompt_is_the_context_of_a_pair(tmp_path):
     row = {"system": "c", "prompt": "Hi", "chosen": "a", "rejected": "b"}
     [pair], _ = data.read_preferences(write(tmp_path, row))
     assert (pair.context, pair.history) == ("c", [("user", "Hi")])
-    with pytest.raises(InputError, match=r"prompt\[1\] has role 'system', .* \(system only comes first\)"):
+    with pytest.raises(InputError, match=r"prompt\[0\] has role 'system', .* \(system only comes first\)"):
         data.read_preferences(write(tmp_path, row | {"prompt": [{"role": "system", "content": "d"}, user("Hi")]}))
+    for key, system in (("systemInstruction", parts("c")), ("system_instruction", "c")):
+        [pair], lines = data.read_preferences(write(tmp_path, {key: system, "prompt": "Hi", "chosen": "a", "rejected": "b"}))
+        assert pair.context == "c" and not lines
+
+
+@pytest.mark.parametrize("system", [{"system": "c"}, {}])
+@pytest.mark.parametrize("said", ["c", ""])
+@pytest.mark.parametrize("prompt", ["Hi", None])
+def test_sides_may_repeat_the_prompt_with_a_system_message_before_it(tmp_path, system, said, prompt):
+    """As intel/orca_dpo_pairs has them once a chat template's author has made messages of its columns."""
+    sides = {key: [{"role": "system", "content": said}, user("Hi"), model(key)] for key in ("chosen", "rejected")}
+    [pair], lines = data.read_preferences(write(tmp_path, {"prompt": prompt, **system, **sides}))
+    assert (pair.context, pair.history) == ("c" if system else said, [("user", "Hi")]) and not lines
+    assert (pair.chosen, pair.rejected) == ([("model", "chosen")], [("model", "rejected")])
+
+
+def test_keys_beside_a_pair_that_nothing_reads_are_named(tmp_path):
+    row = trl() | {"messages": [user("Hi")], "content": "x"}
+    _, lines = data.read_preferences(write(tmp_path, row))
+    assert [line.partition(": ")[2] for line in lines][:2] == [
+        "1 lines have 'content', which nothing reads: 1", "1 lines have 'messages', which nothing reads: 1"]
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_what_a_table_of_pairs_does_not_have_is_as_if_it_were_not_there(tmp_path, nothing):
+    """pandas and datasets write null or NaN into every column that a row lacks."""
+    row = dict.fromkeys(("system", "completions", "preferred_output", "input_text", "context"), nothing)
+    texts = {"prompt": "Hi", "chosen": "Which?", "rejected": "4"}
+    pairs, lines = data.read_preferences(write(
+        tmp_path, row | texts, row | texts | {"chosen": nothing}, row | texts | {"rejected": nothing}))
+    assert [(pair.context, pair.chosen) for pair in pairs] == [("", [("model", "Which?")])]
+    assert lines[0].endswith(": 2 lines with a side that says nothing are left out: 2, 3")
+
+
+def test_a_score_that_is_no_number_decides_nothing(tmp_path):
+    with pytest.raises(InputError, match=f":1: {SCORES}"):
+        data.read_preferences(write(tmp_path, completions((float("nan"), "a"), (0, "b"))))
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "a", "rejected": "b"},
+    {"prompt": "Hi", "chosen": "[{'role': 'assistant', 'content': 'a'}]", "rejected": "b"},
+])  # fmt: skip
+def test_a_transcript_in_one_text_is_named(tmp_path, row):
+    _, lines = data.read_preferences(write(tmp_path, row))
+    assert [line.partition(": ")[2] for line in lines] == [f"1 {data.FORMATTED}: 1"]
+
+
+def test_an_action_that_stands_beside_the_messages_is_refused(tmp_path):
+    row = conversation(user("a"), model("b")) | {"requires_clarification": True}
+    with pytest.raises(InputError, match=":1: has requires_clarification, expected it on user turns alone"):
+        read_vertex_jsonl(write(tmp_path, row))
+
+
+def test_pairs_of_vertex_read_as_conversations_are_noticed(tmp_path):
+    contents = [{"role": role, **parts("x")} for role in ("user", "model", "user")]
+    said, _ = told(completions((1, "a"), (0, "b"), contents=contents), folder=tmp_path)
+    assert "1 lines have 'completions', which nothing reads: 1" in said
+    for row in ({"instruction": "a", "input": "b", "output": "c"}, {"prompt": "a", "completion": "b"}):
+        with pytest.raises(InputError, match="either messages or contents$"):
+            read_vertex_jsonl(write(tmp_path, row))
+
+
+def test_replies_with_a_question_mark_that_the_rule_takes_for_answers_are_listed(tmp_path):
+    chats = [conversation(user("a"), model(text)) for text in ("5", "За какой год? Тогда я посмотрю.", "At http://x?y=1")]
+    lines = data.check_file(write(tmp_path, *chats))
+    assert lines[2].endswith(": 1 replies have a question mark, but the rule takes them for answers: line.turn 2.1")
+
+
+def test_a_link_to_write_to_stays_a_link(tmp_path):
+    pairs, target, link = write(tmp_path, trl()), tmp_path / "pairs.jsonl", tmp_path / "link.jsonl"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert data.main(["trl_preferences", str(pairs), str(link)]) == 0
+    assert link.is_symlink() and len(data.read_preferences(target)[0]) == 1
 
 
 def test_pairs_with_another_instruction_are_another_dialogue(tmp_path):

@@ -240,7 +240,7 @@ def test_the_gradient_of_an_embedding_used_twice_is_made_once(model, golden, mon
     def watched(matrix, *rest):
         if matrix.shape == model.embed_tokens.weight.shape:  # the last layer's rows have their own
             written.append(matrix.data_ptr())
-        add_rows(matrix, *rest)
+        return add_rows(matrix, *rest)
 
     monkeypatch.setattr(gemma, "add_rows", watched)
     tokens = golden["tokens"][0].tolist()
@@ -249,6 +249,23 @@ def test_the_gradient_of_an_embedding_used_twice_is_made_once(model, golden, mon
     head, lookup = written
     assert head == lookup == model.embed_tokens.weight.grad.data_ptr()
     model.zero_grad()
+
+
+def test_gradients_of_a_word_that_comes_often_are_added_up_before_they_are_rounded(monkeypatch):
+    """A GPU would round the sum in bfloat16 after each value (CUDA's index_put_), as this double does."""
+    index_add = torch.Tensor.index_add_
+
+    def rounding(matrix, dim, rows, values):
+        for row, value in zip(rows, values, strict=True):
+            index_add(matrix, dim, row[None], value[None])
+
+    monkeypatch.setattr(torch.Tensor, "index_add_", rounding)
+    rows = torch.tensor([3, 1] * 1000)
+    values = torch.rand(2000, 4, generator=seeded(0)).bfloat16()
+    matrix = torch.zeros(5, 4, dtype=torch.bfloat16)
+    gemma.add_rows(matrix, rows, values)
+    exact = torch.stack([values[rows == row].double().sum(0) for row in range(5)])
+    torch.testing.assert_close(matrix.double(), exact, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

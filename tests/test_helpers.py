@@ -210,7 +210,8 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(behaviour, dict):  # parameters that are refused, with what is said about them
             named = next((name for name in behaviour if name in body), None)
             reply = failure_with(behaviour[named], param=named) if named else reply_with("at last")
-            self.send(400 if named else 200, {}, json.dumps(reply).encode())
+            status = 422 if named == "temperature" else 400
+            self.send(status if named else 200, {}, json.dumps(reply).encode())
         elif behaviour == "not UTF-8":
             self.send(200, {}, json.dumps(reply_with("half")).encode("utf-16")[:-1])
         elif behaviour == "not HTTP":
@@ -531,8 +532,14 @@ def test_a_parameter_that_a_server_refuses_is_renamed_or_dropped_once_and_that_i
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(refused)
     for name in refused:
-        line = f"{server.address}/v1/chat/completions: going on without {name} (HTTP 400: {refused[name]}"
+        line = f"{server.address}/v1/chat/completions: going on without {name} (HTTP {422 if name == 'temperature' else 400}: {refused[name]}"
         assert any(each.startswith(line) for each in said)
+
+
+def test_a_word_in_place_of_a_key_is_not_looked_for_in_replies(monkeypatch, server, configured):
+    """What people give a server that asks for none."""
+    monkeypatch.setenv("OPENAI_API_KEY", "answer")
+    assert client(configured(backend="openai"))(["p"]) == ["answer to p"]
 
 
 def test_calls_in_flight_that_are_refused_the_same_say_it_once(server, configured, capsys):

@@ -212,6 +212,22 @@ def test_bfloat16_is_close_and_checkpointing_changes_nothing(world, mesh, plain,
     assert rough["logps/chosen"] == pytest.approx(sums["logps/chosen"], rel=0.02)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_policy_and_reference_begin_as_one(world, mesh, plain, pairs, tmp_path, bf16):
+    """Else no pair would begin at ln 2: a reference in bfloat16 must not round what the policy does not."""
+    model = Gemma.from_pretrained(world / "model")
+    draw = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, std=0.3, generator=draw)
+    model.save_pretrained(tmp_path / "model")
+    config = model_config(tmp_path, bf16=bf16)
+    policy, reference = (act.build_model(config, mesh, trained) for trained in (True, False))
+    batch = prompted(pairs[:4], plain)
+    sums = act.preference_step(run_of(policy, reference, plain, training_of()), batch, 0.25)
+    assert sums["loss"] == pytest.approx(4 * math.log(2), rel=1e-6) and sums["rewards/chosen"] == 0
+
+
 def test_checkpointing_recomputes_every_layer(world, mesh, plain, pairs, monkeypatch):
     calls, forward = [], act.gemma.Layer._forward
     monkeypatch.setattr(act.gemma.Layer, "_forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))

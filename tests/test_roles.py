@@ -169,6 +169,8 @@ def test_no_rule_knows_the_final_answer():
 
 @pytest.mark.parametrize(("answer", "action"), [
     ("CLARIFY", CLARIFY), (" ANSWER\n", ANSWER), ("**CLARIFY**", CLARIFY), ("_ANSWER_", ANSWER), ("clarify.", CLARIFY),
+    ("ANSWER: it states a fact.", ANSWER), ("ANSWER: It states the total; no need to CLARIFY.", ANSWER),
+    ("**Answer:** the message asks nothing to clarify", ANSWER), ("CLARIFY: it has no ANSWER", CLARIFY),
     ("Answer", ANSWER), ("Action: CLARIFY", CLARIFY), ("Answer: CLARIFY", CLARIFY), ("Answer: clarify", CLARIFY),
     ("The answer is CLARIFY", CLARIFY), ("ANSWER\n\nMessage: Which?\nAction: CLARIFY", ANSWER),
     ("No clarification: it answers", ANSWER), ("CLARIFYING", CLARIFY),
@@ -218,6 +220,7 @@ def test_question_is_read_from_and_no_question_mark_is_made_up(answer, question)
     ("Verdict: RIGHT", 1.0), ("The answer is WRONG.", 0.0), ('"Right"', 1.0), ("RIGHT: both say 5", 1.0),
     ("WRONG: it does not say which", 0.0), ("It is right.\n\nRIGHT", 1.0), ("\n\nWRONG", 0.0),
     ("The answer is not wrong.\n\n**RIGHT**", 1.0), ("It isn't right, it is WRONG", 0.0), ('{"verdict": "WRONG"}', 0.0),
+    ("WRONG. The right answer is 5.", 0.0), ("RIGHT, because nothing is wrong", 1.0),
     ("RIGHT or WRONG", None), ("RIGHT\nWRONG", None), ("", None), ("?", None), ("yes", None), ("Incorrect", None),
 ])  # fmt: skip
 def test_verdict_is_read_from(answer, verdict):

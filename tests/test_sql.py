@@ -31,6 +31,7 @@ RIGHT, SAME_ROWS, WRONG = (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)
     ("SELECT name FROM items", "SELECT name FROM items", RIGHT),
     (" select NAME\n from Items ; ", "SELECT name FROM items", RIGHT),
     ("Here it is:\n```sql\nSELECT name FROM items;\n```\nDone.", "SELECT name FROM items", RIGHT),
+    ("```postgresql\nSELECT name FROM items\n```", "SELECT name FROM items", RIGHT),
     ("```\nSELECT name FROM items\n```", "```SQL\nSELECT name\nFROM items```", RIGHT),
     ("SELECT name AS n FROM items ORDER BY price", "SELECT name FROM items", SAME_ROWS),
     ("SELECT name FROM items -- all", "SELECT name FROM items", SAME_ROWS),
