@@ -16,7 +16,7 @@ tasks (--task NAME, or a config's key "task"):
   check                say what is wrong with the data, and what becomes of it
 
 flags:
-  --resume             go on from the newest checkpoint of output_dir
+  --resume             go on from the newest checkpoint of output_dir; keys with FREE may change
   --overwrite          start again in an output_dir that holds a run
 
 Reading order: data.py to the end of Algorithm 1, this file to the end of `train`, gemma.py to the
@@ -971,19 +971,20 @@ class DataConfig:
     validation_split: Share = 0.0  # without one: the share of training conversations held out
     half: Literal["", "first", "second"] = ""  # train on every other conversation, or on the others
     prompt_format: Literal["auto", "plain", "gemma"] = "auto"  # "auto": as the checkpoint says
-    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # how an answer is scored
+    # how an answer is scored: drop_f1 coqa_f1 exact_match number_match execution_match judge
+    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"
     tolerance: Share = 0.9  # a trajectory wins if its score is above this
     nothing_to_add: str = data.NOTHING_TO_ADD  # what a user by rule says to any other question
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    output_dir: Annotated[str, OUTPUT, FREE] = "output"  # everything that a run writes
+    output_dir: Annotated[str, OUTPUT, FREE] = "output"  # all that a run writes but cache_path
     seed: Annotated[int, Range(-(2**53))] = 42  # of order, samples and pairs, on any ranks
     per_device_train_batch_size: FreeCount = 1  # examples of one forward pass on one device
     per_device_eval_batch_size: FreeCount = 16  # samples continued together, in rollouts too
     gradient_accumulation_steps: FreeCount = 1  # forward passes to one optimiser step
-    learning_rate: Positive = 5e-7  # after the warm-up; the published code's, as the next five
+    learning_rate: Positive = 5e-7  # after the warm-up; the published code's, as optim
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # from 0 up to learning_rate
     optim: Literal["rmsprop", "adamw"] = "rmsprop"
@@ -995,6 +996,7 @@ class TrainingConfig:
     logging_steps: FreeCount = 1  # a line of metrics.jsonl every n steps, of that step
     save_steps: Free = 0  # a checkpoint every n steps, and of the last; 0: only the model
     save_total_limit: Free = 1  # checkpoints kept, and the best that was evaluated; 0: all
+    # a share of the closing table, by its name in eval_metrics.json
     metric_for_best_model: Annotated[Literal[SHOWN[:-1]], FREE] = "Trajectory-level DROP F1"
     load_best_model_at_end: FreeFlag = False  # model/ is the best checkpoint, if better
     bf16: bool = False  # compute in bfloat16; sums and what is trained are in float32

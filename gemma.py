@@ -929,8 +929,8 @@ def adapters_off(model):
 
 
 def save_adapters(model, directory, base):
-    """adapter_config.json and adapter_model.safetensors, as PEFT and vLLM load them. Every rank
-    calls this. base: the directory of the weights that they belong to.
+    """adapter_config.json and adapter_model.safetensors, as PEFT loads them. Every rank calls this.
+    base: the directory of the weights that they belong to.
     """
     target = made_by_rank_0(directory)
     save_safetensors(adapters(model), target, "adapter_model", max_shard_bytes=math.inf)
