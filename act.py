@@ -68,7 +68,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -387,6 +387,24 @@ def clip_and_step(policy, optimizer, max_grad_norm, lr):
     return norm.item()
 
 
+def does(*tasks):
+    """Marks a function of a Config as what does these tasks, and cleans up behind itself."""
+
+    def marked(function):
+        @wraps(function)
+        def call(config, *flags, **more):
+            require_task(config, tasks, function)
+            try:
+                return function(config, *flags, **more)
+            finally:
+                clean_up(config)
+
+        return call
+
+    return marked
+
+
+@does("act", "sft", "dpo")
 def train(config, overwrite=False, resume=False):
     """Tasks sft, dpo and act: the whole run, told straight through."""
     run = prepare(config, overwrite, resume)
@@ -406,8 +424,7 @@ def train(config, overwrite=False, resume=False):
             # evaluate before the first step, after the last, and in between as asked
             due = training.eval_steps and step % training.eval_steps == 0 or step in (0, run.steps)
             if run.validation and due and step not in log.evaluated:
-                evaluated = run.policy, run.template, run.validation, run.helpers, config
-                log.evaluation(step, *evaluate_pairs(*evaluated))
+                log.evaluation(step, *evaluate_pairs(run))
             if step == run.steps:
                 break
 
@@ -665,7 +682,7 @@ def play_turn(pair, max_turns, compare=data.drop_f1):
         if ended and action == ANSWER:
             answer = y
             exact, f1 = yield "score", trajectory
-        if compare is data.execution_match and pair.action == CLARIFY:
+        if compare is data.execution_match and pair.gold[0][1] != pair.target:
             compare = data.exact_match  # a question is no query, whatever the rule says of it
         turn_exact, turn_f1 = score(compare, pair, trajectory[0][1], pair.gold[0][1])
     except HelperFailed:
@@ -680,19 +697,21 @@ def play_turn(pair, max_turns, compare=data.drop_f1):
     }  # fmt: skip
 
 
-def evaluate_pairs(model, template, pairs, helpers, config):
-    """Every turn to its end. Returns (metrics, samples), the same on all ranks."""
+def evaluate_pairs(run):
+    """Every validation turn to its end. Returns (metrics, samples), the same on all ranks."""
+    config, helpers = run.config, run.helpers
     training, heuristic = config.training_config, config.data_config.heuristic
-    policy = unsharded(model, training.bf16)
+    policy = unsharded(run.policy, training.bf16)
     compare = HEURISTICS.get(heuristic, data.drop_f1)  # a judge rates answers, not first replies
 
     def play(batch):
-        respond = sampler(policy, template, batch, training)
+        respond = sampler(policy, run.template, batch, training)
         answers = {"respond": respond, **helpers.answers(batch, heuristic)}
         turns = [play_turn(pair, training.max_turns, compare) for pair in batch]
         return in_lockstep(turns, answers)
 
-    samples = divided("evaluating turn", play, pairs, training.per_device_eval_batch_size)
+    size = training.per_device_eval_batch_size
+    samples = divided("evaluating turn", play, run.validation, size)
     unended = sum(not sample["ended"] for sample in samples)
     if unended:
         print0(f"{unended} of {len(samples)} turns end in a reply that is cut at max_new_tokens")
@@ -1519,6 +1538,21 @@ def begin(config, overwrite=False, resume=False):
     return Run(config, output_of(config), device, checkpoint, state, template, helpers, *turns)
 
 
+def require_task(config, tasks, function):
+    if config.task not in tasks:
+        expected = f"expected one of {', '.join(tasks)} for {function.__name__}()"
+        raise InputError(f"task is {config.task!r}, {expected}")
+
+
+def clean_up(config):
+    """After a task, however it ended: signals, the directory and a group of one are as before."""
+    heed_signals(False)
+    with suppress(OSError):
+        release_lock(output_of(config))
+    if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait for all
+        dist.destroy_process_group()
+
+
 def machine(device):
     """On what the last bits of a run depend beside its configuration, in a line."""
     if device.type == "cuda":
@@ -1854,7 +1888,8 @@ def save_trained(run):
         saved = on_main(checkpoints, output)  # that of the last step among them
         best = next((step for step in run.log.best_first() if step in saved), run.steps)
         if best != run.steps:
-            print0(f"load_best_model_at_end: the model is that of step {best}")
+            said = f"model/ is that of step {best}, figures and report are of the last"
+            print0(f"load_best_model_at_end: {said}")
             load_checkpoint(run.policy, saved[best])
     if run.policy.lora:
         save(run, output / "adapter", run.steps)
@@ -1967,6 +2002,7 @@ def stopped(run, done, error):
         save_checkpoint(run, done)
     except (RunStopped, InputError, OSError) as unsound:
         said += f"; step {done} is not saved, since {unsound}"
+    run.log.write(write_report, run.output)
     return RunStopped(f"{said}, --resume goes on from step {run.saved}")
 
 
@@ -2614,6 +2650,7 @@ def refused_by(url, model_id):
 # What `act.py` does besides training, and how it is told what to do.
 
 
+@does("evaluate")
 def evaluate(config, overwrite=False):
     """Task evaluate: the metrics of a model on the validation turns. Returns them."""
     begun = begin(config, overwrite)
@@ -2621,9 +2658,8 @@ def evaluate(config, overwrite=False):
         path = config.data_config.validation_path or config.data_config.train_path
         raise InputError(f"{path}: holds no turn with a complete answer to evaluate")
     mesh = make_mesh(begun.device, config.training_config.dp_replicate_size)
-    model = build_model(config, mesh, trained=False)
-    turns = begun.template, begun.validation, begun.helpers
-    metrics, samples = evaluate_pairs(model, *turns, config)
+    begun.policy = build_model(config, mesh, trained=False)
+    metrics, samples = evaluate_pairs(begun)
     on_main(put, config, write_evaluation, metrics, samples)
     print0(*table(metrics, config.data_config.heuristic, metrics))
     begun.helpers.report("these turns are left out of the means")
@@ -2652,6 +2688,7 @@ def put(config, write, *results):
         remove(part)
 
 
+@does("generate_preference")
 def generate_preference(config, overwrite=False):
     """Task generate_preference: files of the pairs of Algorithm 1, in output_dir."""
     begun = begin(config, overwrite)
@@ -2674,6 +2711,7 @@ def write_pairs(folder, files):
         data.write_preferences(folder / name, pairs, form)
 
 
+@does("check")
 def check(config):
     """Task check: what is wrong with a run's data, and what becomes of it."""
     begun = begin(config)
@@ -2716,7 +2754,6 @@ def main(arguments=None):
     if {"-h", "--help"} & set(arguments):
         say(help_text())
         return 0
-    config = None
     try:
         path, overrides, flags = parse_arguments(arguments)
         config = load_config(path, overrides)
@@ -2724,7 +2761,8 @@ def main(arguments=None):
             if config.task == "check" or (flag == "resume" and config.task in TASKS):
                 raise InputError(f"--{flag}: task '{config.task}' has nothing to {flag}")
         TASKS.get(config.task, train)(config, **dict.fromkeys(flags, True))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except (InputError, OSError, SafetensorError, torch.OutOfMemoryError) as error:  # a full disk
         if not is_main():
@@ -2739,13 +2777,6 @@ def main(arguments=None):
         if is_main():
             say("\nact.py: interrupted", sys.stderr)
         return 130
-    finally:
-        heed_signals(False)
-        if config:
-            with suppress(OSError):
-                release_lock(output_of(config))
-        if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait for all
-            dist.destroy_process_group()
 
 
 def run_as_program():

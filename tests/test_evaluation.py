@@ -1,7 +1,7 @@
 """Evaluation: the simulated user by rule, what a turn scores, the metrics of written-out samples, and their table."""
 
 import pytest
-from common import a_pair, model_config, pairs_of, prompted
+from common import a_pair, model_config, pairs_of, prompted, run_of
 
 import act
 import data
@@ -246,8 +246,9 @@ def validation(world, plain):
 
 def evaluated(world, mesh, plain, pairs, **training):
     config = model_config(world, **training)
-    model = act.build_model(config, mesh, trained=False)
-    return act.evaluate_pairs(model, plain, pairs, act.Helpers(config, {}), config)
+    run = run_of(act.build_model(config, mesh, trained=False), None, plain, None, validation=pairs)
+    run.config, run.helpers = config, act.Helpers(config, {})
+    return act.evaluate_pairs(run)
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(world, mesh, plain, validation):

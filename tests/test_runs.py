@@ -141,12 +141,11 @@ def test_the_saved_model_loads_and_generates(world, act_run, tokenizer):
 def test_training_is_a_function_to_call_from_python(world, act_run, tmp_path):
     """After load_config, without a command line; and once more in the same process."""
     config = load_config(run_config(world, tmp_path))
-    try:
-        act.train(config)
-        other = replace(config.training_config, output_dir=str(tmp_path / "again" / "out"))
-        act.train(replace(config, training_config=other))
-    finally:
-        dist.destroy_process_group()
+    before = signal.getsignal(signal.SIGINT)
+    act.train(config)
+    assert not dist.is_initialized() and not act.LOCK and signal.getsignal(signal.SIGINT) is before
+    other = replace(config.training_config, output_dir=str(tmp_path / "again" / "out"))
+    act.train(replace(config, training_config=other))
     assert metrics_of(tmp_path) == metrics_of(tmp_path / "again") == metrics_of(act_run[0])
     assert_same_weights(tmp_path / "out" / "model", act_run[0] / "out" / "model")
 
@@ -277,11 +276,38 @@ def test_an_evaluation_alone_equals_that_of_the_run(world, act_run, tmp_path, ca
 
 def test_evaluate_and_pairs_from_python_and_what_they_return(world, act_run, tmp_path):
     config = load_config(run_config(world, tmp_path, "evaluate"), {"policy_model_config.model_path": str(act_run[0] / "out" / "model")})
-    try:
-        assert act.evaluate(config) == json.loads((act_run[0] / "out" / "eval_metrics.json").read_text())
-    finally:
-        dist.destroy_process_group()
-        act.release_lock(tmp_path / "out")
+    assert act.evaluate(config) == json.loads((act_run[0] / "out" / "eval_metrics.json").read_text())
+    assert not dist.is_initialized() and not act.LOCK
+
+
+@pytest.mark.parametrize(("function", "task"), [
+    ("evaluate", "act"), ("check", "sft"), ("generate_preference", "evaluate"), ("train", "evaluate"), ("train", "check"),
+])  # fmt: skip
+def test_a_function_does_its_own_tasks_only(world, tmp_path, function, task):
+    """An evaluation that took itself for a training run would remove that run's model."""
+    config = load_config(run_config(world, tmp_path, task))
+    with pytest.raises(data.InputError, match=rf"task is '{task}', expected one of .* for {function}\(\)"):
+        getattr(act, function)(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_that_the_rule_does_not_know_is_run_as_no_query(world, tmp_path):
+    """Of files of pairs that do not say the action."""
+    chosen = ["Tell me which rows.", "All.", "SELECT a FROM t"]
+    roles = "assistant", "user", "assistant"
+    row = {"system": "CREATE TABLE t (a);", "prompt": "rows", "rejected": "SELECT 1",
+           "chosen": [{"role": role, "content": text} for role, text in zip(roles, chosen, strict=True)]}  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["--validation_path", tmp_path / "pairs.jsonl", "--is_preference", True, "--heuristic", "execution_match"]
+    assert run("--config", run_config(world, tmp_path, "evaluate"), *words) == 0
+
+
+def test_a_run_that_stops_leaves_a_report_up_to_there(world, tmp_path, monkeypatch):
+    step = act.clip_and_step
+    monkeypatch.setattr(act, "clip_and_step", lambda *given: act.ASKED.append(signal.SIGTERM) or step(*given))
+    assert run("--config", run_config(world, tmp_path, "dpo", evaluated=False)) == 1
+    logged = rows_of(tmp_path / "out" / "metrics.jsonl")
+    assert logged and json.dumps(logged[-1]["loss"]) in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_metric_bears_the_name_of_its_heuristic(world, tmp_path, capsys):
@@ -1398,7 +1424,7 @@ def test_the_best_checkpoint_is_kept_and_said_and_loaded_if_asked(world, tmp_pat
         "\nTrajectory-level DROP F1, the best first: 90.0 after step 3, 90.0 after step 1, 50.0 after step 0, "
         "30.0 after step 2, 20.0 after step 4\n"
     )
-    assert ("the model is that of step 3" in said) == load_best
+    assert ("model/ is that of step 3" in said) == load_best
     model, best = weights_of(tmp_path / "out" / "model"), weights_of(checkpoints / "step-3")
     assert all(torch.equal(model[name], best[name]) for name in best) == load_best
 

@@ -499,8 +499,8 @@ def act_step(work, samples=1):
 
 def evaluation(work):
     run, pairs, samples = work.trainer(), work.ragged(2 * work.rows), []
-    setting = work.template, pairs, work.helpers, run.config
-    times = timed(lambda: samples.extend(work.act.evaluate_pairs(run.policy, *setting)[1]), 2)
+    run.validation = pairs
+    times = timed(lambda: samples.extend(work.act.evaluate_pairs(run)[1]), 2)
     responses = sum(role == "model" for sample in samples for role, _ in sample["trajectory"]) // 3
     note = f"{len(pairs)} turns, {responses} responses of {work.response} tokens"
     return {"seconds": times, "units": len(pairs), "note": note}
