@@ -18,7 +18,8 @@
   e  evaluation: turns played with greedy decoding
   f  DPO over dialogues, all turns of a dialogue in one batch; against one row per pair, and against
      TRL
-  g  a DPO step with LoRA; against a
+  g  a DPO step with LoRA; against item a
+
 What a GPU is asked for more than these is the plan of gpu.py, which measures by this script. The
 machine's own limits are measured first: a matrix product; a sum over memory or a copy of it,
 whichever is faster.
