@@ -990,8 +990,8 @@ class DataConfig:
     validation_split: Share = 0.0  # without one: the share of training conversations held out
     half: Literal["", "first", "second"] = ""  # train on every other conversation, or on the others
     prompt_format: Literal["auto", "plain", "gemma"] = "auto"  # "auto": as the checkpoint says
-    # how an answer is scored: drop_f1 coqa_f1 exact_match number_match execution_match judge
-    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"
+    # drop_f1, coqa_f1, exact_match, number_match, execution_match or judge:
+    heuristic: Literal[(*HEURISTICS, "judge")] = "drop_f1"  # how an answer is scored
     tolerance: Share = 0.9  # a trajectory wins if its score is above this
     nothing_to_add: str = data.NOTHING_TO_ADD  # what a user by rule says to any other question
 
