@@ -387,24 +387,6 @@ def clip_and_step(policy, optimizer, max_grad_norm, lr):
     return norm.item()
 
 
-def does(*tasks):
-    """Marks a function of a Config as what does these tasks, and cleans up behind itself."""
-
-    def marked(function):
-        @wraps(function)
-        def call(config, *flags, **more):
-            require_task(config, tasks, function)
-            try:
-                return function(config, *flags, **more)
-            finally:
-                clean_up(config)
-
-        return call
-
-    return marked
-
-
-@does("act", "sft", "dpo")
 def train(config, overwrite=False, resume=False):
     """Tasks sft, dpo and act: the whole run, told straight through."""
     run = prepare(config, overwrite, resume)
@@ -2648,6 +2630,26 @@ def refused_by(url, model_id):
 # --------------------------------------------------------------------------------------------------
 # Other tasks and the command line
 # What `act.py` does besides training, and how it is told what to do.
+
+
+def does(*tasks):
+    """Marks a function of a Config as what does these tasks, and cleans up behind itself."""
+
+    def marked(function):
+        @wraps(function)
+        def call(config, *flags, **more):
+            require_task(config, tasks, function)
+            try:
+                return function(config, *flags, **more)
+            finally:
+                clean_up(config)
+
+        return call
+
+    return marked
+
+
+train = does("act", "sft", "dpo")(train)
 
 
 @does("evaluate")
