@@ -1520,21 +1520,6 @@ def begin(config, overwrite=False, resume=False):
     return Run(config, output_of(config), device, checkpoint, state, template, helpers, *turns)
 
 
-def require_task(config, tasks, function):
-    if config.task not in tasks:
-        expected = f"expected one of {', '.join(tasks)} for {function.__name__}()"
-        raise InputError(f"task is {config.task!r}, {expected}")
-
-
-def clean_up(config):
-    """After a task, however it ended: signals, the directory and a group of one are as before."""
-    heed_signals(False)
-    with suppress(OSError):
-        release_lock(output_of(config))
-    if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait for all
-        dist.destroy_process_group()
-
-
 def machine(device):
     """On what the last bits of a run depend beside its configuration, in a line."""
     if device.type == "cuda":
@@ -2633,16 +2618,24 @@ def refused_by(url, model_id):
 
 
 def does(*tasks):
-    """Marks a function of a Config as what does these tasks, and cleans up behind itself."""
+    """Marks a function of a Config as what does these tasks. However it ends, signals, the output
+    directory and a process group of one are as before.
+    """
 
     def marked(function):
         @wraps(function)
         def call(config, *flags, **more):
-            require_task(config, tasks, function)
+            if config.task not in tasks:
+                expected = f"expected one of {', '.join(tasks)} for {function.__name__}()"
+                raise InputError(f"task is {config.task!r}, {expected}")
             try:
                 return function(config, *flags, **more)
             finally:
-                clean_up(config)
+                heed_signals(False)
+                with suppress(OSError):
+                    release_lock(output_of(config))
+                if dist.is_initialized() and dist.get_world_size() == 1:  # of more, one could wait
+                    dist.destroy_process_group()
 
         return call
 
