@@ -2463,8 +2463,8 @@ class Client:
         if report:
             failure = failure_of(report, response)
             named = RENAMED.keys() & body.keys() & set(re.findall(r"\w+", str(report)))
-            odd = response.status in (400, 422) and named
-            if not odd or re.search(TOO_LONG, str(failure)):
+            refused = response.status in (400, 422) and named
+            if not refused or re.search(TOO_LONG, str(failure)):
                 raise failure
             if named - self.refused:
                 print0(f"{self.url}: going on without {', '.join(named)} ({failure})")
