@@ -6,10 +6,10 @@
     python tests/proofs/real.py sql gemma-3-270m
 
 On two cores of an AMD EPYC with AVX-512's bfloat16 a fold of PACIFIC with --halves took 35 to 75
-minutes, SFT on all 39 more, --signal 31; a seed of sql 66 minutes of one thread. Estimated: --cross
-an hour a fold, a fold of Abg-CoQA an hour. On a GPU of 80 GB take --jobs 8. --set gives keys of
-act.py to every run: with "gradient_checkpointing=false" steps are quicker and take more memory (SFT
-of PACIFIC 13 GB, ACT of sql 9.5).
+minutes, SFT on all 39 more, --signal 31; a seed of sql 66 minutes of one thread, a fold of Abg-CoQA
+10; --cross, estimated, an hour a fold. On a GPU of 80 GB take --jobs 8. --set gives keys of act.py
+to every run: with "gradient_checkpointing=false" steps are quicker and take more memory (SFT of
+PACIFIC 13 GB, ACT of sql 9.5).
 
 Dialogues are dealt into three folds. Fold k is tested with models that were trained on the other
 two with seed k, which fixes the order of the data and every sample: one SFT model a fold, from
