@@ -475,6 +475,8 @@ def test_broken_record_is_refused_with_file_and_line(tmp_path, change, message):
     ("Which one? 🙂", True), ("Which one do you mean? I can check both.", True), ("何名様ですか。", True),
     ("What colour?\n1. Red\n2. Blue", True), ("How does it work?\n1. Open it.", False), ("A or B? Both fit.", True),
     ("Please tell me the date.", True), ("Shall I book it?", True),
+    ("Meinen Sie 2018 oder 2019? Dann rechne ich.", True), ("2018 ou 2019 ? Je calcule ensuite.", True),
+    ("¿2018 o 2019? Luego lo calculo.", True), ("2018 или 2019? Тогда посмотрю.", True),
     ("It is open. Shall I book it?", False), ("It is open. Should I book two or three seats?", True),
     ("Sure! Shall I send it to your office?", True), ("Can you return it? Yes, you can.", False),
     ("Tap \"Lost your card?\" and follow the steps.", False), ("See https://a.org/b?c for which you ask", False),

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -308,6 +309,20 @@ def test_a_run_that_stops_leaves_a_report_up_to_there(world, tmp_path, monkeypat
     assert run("--config", run_config(world, tmp_path, "dpo", evaluated=False)) == 1
     logged = rows_of(tmp_path / "out" / "metrics.jsonl")
     assert logged and json.dumps(logged[-1]["loss"]) in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_a_step_held_is_let_go_before_the_save_that_follows_its_running_out_of_memory(world, tmp_path, monkeypatch):
+    held, alive, save = [], [], act.save_checkpoint
+
+    def runs_out(*_):
+        activations = torch.zeros(1)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(act, "preference_step", runs_out)
+    monkeypatch.setattr(act, "save_checkpoint", lambda *given: alive.append(held[0]() is not None) or save(*given))
+    assert run("--config", run_config(world, tmp_path, "dpo", evaluated=False)) == 1
+    assert alive == [False]
 
 
 def test_a_metric_bears_the_name_of_its_heuristic(world, tmp_path, capsys):
